@@ -1,0 +1,1 @@
+"""Runtime: bundles, modules, devices, caches, scheduler, sessions. Never imports torch."""

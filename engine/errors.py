@@ -1,0 +1,52 @@
+"""The project's exceptions, split by what the caller can do about them.
+
+    WarpcacheError
+    ├── InputError        the data or an argument given is wrong: mend it and call again
+    ├── BundleError       the bundle on disk is damaged, altered, foreign or of another version
+    ├── ExportError       the model cannot be traced, cut or compiled as asked
+    ├── BackendError      an executor (ONNX Runtime, TensorRT) is missing, or failed in a module
+    ├── DeadlineError     a frame was not answered in time
+    └── ClosedError       the engine or session was used after close()
+
+Every message is one sentence: what was wrong, with which value, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "ClosedError",
+    "DeadlineError",
+    "ExportError",
+    "InputError",
+    "WarpcacheError",
+]
+
+
+class WarpcacheError(Exception):
+    """Base class of every error this project raises on purpose."""
+
+
+class InputError(WarpcacheError, ValueError):
+    """The data or an argument is wrong: names, dtype, shape, NaN, an empty clip, an unknown policy."""
+
+
+class BundleError(WarpcacheError):
+    """The bundle is damaged, altered, foreign or of an unknown version; nothing of it was executed."""
+
+
+class ExportError(WarpcacheError):
+    """The model cannot be traced, cut or compiled as asked."""
+
+
+class BackendError(WarpcacheError):
+    """An executor is missing, refused a module, or failed while running one."""
+
+
+class DeadlineError(WarpcacheError):
+    """A frame was not answered in time."""
+
+
+class ClosedError(WarpcacheError):
+    """The engine or session was used after it was closed."""

@@ -1,0 +1,56 @@
+"""What a tensor is: name, dtype and shape, and the check of an array against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+
+__all__ = ["Array", "TensorSpec"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of fixed dtype and shape.
+
+    Attributes:
+        name: Name, unique within a module.
+        dtype: NumPy dtype name, e.g. ``"float32"``.
+        shape: Dimensions; for a generator's input or output the leading one is the batch axis and is 1.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one contiguous array of this spec."""
+        size = np.dtype(self.dtype).itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    def check(self, array: Array, *, finite: bool = True) -> None:
+        """Check that `array` fits this spec.
+
+        Args:
+            array: The array to check.
+            finite: Refuse NaN and Inf in floating-point arrays.
+
+        Raises:
+            InputError: If dtype or shape differ, or a value is not finite where `finite` asks for it.
+        """
+        if array.dtype != np.dtype(self.dtype):
+            raise InputError(f"input {self.name!r} has dtype {array.dtype}, expected {self.dtype}; convert it first")
+        if tuple(array.shape) != self.shape:
+            raise InputError(f"input {self.name!r} has shape {tuple(array.shape)}, expected {self.shape}")
+        # The sum is one pass without a temporary; only when it is not finite is it worth looking closer.
+        if finite and array.dtype.kind == "f" and not np.isfinite(array.sum()) and not np.isfinite(array).all():
+            raise InputError(f"input {self.name!r} holds NaN or Inf; replace those values before rendering")

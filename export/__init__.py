@@ -1,0 +1,1 @@
+"""Compile time: trace, cut, adapter, calibration. Imports torch and onnx."""

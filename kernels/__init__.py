@@ -1,0 +1,1 @@
+"""GPU kernels, each beside its NumPy reference. Imports nothing of ours."""
