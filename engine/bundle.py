@@ -1,0 +1,313 @@
+"""Bundles: the folder that is shipped, opened with nothing trusted and written so that it is whole or not there.
+
+`Bundle.open` compares every byte of the folder with the manifest before anything of it is executed. The manifest
+itself is not signed: who can write the folder can write a consistent manifest too, so that a bundle is as trustworthy
+as where it comes from; what is ruled out is damage, stray files, links, and paths that leave the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import BundleError
+from .manifest import FILE_NAME, FORMAT, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
+
+__all__ = [
+    "FORMAT",
+    "Bundle",
+    "Cut",
+    "ExitRecord",
+    "FileRecord",
+    "InputRecord",
+    "Manifest",
+    "ModuleRecord",
+    "write_bundle",
+]
+
+MANIFEST = "manifest.json"
+SUFFIX = ".warp"
+MAX_MANIFEST_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it says about itself; the files were compared with it when it was opened.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Verify a bundle: its manifest, then the folder's entries, then size and hash of every file.
+
+        Reads every file once, in blocks. `path` itself may be a link; nothing in the folder may.
+
+        Raises:
+            BundleError: If anything is missing, superfluous, altered, of an unknown version or absurd; the message
+                names the file.
+        """
+        path = Path(path)
+        with _explained(path):
+            return cls(path, _verify(path))
+
+    def file(self, name: str) -> Path:
+        """The path of one of the bundle's files.
+
+        Raises:
+            BundleError: If the manifest lists no such file.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"bundle {self.path} has no file {name!r}; it has: {', '.join(sorted(self.manifest.files))}"
+            )
+        return self.path / name
+
+
+def write_bundle(
+    path: str | Path, manifest: Manifest, files: Mapping[str, Path | bytes], *, overwrite: bool = False
+) -> Bundle:
+    """Write a bundle beside its place, verify it, and rename it there.
+
+    Whatever goes wrong, an interrupt included, the unfinished folder is removed and what stood at `path` still stands.
+    Missing parent folders are made.
+
+    Args:
+        path: Where it is to be; the name ends in ``.warp``.
+        manifest: Everything but `Manifest.files`, which is filled in here.
+        files: Content by file name, as bytes or as the path of a file that is copied.
+        overwrite: Replace a bundle that stands at `path`; anything there that is not a bundle is refused all the same.
+
+    Returns:
+        The bundle, opened from its final place.
+
+    Raises:
+        BundleError: If the name is wrong, something is in the way, manifest and files do not fit, or the disk is full.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX or path.name == SUFFIX:
+        raise BundleError(f"a bundle's name ends in {SUFFIX}, but {str(path)!r} was given; call it e.g. 'head{SUFFIX}'")
+    _check_in_the_way(path, overwrite)
+    for name in files:
+        if FILE_NAME.fullmatch(name) is None:
+            raise BundleError(
+                f"a bundle cannot hold a file called {name!r}; use a plain name.onnx, .npz or .safetensors"
+            )
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, so that the rename never crosses file systems and is one step.
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        records = {name: _write(temporary / name, content) for name, content in files.items()}
+        manifest = dataclasses.replace(manifest, files=records)
+        text = manifest.to_json().encode()
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"the manifest of {path} takes {len(text)} bytes, over the limit of {MAX_MANIFEST_BYTES}")
+        _write(temporary / MANIFEST, text)
+        # mkdtemp makes a private folder; a bundle is as readable as anything else its owner writes.
+        temporary.chmod(0o777 & ~_umask())
+        _sync_folder(temporary)
+        with _explained(path):
+            _verify(temporary)
+        _move_into_place(temporary, path, overwrite)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as exc:
+        raise _write_error(path, files, exc) from exc
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Bundle(path, manifest)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Put the bundle's path before a message, and turn what the file system raises into a BundleError."""
+    try:
+        yield
+    except BundleError as exc:
+        raise BundleError(f"bundle {path}: {exc}") from exc.__cause__
+    except OSError as exc:
+        raise BundleError(f"bundle {path} cannot be read: {exc}") from exc
+
+
+def _verify(folder: Path) -> Manifest:
+    manifest = Manifest.from_json(_read_manifest(folder))
+    _check_entries(folder, manifest)
+    for name, record in manifest.files.items():
+        _check_content(folder, name, record)
+    return manifest
+
+
+def _read_manifest(path: Path) -> bytes:
+    if not path.is_dir():
+        raise BundleError("there is no such folder" if not path.exists() else "it is not a folder")
+    try:
+        with _open_regular(path / MANIFEST) as file:
+            # One byte more than allowed, whatever stat said: the limit holds for a file that grows meanwhile too.
+            content: bytes = file.read(MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise BundleError(f"{MANIFEST} is missing; this is not a bundle, or an incomplete copy of one") from None
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
+    return content
+
+
+def _check_entries(path: Path, manifest: Manifest) -> None:
+    found = set()
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                raise BundleError(f"{entry.name!r} is a symbolic link; a bundle holds only files of its own")
+            if entry.is_dir(follow_symlinks=False):
+                raise BundleError(f"{entry.name!r} is a folder; the files of a bundle lie directly in it")
+            if entry.name == MANIFEST:
+                continue
+            if entry.name not in manifest.files:
+                raise BundleError(
+                    f"file {entry.name!r} is not listed in {MANIFEST}; remove it or copy the bundle again"
+                )
+            found.add(entry.name)
+    for name in manifest.files:
+        if name not in found:
+            raise BundleError(f"file {name!r} is missing; copy the bundle again")
+    for name, module in manifest.modules.items():
+        if module.file not in manifest.files:
+            raise BundleError(f"{MANIFEST}: module {name!r} refers to {module.file!r}, which files does not list")
+        if not module.file.endswith(".onnx"):
+            raise BundleError(f"{MANIFEST}: module {name!r} refers to {module.file!r}, which is no .onnx file")
+
+
+def _check_content(path: Path, name: str, record: FileRecord) -> None:
+    with _open_regular(path / name) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        # Size first: an oversized file is refused without reading it.
+        if size_bytes != record.size_bytes:
+            raise BundleError(
+                f"file {name!r} has {size_bytes} bytes, {MANIFEST} says {record.size_bytes}; copy the bundle again"
+            )
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != record.sha256:
+        raise BundleError(
+            f"file {name!r} has been altered: its SHA-256 is {digest}, {MANIFEST} says {record.sha256}; "
+            "copy the bundle again"
+        )
+
+
+def _open_regular(path: Path) -> IO[bytes]:
+    """Open a file that is no link, pipe or device, without waiting for a writer at a pipe's other end."""
+    if path.is_symlink():
+        raise BundleError(f"{path.name!r} is a symbolic link; a bundle holds only files of its own")
+    # Windows knows neither flag; there the check above is all there is.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BundleError(f"{path.name!r} is not a regular file")
+    return file
+
+
+def _write(target: Path, content: Path | bytes) -> FileRecord:
+    """Write one file in blocks, on to the disk, and return what was written."""
+    digest = hashlib.sha256()
+    size_bytes = 0
+    with target.open("xb") as file:
+        for block in _blocks(content):
+            digest.update(block)
+            size_bytes += len(block)
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(size_bytes, digest.hexdigest())
+
+
+def _blocks(content: Path | bytes) -> Iterator[bytes]:
+    if isinstance(content, bytes | bytearray | memoryview):
+        yield bytes(content)
+        return
+    with content.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+def _check_in_the_way(path: Path, overwrite: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise BundleError(f"{path} exists already; remove it, choose another name, or ask for overwriting")
+    if path.is_symlink() or not (path / MANIFEST).is_file():
+        raise BundleError(f"{path} exists and is not a bundle; it is not overwritten, remove it or choose another name")
+
+
+def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
+    _check_in_the_way(path, overwrite)
+    if not os.path.lexists(path):
+        temporary.rename(path)
+        return
+    # A folder cannot be renamed over a full one: the old one steps aside, and comes back if the second step fails.
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        path.rename(aside / path.name)
+        temporary.rename(path)
+    except BaseException:
+        if (aside / path.name).exists() and not path.exists():
+            (aside / path.name).rename(path)
+        raise
+    finally:
+        # The old bundle may be removed only where the new one, or it itself, stands at `path`.
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_error(path: Path, files: Mapping[str, Path | bytes], exc: OSError) -> BundleError:
+    if exc.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        needed = sum(_size_of(content) for content in files.values())
+        free: Any = "an unknown number of"
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+        return BundleError(
+            f"the disk is full: bundle {path} needs {needed} bytes and its manifest, {free} are free; "
+            "nothing was written, make room and try again"
+        )
+    return BundleError(f"bundle {path} cannot be written: {exc}; nothing was written")
+
+
+def _size_of(content: Path | bytes) -> int:
+    if isinstance(content, Path):
+        with contextlib.suppress(OSError):
+            return content.stat().st_size
+        return 0
+    return len(content)
+
+
+def _umask() -> int:
+    # There is no way to read it but to set it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a folder's entries durable; Windows cannot open a folder and needs no such call."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

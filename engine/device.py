@@ -1,0 +1,448 @@
+"""The CPU as a device: cores shared out between consumer and producers, and streams that run work in order.
+
+A *stream* is an in-order queue of work, CUDA's word. Here it is a worker thread (`CpuStream`), or the calling thread
+itself (`InlineStream`): the frame that somebody waits for is answered without a change of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from .errors import ClosedError, InputError
+
+__all__ = ["CoreShare", "CpuDevice", "CpuStream", "Event", "InlineStream", "Stream"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_BACKGROUND_NICENESS = 5
+# A shallow consumer gains little beyond this many threads; the rest serves producers better.
+_MOST_CONSUMER_THREADS = 4
+
+
+class Event:
+    """A point in a stream's work: done when everything up to it has run.
+
+    Thread-safe. Made by `Stream.submit`; whoever makes one by hand (a fake device in a test) finishes it with `set`.
+    """
+
+    __slots__ = ("_callbacks", "_condition", "_done", "_error")
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._done = False
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[Event], None]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the work has ended, well or badly."""
+        return self._done
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the work raised; None while it runs and where it went well."""
+        return self._error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the work has ended.
+
+        Args:
+            timeout: Seconds to wait at most; None waits for as long as it takes.
+
+        Returns:
+            True if the work has ended, False if the time was up first.
+
+        Raises:
+            BaseException: Whatever the work raised.
+        """
+        if not self._done:
+            with self._condition:
+                if not self._condition.wait_for(lambda: self._done, timeout):
+                    return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def add_done_callback(self, callback: Callable[[Event], None]) -> None:
+        """Call `callback(event)` once the work has ended, on the thread that ran it; at once if it has ended already.
+
+        What a callback raises is logged and goes no further: nobody waits there.
+        """
+        with self._condition:
+            if not self._done:
+                self._callbacks.append(callback)
+                return
+        self._call(callback)
+
+    def set(self, error: BaseException | None = None) -> None:
+        """Mark the work as ended, and by what error; only the first call counts."""
+        with self._condition:
+            if self._done:
+                return
+            self._error = error
+            self._done = True
+            callbacks, self._callbacks = self._callbacks, []
+            self._condition.notify_all()
+        for callback in callbacks:
+            self._call(callback)
+
+    def _call(self, callback: Callable[[Event], None]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            logger.exception("a callback of a finished event raised")
+
+
+class Stream(Protocol):
+    """An in-order queue of work."""
+
+    @property
+    def name(self) -> str: ...
+
+    def submit(self, work: Callable[[], Any]) -> Event:
+        """Queue `work`; the event carries what it raises.
+
+        Raises:
+            ClosedError: If the stream is closed.
+        """
+        ...
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work` in the stream's turn and place, and return its result.
+
+        This is how a module is loaded for a stream: an executor's threads inherit cores and priority from the thread
+        that makes them.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Block until everything submitted so far has ended; what it raised stays with its events."""
+        ...
+
+    def close(self) -> None:
+        """Refuse new work and wait for the work that is queued; safe to call twice."""
+        ...
+
+
+class InlineStream:
+    """The calling thread as a stream: work runs at once, inside `submit`.
+
+    Args:
+        name: What messages call it.
+        cores: Cores for the threads of modules that are loaded through `call`. The calling thread itself is only
+            borrowed: its own affinity is put back afterwards.
+    """
+
+    def __init__(self, name: str = "inline", *, cores: tuple[int, ...] | None = None) -> None:
+        self.name = name
+        self.cores = cores
+        self._closed = False
+
+    def submit(self, work: Callable[[], Any]) -> Event:
+        """Run `work` now; the event returned is done. KeyboardInterrupt and its like pass through at once."""
+        if self._closed:
+            raise ClosedError(f"stream {self.name!r} is closed; open a new one")
+        try:
+            work()
+        except Exception as exc:
+            event = Event()
+            event.set(exc)
+            return event
+        return _FINISHED
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work` now, pinned to the stream's cores, and return its result."""
+        if self._closed:
+            raise ClosedError(f"stream {self.name!r} is closed; open a new one")
+        with _pinned(self.cores):
+            return work()
+
+    def synchronize(self) -> None:
+        """Nothing is ever outstanding."""
+
+    def close(self) -> None:
+        """Refuse new work; safe to call twice."""
+        self._closed = True
+
+
+class CpuStream:
+    """A worker thread that runs what it is given, in order.
+
+    Args:
+        name: Name of the stream and its thread.
+        cores: Cores to run on; None leaves the choice to the operating system. Only Linux can pin a thread; elsewhere
+            it is done without, which is logged once.
+        background: Run at a lower priority (niceness 5 on Linux): where cores are shared the consumer goes first.
+    """
+
+    def __init__(self, name: str, *, cores: tuple[int, ...] | None = None, background: bool = False) -> None:
+        self.name = name
+        self.cores = cores
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Event] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        # The thread holds the queue, not the stream, so that a stream that was forgotten can be collected and ends it.
+        self._thread = threading.Thread(
+            target=_work_through, args=(self._queue, cores, background), name=name, daemon=True
+        )
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, self._queue.put, None)
+
+    def submit(self, work: Callable[[], Any]) -> Event:
+        """Queue `work` and return at once; the event carries what it raises."""
+        event = Event()
+        # Under the lock, so that nothing gets in behind the end mark that close() puts.
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"stream {self.name!r} is closed; open a new one")
+            self._queue.put((work, event))
+        return event
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work` on the stream's thread after what is queued, and return its result or raise what it raises."""
+        if threading.current_thread() is self._thread:
+            return work()
+        results: list[T] = []
+        self.submit(lambda: results.append(work())).wait()
+        return results[0]
+
+    def synchronize(self) -> None:
+        """Block until everything submitted so far has ended.
+
+        Raises:
+            RuntimeError: If called by work on this stream, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"work on stream {self.name!r} cannot wait for its own stream")
+        with self._lock:
+            if not self._closed:
+                event = Event()
+                self._queue.put((_nothing, event))
+        if self._closed:
+            self._thread.join()
+        else:
+            event.wait()
+
+    def close(self) -> None:
+        """Refuse new work, let what is queued end, and end the thread; safe to call twice and from several threads."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._finalizer()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> CpuStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class CoreShare:
+    """Who runs on which cores.
+
+    Attributes:
+        consumer_threads: Threads of the modules that answer frames.
+        producer_threads: Threads of each producer stream's module.
+        consumer_cores: Cores of the consumer; None where nothing is to be pinned.
+        producer_cores: Cores of each producer stream.
+        shared: Whether producers run on the consumer's cores, because there are too few to keep them apart.
+    """
+
+    consumer_threads: int
+    producer_threads: tuple[int, ...]
+    consumer_cores: tuple[int, ...] | None
+    producer_cores: tuple[tuple[int, ...] | None, ...]
+    shared: bool
+
+
+class CpuDevice:
+    """The cores this process may use, and the streams on them.
+
+    Args:
+        cores: Use at most so many cores; None uses all that the process's affinity allows.
+
+    Raises:
+        InputError: If `cores` is less than 1 or more than the process may use.
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        available = _available_cores()
+        if cores is not None and not 1 <= cores <= len(available):
+            raise InputError(f"cores is {cores}, but this process may use 1 to {len(available)}")
+        # Cores that are two threads of one physical core stand side by side, so that a share falls between real cores.
+        self.cores: tuple[int, ...] = tuple(sorted(available, key=_physical_core)[:cores])
+        self._streams: weakref.WeakSet[CpuStream] = weakref.WeakSet()
+        self._closed = False
+
+    def share(self, producers: int = 1) -> CoreShare:
+        """Share the cores out between one consumer and `producers` producer streams.
+
+        With two cores or more the consumer has its own, at most half of them and at most four; the producers divide the
+        rest, and share cores among themselves where there are fewer than producers. With a single core everybody has
+        one thread on it, and the producers should run in the background (`stream(..., background=True)`).
+
+        Raises:
+            InputError: If `producers` is negative.
+        """
+        if producers < 0:
+            raise InputError(f"the number of producers is {producers}, it must be 0 or more")
+        if producers == 0:
+            return CoreShare(len(self.cores), (), self.cores, (), shared=False)
+        if len(self.cores) == 1:
+            logger.info("one core only: the consumer and %d producer(s) take turns on it", producers)
+            return CoreShare(1, (1,) * producers, self.cores, (self.cores,) * producers, shared=True)
+        consumer = min(len(self.cores) // 2, _MOST_CONSUMER_THREADS)
+        rest = self.cores[consumer:]
+        if producers >= len(rest):
+            parts = [(rest[index % len(rest)],) for index in range(producers)]
+        else:
+            ends = [round(len(rest) * index / producers) for index in range(producers + 1)]
+            parts = [rest[start:end] for start, end in pairwise(ends)]
+        return CoreShare(consumer, tuple(map(len, parts)), self.cores[:consumer], tuple(parts), shared=False)
+
+    def stream(self, name: str, *, cores: tuple[int, ...] | None = None, background: bool = False) -> CpuStream:
+        """A new worker thread on `cores` (see `CpuStream`); the device closes it at the latest with itself.
+
+        Raises:
+            ClosedError: If the device is closed.
+            InputError: If one of `cores` is not the device's.
+        """
+        if self._closed:
+            raise ClosedError("the device is closed; make a new CpuDevice")
+        if cores is not None and not (cores and set(cores) <= set(self.cores)):
+            raise InputError(f"stream {name!r} asks for cores {cores}, the device has {self.cores}")
+        stream = CpuStream(name, cores=cores, background=background)
+        self._streams.add(stream)
+        return stream
+
+    def inline(self, name: str = "inline", *, cores: tuple[int, ...] | None = None) -> InlineStream:
+        """The calling thread as a stream (see `InlineStream`).
+
+        Raises:
+            ClosedError: If the device is closed.
+        """
+        if self._closed:
+            raise ClosedError("the device is closed; make a new CpuDevice")
+        return InlineStream(name, cores=cores)
+
+    def close(self) -> None:
+        """Close every stream after its queued work; safe to call twice."""
+        self._closed = True
+        for stream in list(self._streams):
+            stream.close()
+
+    def __enter__(self) -> CpuDevice:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _work_through(
+    work_queue: queue.SimpleQueue[tuple[Callable[[], Any], Event] | None],
+    cores: tuple[int, ...] | None,
+    background: bool,
+) -> None:
+    if cores is not None:
+        _pin(cores)
+    if background:
+        _lower_priority()
+    while (item := work_queue.get()) is not None:
+        work, event = item
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as exc:
+            error = exc
+        event.set(error)
+        # Nothing may be kept alive while waiting for the next item, least of all the frames in a closure.
+        del item, work, event, error
+
+
+def _nothing() -> None:
+    """The work of a mark in the queue."""
+
+
+def _available_cores() -> tuple[int, ...]:
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def _physical_core(core: int) -> tuple[int, int]:
+    """A sort key that puts the hardware threads of one physical core side by side."""
+    path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+    try:
+        # "0,8" or "0-1": the first number names the physical core.
+        first = int(path.read_text().replace("-", ",").split(",")[0])
+    except (OSError, ValueError):
+        first = core
+    return first, core
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str, *args: object) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message, *args)
+
+
+def _pin(cores: tuple[int, ...]) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        _say_once("this system cannot pin a thread to cores; streams run where it puts them")
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as exc:
+        # The cores may have been taken away since they were counted (cpuset of a container); slower, never wrong.
+        _say_once("a thread could not be pinned to its cores (%s); it runs where the system puts it", exc)
+
+
+@contextlib.contextmanager
+def _pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
+    if cores is None or not hasattr(os, "sched_getaffinity"):
+        yield
+        return
+    before = tuple(os.sched_getaffinity(0))
+    _pin(cores)
+    try:
+        yield
+    finally:
+        _pin(before)
+
+
+def _lower_priority() -> None:
+    # Niceness belongs to a thread on Linux and to the whole process elsewhere, where it must not be touched.
+    if not (hasattr(os, "sched_setaffinity") and hasattr(os, "setpriority")):
+        _say_once("this system knows no priority of a single thread; background streams run at the normal one")
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+    except OSError as exc:
+        _say_once("a thread's priority could not be lowered (%s); it runs at the normal one", exc)
+
+
+_FINISHED = Event()
+_FINISHED.set()
