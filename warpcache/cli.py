@@ -103,7 +103,7 @@ class PolicyType(click.ParamType):
 
 
 class OutputType(click.ParamType):
-    """A path to write, with one of the known suffixes and in a folder that exists."""
+    """A path to write, with one of the known suffixes and where writing is allowed."""
 
     name = "path"
 
@@ -115,10 +115,10 @@ class OutputType(click.ParamType):
         path = Path(value)
         if self.suffixes and path.suffix.lower() not in self.suffixes:
             self.fail(f"{value!r} must end in {' or '.join(self.suffixes)}", param, ctx)
-        parent = path.absolute().parent
-        # Found out now and not after twenty minutes of work.
+        # Found out now and not after twenty minutes of work. Missing folders are made when the file is written.
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir():
-            self.fail(f"the folder {str(parent)!r} does not exist; make it first", param, ctx)
+            self.fail(f"{str(parent)!r} is no folder", param, ctx)
         if not os.access(parent, os.W_OK):
             self.fail(f"no permission to write into {str(parent)!r}", param, ctx)
         return path
@@ -292,18 +292,19 @@ def run(
     Under async, frames arrive at --fps, or else at the pace of the clip or the bundle; the other policies take the
     next frame when the last one is answered, unless --fps is given.
     """
-    if policy is not None and age is not None:
-        raise click.UsageError("--age is a mode of its own (lockstep); leave --policy or --age out")
     from .bench import run_bundle
+    from .engine.policy import Policy
     from .progress import ProgressBar
 
+    if policy is not None and age is not None:
+        raise click.UsageError("--age is a mode of its own (lockstep); leave --policy or --age out")
+    chosen = Policy.choose(policy, age)
     with ProgressBar() as progress:
         measured = run_bundle(
             bundle,
             inputs,
             out,
-            policy=policy,
-            age=age,
+            policy=chosen,
             exit_name=exit_name,
             fps=fps,
             threads=threads,
@@ -350,15 +351,16 @@ def bench(
     Quality is against the whole generator's output, and against the truth where INPUTS.npz holds an array `truth`.
     """
     from .bench import bench_bundle
+    from .engine.policy import Policy
     from .progress import ProgressBar
 
-    chosen = policies or (() if ages else ("full", "every:4", "async"))
+    names = policies or (() if ages else ("full", "every:4", "async"))
+    chosen = [*(Policy.parse(name) for name in names), *(Policy.lockstep(age) for age in ages)]
     with ProgressBar() as progress:
         measured = bench_bundle(
             bundle,
             inputs,
             policies=chosen,
-            ages=ages,
             exit_name=exit_name,
             fps=fps,
             measure_every=measure_every,

@@ -1,0 +1,371 @@
+"""Measure one bundle under several policies on the same inputs: latency, age of the caches, quality.
+
+Every policy streams the same frames through its own engine, one after the other, in this process. Nothing but the
+frames' copies happens between two frames; quality is measured afterwards, so that it takes no core from a producer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .engine.policy import Policy
+from .engine.spec import Array
+from .progress import Report, silent
+
+if TYPE_CHECKING:
+    from .engine.bundle import Bundle
+    from .engine.lpips import Lpips
+    from .engine.manifest import Manifest
+    from .engine.session import Frame
+    from .inputs import InputStream
+    from .report import PolicyResult
+
+__all__ = ["MEASURED_FRAMES", "Measured", "Recording", "bench_bundle", "record", "result_of", "run_bundle"]
+
+MEASURED_FRAMES = 300
+"""Frames that quality is measured on unless told otherwise: beyond it the mean hardly moves and the wait grows."""
+
+WHOLE = "whole generator"
+TRUTH = "truth"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command prints and writes: a table and its words.
+
+    Attributes:
+        title: The table's heading.
+        caption: How it was measured.
+        rows: JSON-ready rows, one a policy.
+    """
+
+    title: str
+    caption: str
+    rows: list[dict[str, Any]]
+
+
+@dataclass
+class Recording:
+    """What one policy answered on a stream.
+
+    Attributes:
+        policy: The policy as people write it, e.g. ``every:4`` or ``lockstep:2``.
+        latency_ms: From arrival to answer, one per answered frame.
+        indices: Which frame of the stream each answer is; frames that were dropped are missing.
+        ages: Age of the cache that each frame was answered from, in frames.
+        routes: The exit that answered.
+        seconds: Wall time from the first arrival to the last answer.
+        images: The image output of the kept frames, float32 [C, H, W], by frame index.
+    """
+
+    policy: str
+    latency_ms: list[float] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
+    routes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    images: dict[int, Array] = field(default_factory=dict)
+
+    @property
+    def fps(self) -> float:
+        """Frames answered per second of wall time."""
+        return len(self.indices) / self.seconds if self.seconds > 0 else 0.0
+
+
+def pace(policy: Policy, asked: float | None, known: float | None) -> float | None:
+    """Frames per second at which inputs arrive, or None: the next one when the last is answered.
+
+    Only `async` has a clock of its own: how old its caches are depends on how fast frames come. The other policies
+    give the same answers at any pace, and unpaced they show how fast they can be.
+
+    Args:
+        policy: The policy.
+        asked: What the user asked for; it wins.
+        known: The clip's or the bundle's rate, if known.
+    """
+    if asked is not None:
+        return asked
+    return known if policy.kind == "async" else None
+
+
+def record(
+    bundle: Bundle,
+    arrays: Mapping[str, Array],
+    *,
+    policy: Policy,
+    exit_name: str | None = None,
+    fps: float | None = None,
+    threads: int | None = None,
+    keep: Callable[[int], bool] = lambda index: False,
+    on_frame: Callable[[Frame], None] | None = None,
+    progress: Report = silent,
+) -> Recording:
+    """Stream `arrays` through `bundle` under one policy.
+
+    Args:
+        bundle: An opened bundle.
+        arrays: Inputs by name, leading axis time.
+        policy: When producers run.
+        exit_name: Answer old caches with this exit only.
+        fps: Pace of arrival; None submits the next frame when the last one is answered.
+        threads: CPU threads; default: the cores of this process.
+        keep: Which frames' images to keep, by index.
+        on_frame: Called with every frame between two frames; it must be short.
+        progress: Told how far it is.
+
+    Returns:
+        Latency, ages and routes of every answered frame, and the kept images.
+    """
+    from .engine import Engine
+
+    label = str(policy)
+    total = frame_count(arrays)
+    result = Recording(policy=label)
+    image = bundle.manifest.image_output
+    progress(label, 0, total)
+    with Engine(bundle, policy=policy, exit=exit_name, threads=threads) as engine:
+        session = engine.session()
+        begin = time.perf_counter()
+        for frame in session.render(arrays, fps=fps):
+            result.latency_ms.append(frame.latency_ms)
+            result.indices.append(frame.index)
+            result.ages.append(frame.age)
+            result.routes.append(frame.route)
+            if image is not None and keep(frame.index):
+                result.images[frame.index] = frame.outputs[image][0]
+            if on_frame is not None:
+                on_frame(frame)
+            progress(label, frame.index + 1, total)
+        result.seconds = time.perf_counter() - begin
+        session.close()
+    return result
+
+
+def frame_count(arrays: Mapping[str, Array]) -> int:
+    """Frames in a stream: the longest leading extent (1 serves every frame)."""
+    return max((len(array) for array in arrays.values()), default=0)
+
+
+def result_of(
+    recording: Recording,
+    references: Mapping[str, Mapping[int, Array]],
+    *,
+    lpips: Lpips | None = None,
+    progress: Report = silent,
+) -> PolicyResult:
+    """Compare the images of `recording` with each reference, frame by frame.
+
+    Args:
+        recording: What a policy answered.
+        references: Name of the reference -> its images by frame index; only frames in both are compared.
+        lpips: Loaded LPIPS; without it LPIPS is left out.
+        progress: Told how far it is.
+
+    Returns:
+        The policy's figures: means over the frames, and means by age of the cache against the first reference.
+    """
+    from .report import PolicyResult
+
+    quality: dict[str, dict[str, float]] = {}
+    by_age: dict[str, dict[int, dict[str, float]]] = {}
+    age_of = dict(zip(recording.indices, recording.ages, strict=True))
+    for name, images in references.items():
+        frames = sorted(set(recording.images) & set(images))
+        if not frames:
+            continue
+        values = _compare(recording, images, frames, name, lpips, progress)
+        quality[name] = {metric: float(np.mean(column)) for metric, column in values.items()}
+        ages = np.array([age_of[index] for index in frames])
+        by_age[name] = {
+            int(age): {metric: float(np.mean(column[ages == age])) for metric, column in values.items()}
+            for age in np.unique(ages)
+        }
+    return PolicyResult(
+        policy=recording.policy,
+        latency_ms=tuple(recording.latency_ms),
+        ages=tuple(recording.ages),
+        routes=tuple(recording.routes),
+        fps=recording.fps,
+        quality_against=quality,
+        quality_by_age=by_age,
+    )
+
+
+def _compare(
+    recording: Recording,
+    images: Mapping[int, Array],
+    frames: Sequence[int],
+    name: str,
+    lpips: Lpips | None,
+    progress: Report,
+) -> dict[str, Array]:
+    """Every metric of every frame in `frames`, in that order: name -> float64 [len(frames)]."""
+    from .engine.quality import available_metrics, measure
+
+    # MS-SSIM says little that SSIM does not and takes as long as all others together.
+    metrics = [
+        metric
+        for metric in available_metrics(images[frames[0]].shape, lpips=lpips)
+        if metric != "ms_ssim" and (metric != "lpips" or lpips is not None)
+    ]
+
+    def one(index: int) -> dict[str, float]:
+        return measure(recording.images[index], images[index], metrics, lpips=lpips)
+
+    stage = f"quality of {recording.policy} against {name}"
+    values: dict[str, list[float]] = {metric: [] for metric in metrics}
+    with ThreadPoolExecutor() as pool:
+        for done, row in enumerate(pool.map(one, frames), start=1):
+            for metric, value in row.items():
+                values[metric].append(value)
+            progress(stage, done, len(frames))
+    return {metric: np.array(column) for metric, column in values.items()}
+
+
+def bench_bundle(
+    path: Path,
+    inputs: Path,
+    *,
+    policies: Sequence[Policy],
+    exit_name: str | None = None,
+    fps: float | None = None,
+    measure_every: int | None = None,
+    threads: int | None = None,
+    lpips: Path | None = None,
+    progress: Report = silent,
+) -> Measured:
+    """Measure the bundle at `path` under several policies on the frames of `inputs`.
+
+    Args:
+        path: The bundle.
+        inputs: ``.npz`` or ``.mp4``; an array ``truth`` in the ``.npz`` is a second reference.
+        policies: Policies to measure, in this order.
+        exit_name: Answer old caches with this exit only.
+        fps: Pace of arrival under `async`; default: the clip's or the bundle's.
+        measure_every: Measure quality on every N-th frame; default: so that about `MEASURED_FRAMES` are measured.
+        threads: CPU threads; default: the cores of this process.
+        lpips: Weights of LPIPS; without them it is left out.
+        progress: Told how far it is.
+
+    Returns:
+        One row a policy.
+
+    Raises:
+        BundleError: If the bundle is damaged.
+        InputError: If the inputs do not fit it.
+    """
+    from .engine.bundle import Bundle
+    from .report import row
+
+    bundle, network = Bundle.open(path), load_lpips(lpips)
+    stream = open_inputs(inputs, bundle.manifest)
+    step = measure_every or max(1, -(-stream.frames // MEASURED_FRAMES))
+    rate = fps or stream.fps or bundle.manifest.fps
+
+    def run(policy: Policy) -> Recording:
+        return record(
+            bundle,
+            stream.arrays,
+            policy=policy,
+            exit_name=exit_name,
+            fps=pace(policy, None, rate),
+            threads=threads,
+            keep=lambda index: index % step == 0,
+            progress=progress,
+        )
+
+    recordings = [run(policy) for policy in policies]
+    whole = next((r for r in recordings if r.policy == "full"), None)
+    if whole is None and bundle.manifest.image_output is not None:
+        whole = run(Policy("full"))  # the reference; its own row was not asked for
+    references: dict[str, Mapping[int, Array]] = {WHOLE: whole.images} if whole is not None else {}
+    if stream.truth is not None:
+        references[TRUTH] = {index: stream.truth[index] for index in range(0, len(stream.truth), step)}
+    rows = [row(result_of(r, references, lpips=network, progress=progress)) for r in recordings]
+    which = "every frame" if step == 1 else f"every {_ordinal(step)} frame"
+    paced = f"async paced at {rate:g} frames per second" if rate else "async unpaced"
+    return Measured(
+        title=f"{bundle.manifest.name}: {stream.frames} frames of {inputs.name}",
+        caption=f"Quality on {which}; {paced}; latency from arrival to answer.",
+        rows=rows,
+    )
+
+
+def run_bundle(
+    path: Path,
+    inputs: Path,
+    out: Path,
+    *,
+    policy: Policy,
+    exit_name: str | None = None,
+    fps: float | None = None,
+    threads: int | None = None,
+    progress: Report = silent,
+) -> Measured:
+    """Stream `inputs` through the bundle at `path` and write the answers to `out`.
+
+    Args:
+        path: The bundle.
+        inputs: ``.npz`` or ``.mp4``.
+        out: ``.mp4`` (the image output) or ``.npz`` (one array per output, in the generator's order).
+        policy: When producers run.
+        exit_name: Answer old caches with this exit only.
+        fps: Pace of arrival and of the video; default: the clip's or the bundle's.
+        threads: CPU threads; default: the cores of this process.
+        progress: Told how far it is.
+
+    Returns:
+        One row: latency, frames per second and age; quality is not measured here.
+    """
+    from .engine.bundle import Bundle
+    from .outputs import OutputWriter
+    from .report import row
+
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    stream = open_inputs(inputs, manifest)
+    rate = pace(policy, fps, stream.fps or manifest.fps)
+    with OutputWriter(out, image_output=manifest.image_output, fps=fps or stream.fps or manifest.fps) as writer:
+        recording = record(
+            bundle,
+            stream.arrays,
+            policy=policy,
+            exit_name=exit_name,
+            fps=rate,
+            threads=threads,
+            on_frame=lambda frame: writer.write(frame.outputs),
+            progress=progress,
+        )
+    return Measured(
+        title=f"{manifest.name}: {len(recording.indices)} of {stream.frames} frames answered",
+        caption=f"Frames came {f'{rate:g} a second' if rate else 'as fast as they were answered'}.",
+        rows=[row(result_of(recording, {}))],
+    )
+
+
+def open_inputs(path: Path, manifest: Manifest) -> InputStream:
+    """Load a stream of inputs and check it against what the bundle takes."""
+    from .inputs import load_inputs
+
+    return load_inputs(path, manifest.inputs)
+
+
+def load_lpips(path: Path | None) -> Lpips | None:
+    """Load LPIPS where its weights are given."""
+    if path is None:
+        return None
+    from .engine.lpips import Lpips
+
+    return Lpips.load(path)
+
+
+def _ordinal(number: int) -> str:
+    suffix = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{suffix}"
