@@ -16,11 +16,13 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from .errors import BundleError
 from .manifest import FILE_NAME, FORMAT, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
+from .onnx_files import external_tensors
 
 __all__ = [
     "FORMAT",
@@ -150,7 +152,7 @@ def _verify(folder: Path) -> Manifest:
     manifest = Manifest.from_json(_read_manifest(folder))
     _check_entries(folder, manifest)
     for name, record in manifest.files.items():
-        _check_content(folder, name, record)
+        _check_content(folder, name, record, manifest.files)
     return manifest
 
 
@@ -193,7 +195,7 @@ def _check_entries(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{MANIFEST}: module {name!r} refers to {module.file!r}, which is no .onnx file")
 
 
-def _check_content(path: Path, name: str, record: FileRecord) -> None:
+def _check_content(path: Path, name: str, record: FileRecord, files: Mapping[str, FileRecord]) -> None:
     with _open_regular(path / name) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         # Size first: an oversized file is refused without reading it.
@@ -202,14 +204,36 @@ def _check_content(path: Path, name: str, record: FileRecord) -> None:
                 f"file {name!r} has {size_bytes} bytes, {MANIFEST} says {record.size_bytes}; copy the bundle again"
             )
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != record.sha256:
-        raise BundleError(
-            f"file {name!r} has been altered: its SHA-256 is {digest}, {MANIFEST} says {record.sha256}; "
-            "copy the bundle again"
-        )
+        if digest != record.sha256:
+            raise BundleError(
+                f"file {name!r} has been altered: its SHA-256 is {digest}, {MANIFEST} says {record.sha256}; "
+                "copy the bundle again"
+            )
+        if name.endswith(".onnx"):
+            _check_references(file, name, files)
 
 
-def _open_regular(path: Path) -> IO[bytes]:
+def _check_references(file: BinaryIO, name: str, files: Mapping[str, FileRecord]) -> None:
+    """A graph may read only the bundle's own files, and only what is in them."""
+    try:
+        tensors = external_tensors(file)
+    except BundleError as exc:
+        raise BundleError(f"file {name!r} is refused: {exc}") from exc.__cause__
+    for tensor in tensors:
+        if tensor.location not in files:
+            raise BundleError(
+                f"file {name!r} reads {tensor.location!r} for its tensor {tensor.name!r}, "
+                f"which is not a file of the bundle; compile the bundle again"
+            )
+        size_bytes = files[tensor.location].size_bytes
+        if tensor.offset + (tensor.size_bytes or 0) > size_bytes:
+            raise BundleError(
+                f"file {name!r} reads bytes {tensor.offset} to {tensor.offset + (tensor.size_bytes or 0)} of "
+                f"{tensor.location!r} for its tensor {tensor.name!r}, but that has {size_bytes}; compile the bundle again"
+            )
+
+
+def _open_regular(path: Path) -> BufferedReader:
     """Open a file that is no link, pipe or device, without waiting for a writer at a pipe's other end."""
     if path.is_symlink():
         raise BundleError(f"{path.name!r} is a symbolic link; a bundle holds only files of its own")

@@ -311,6 +311,7 @@ class CpuDevice:
             return CoreShare(1, (1,) * producers, self.cores, (self.cores,) * producers, shared=True)
         consumer = min(len(self.cores) // 2, _MOST_CONSUMER_THREADS)
         rest = self.cores[consumer:]
+        parts: list[tuple[int, ...]]
         if producers >= len(rest):
             parts = [(rest[index % len(rest)],) for index in range(producers)]
         else:
