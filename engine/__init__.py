@@ -1,1 +1,41 @@
 """Runtime: bundles, modules, devices, caches, scheduler, sessions. Never imports torch."""
+
+from __future__ import annotations
+
+from .bundle import Bundle, write_bundle
+from .engine import Engine
+from .errors import (
+    BackendError,
+    BundleError,
+    ClosedError,
+    DeadlineError,
+    ExportError,
+    InputError,
+    WarpcacheError,
+)
+from .manifest import Manifest
+from .policy import Policy
+from .session import Frame, Session
+from .spec import Array, TensorSpec
+from .telemetry import LatencySummary, SessionStatistics
+
+__all__ = [
+    "Array",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "ClosedError",
+    "DeadlineError",
+    "Engine",
+    "ExportError",
+    "Frame",
+    "InputError",
+    "LatencySummary",
+    "Manifest",
+    "Policy",
+    "Session",
+    "SessionStatistics",
+    "TensorSpec",
+    "WarpcacheError",
+    "write_bundle",
+]

@@ -1,0 +1,294 @@
+"""A bundle loaded on a device: its modules and streams. Frames go through sessions, which own what changes."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, cast
+
+from .bundle import Bundle, Manifest
+from .device import CoreShare, CpuDevice, Stream
+from .errors import ClosedError, InputError
+from .module import Module
+from .policy import Policy
+from .scheduler import OnStale, Route, Scheduler
+from .session import Clock, Session
+from .spec import TensorSpec
+
+__all__ = ["Backend", "Engine"]
+
+
+class Backend(Protocol):
+    """What loads a graph: `OnnxRuntimeModule`, or a test's fake."""
+
+    def __call__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        threads: int,
+        spinning: bool,
+    ) -> Module: ...
+
+
+@dataclass(frozen=True)
+class LoadedModule:
+    """A module, the stream it was loaded for, and which of its inputs come from the frame and which from the cache."""
+
+    module: Module
+    stream: Stream
+    frame_inputs: tuple[str, ...]
+    cache_inputs: tuple[str, ...]
+
+
+class Engine:
+    """A bundle, ready to answer frames.
+
+    Several sessions may share an engine: their frames take turns, and nothing of one shows in another.
+
+    Args:
+        bundle: Path of a bundle's folder, or an open `Bundle`.
+        policy: When producers run: ``"full"``, ``"every:N"`` or ``"async"`` (see `Policy`).
+        age: Deterministic lockstep: frame t is answered from the cache of frame max(0, t - age). Goes with no policy
+            but the default.
+        exit: Which exit answers from an aged cache: ``"warp"`` or ``"plain"``; None takes ``warp`` where the bundle has
+            it. At age 0 ``plain`` answers, which is exact there.
+        threads: Cores to use; None uses all that the process may. Under ``async`` they are shared out between
+            consumer and producers, else every module uses all of them, one at a time.
+        max_age: The oldest cache to answer from, in frames; None sets no limit.
+        on_stale: Without a young enough cache, ``"whole"`` lets the whole generator answer, ``"raise"`` raises
+            `DeadlineError` for the frame.
+        validate: Refuse NaN and Inf in every frame's inputs. Names, dtypes and shapes are always checked.
+        producers: Producer streams under ``async``, each with a copy of the producer's weights.
+        backend: What loads the graphs; None is ONNX Runtime on the CPU.
+
+    Raises:
+        InputError: If an option is wrong, or two of them exclude each other.
+        BundleError: If the bundle is damaged or foreign; nothing of it was executed.
+        BackendError: If there is no executor, or it refuses a graph.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        *,
+        policy: str | Policy = "async",
+        age: int | None = None,
+        exit: Literal["plain", "warp"] | None = None,
+        threads: int | None = None,
+        max_age: int | None = None,
+        on_stale: OnStale = "whole",
+        validate: bool = True,
+        producers: int = 1,
+        backend: Backend | None = None,
+    ) -> None:
+        self.policy = Policy.choose(policy, age)
+        self.validate = validate
+        self.turn = threading.Lock()
+        self._max_age = max_age
+        self._on_stale: OnStale = on_stale
+        self._producer_count = 1 if self.policy.foreground else producers
+        self._closed = False
+        self._closing = threading.Lock()
+        self._loading = threading.Lock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._exits: dict[Route, LoadedModule] = {}
+        self._producers: tuple[LoadedModule, ...] = ()
+        self._check_options(exit, producers)
+        self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self._aged_exit = _choose_aged_exit(self.manifest, exit)
+        self._load = _onnx_runtime() if backend is None else backend
+        self._planned = self._plan_exits()
+        self.required_inputs = self._find_required_inputs()
+        self._device = CpuDevice(threads)
+        with ExitStack() as undo:
+            undo.callback(self._release)
+            self._load_planned()
+            undo.pop_all()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says about itself."""
+        return self._bundle.manifest
+
+    def session(self, *, clock: Clock | None = None) -> Session:
+        """Open a session: one client's sequence of frames, with caches of its own.
+
+        Args:
+            clock: Where the session takes its time from; None is the machine's monotonic clock.
+
+        Raises:
+            ClosedError: If the engine is closed.
+        """
+        with self._closing:
+            self._require_open()
+            session = Session(self, clock=clock)
+            self._sessions.add(session)
+            return session
+
+    def close(self) -> None:
+        """Close the sessions, wait for the producers that run, and unload the modules. Safe to call twice."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+        self._release()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What sessions need of the engine.
+
+    @property
+    def cache_specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that a cache slot holds; none where no producer runs."""
+        return () if self.policy.kind == "full" else self.manifest.cache
+
+    def new_scheduler(self) -> Scheduler:
+        """A scheduler for one session. A producer stream with cores of its own counts as a device."""
+        return Scheduler(
+            self.policy,
+            devices=self._producer_count,
+            aged_exit=self._aged_exit,
+            max_age=self._max_age,
+            on_stale=self._on_stale,
+        )
+
+    def exit_module(self, route: Route) -> LoadedModule:
+        """The module of an exit. The whole generator as a mere fallback is loaded when it is first needed."""
+        loaded = self._exits.get(route)
+        if loaded is None:
+            with self._loading:
+                self._require_open()
+                loaded = self._exits.get(route) or self._load_exit(route)
+                self._exits[route] = loaded
+        return loaded
+
+    def producer_module(self, device: int) -> LoadedModule:
+        """The producer on `device`, loaded on its stream."""
+        return self._producers[device]
+
+    # Loading
+
+    def _check_options(self, exit_: str | None, producers: int) -> None:
+        """Validate without touching a device or a file."""
+        if exit_ not in (None, "plain", "warp"):
+            raise InputError(f"unknown exit {exit_!r}; choose 'plain' or 'warp' (policy='full' is the whole generator)")
+        if producers < 1:
+            raise InputError(f"producers is {producers}; give 1 or more")
+        planned = self.policy.oldest_planned_age
+        if self._max_age is not None and planned is not None and planned > self._max_age:
+            raise InputError(
+                f"policy '{self.policy}' plans for ages up to {planned}, above max_age {self._max_age}; change one"
+            )
+        # The scheduler's own checks (max_age, on_stale), before anything is loaded.
+        Scheduler(self.policy, max_age=self._max_age, on_stale=self._on_stale)
+
+    def _plan_exits(self) -> tuple[Route, ...]:
+        """The exits that the policy itself uses."""
+        if self.policy.kind == "full":
+            return ("whole",)
+        exits: list[Route] = ["plain"]
+        if self._aged_exit == "warp" and self.policy.oldest_planned_age != 0:
+            exits.append("warp")
+        # Asked for by an age limit, so part of the plan; otherwise only a failing producer needs it.
+        if self._max_age is not None and self._on_stale == "whole" and not self.policy.foreground:
+            exits.append("whole")
+        return tuple(exits)
+
+    def _find_required_inputs(self) -> frozenset[str]:
+        """The generator's inputs, and motion where a module that is going to run takes it."""
+        manifest = self.manifest
+        names = [manifest.exit(route).module for route in self._planned]
+        if self.policy.kind != "full":
+            names.append("producer")
+        taken = {spec.name for name in names for spec in manifest.modules[name].inputs}
+        return frozenset(
+            [spec.name for spec in manifest.generator_inputs]
+            + [spec.name for spec in manifest.motion_inputs if spec.name in taken]
+        )
+
+    def _load_planned(self) -> None:
+        if self.policy.foreground:
+            # One thing at a time, so that everything has all cores.
+            share = self._device.share(0)
+            self._exit_share = share
+            inline = self._device.inline(cores=share.consumer_cores)
+            if self.policy.kind != "full":
+                # Its executor's threads must not spin on while a consumer wants the cores.
+                self._producers = (self._load_module("producer", inline, share.consumer_threads, spinning=False),)
+        else:
+            share = self._device.share(self._producer_count)
+            self._exit_share = share
+            self._producers = tuple(self._load_producer(share, index) for index in range(self._producer_count))
+        for route in self._planned:
+            self._exits[route] = self._load_exit(route)
+
+    def _load_producer(self, share: CoreShare, index: int) -> LoadedModule:
+        # In the background even on cores of its own: the thread that answers frames is the caller's, which is not
+        # pinned, and where it lands on a producer's core it goes first.
+        stream = self._device.stream(f"warpcache-producer-{index}", cores=share.producer_cores[index], background=True)
+        return self._load_module("producer", stream, share.producer_threads[index], spinning=not share.shared)
+
+    def _load_exit(self, route: Route) -> LoadedModule:
+        share = self._exit_share
+        inline = self._device.inline(cores=share.consumer_cores)
+        name = self.manifest.exit(route).module
+        return self._load_module(name, inline, share.consumer_threads, spinning=not share.shared)
+
+    def _load_module(self, name: str, stream: Stream, threads: int, *, spinning: bool) -> LoadedModule:
+        record = self.manifest.modules[name]
+        path = self._bundle.file(record.file)
+
+        def load() -> Module:
+            return self._load(
+                path, name=name, inputs=record.inputs, outputs=record.outputs, threads=threads, spinning=spinning
+            )
+
+        cache = {spec.name for spec in self.manifest.cache}
+        return LoadedModule(
+            # On the stream's own thread and cores, which the executor's threads inherit.
+            module=stream.call(load),
+            stream=stream,
+            frame_inputs=tuple(spec.name for spec in record.inputs if spec.name not in cache),
+            cache_inputs=tuple(spec.name for spec in record.inputs if spec.name in cache),
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed; open a new one")
+
+    def _release(self) -> None:
+        # Streams first: a producer that runs still needs its module.
+        self._device.close()
+        for loaded in (*self._producers, *self._exits.values()):
+            loaded.module.close()
+
+
+def _choose_aged_exit(manifest: Manifest, exit_: Literal["plain", "warp"] | None) -> Literal["plain", "warp"]:
+    if exit_ is None:
+        return "warp" if any(record.name == "warp" for record in manifest.exits) else "plain"
+    manifest.exit(exit_)
+    return exit_
+
+
+def _onnx_runtime() -> Backend:
+    # ONNX Runtime itself is imported only when the first module is loaded.
+    from .onnxruntime_backend import OnnxRuntimeModule
+
+    return cast("Callable[..., Module]", OnnxRuntimeModule)
