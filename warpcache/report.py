@@ -1,0 +1,430 @@
+"""What was measured, for people and for programs: a page, a table, JSON.
+
+One `PolicyResult` holds what a policy gave on a stream; `row` turns it into the JSON record that everything else is
+made from, so that the page, the table and the file cannot disagree.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import importlib.resources
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .engine.errors import InputError
+from .engine.quality import METRICS
+from .files import written_beside
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "SCHEMA",
+    "Figure",
+    "PolicyResult",
+    "ReportData",
+    "environment",
+    "figures_of",
+    "policy_title",
+    "print_table",
+    "row",
+    "write_json",
+    "write_report",
+]
+
+SCHEMA = 1
+"""Version of the JSON that `write_json` writes."""
+
+_PACKAGES = ("warpcache", "numpy", "onnxruntime", "onnxruntime-gpu", "av", "flip-evaluator")
+# On a pipe there is no terminal to ask for its width; a table broken at 80 columns is hard to read and to search.
+_PIPE_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    """What one policy gave on one stream.
+
+    Attributes:
+        policy: As people write it: ``full``, ``every:4``, ``async``, ``lockstep:2``.
+        latency_ms: From arrival to answer, one per answered frame.
+        ages: Age of the cache of each answered frame, in frames.
+        routes: The exit that answered each frame.
+        fps: Frames answered per second.
+        quality_against: Reference -> metric -> mean over frames; the first reference is the one that counts.
+        quality_by_age: Reference -> age -> metric -> mean over the frames of that age.
+    """
+
+    policy: str
+    latency_ms: Sequence[float]
+    ages: Sequence[int]
+    routes: Sequence[str]
+    fps: float
+    quality_against: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    quality_by_age: Mapping[str, Mapping[int, Mapping[str, float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report shows.
+
+    Attributes:
+        title: What was measured.
+        caption: How it was measured.
+        results: One per policy, the baseline first and the one to look at last.
+        video: An ``.mp4`` to embed, both answers side by side.
+        environment: Machine and versions; default: this process's.
+    """
+
+    title: str
+    caption: str
+    results: Sequence[PolicyResult]
+    video: Path | None = None
+    environment: Mapping[str, Any] = field(default_factory=lambda: environment())
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table.
+
+    Attributes:
+        group: Heading it stands under, e.g. ``against the whole generator``.
+        label: What it is, with its unit.
+        values: One per policy, worded; ``–`` where there is none.
+        change: How the last policy stands to the first, worded; only where there are two policies.
+        better: Whether that change is for the better; None where it is neither.
+    """
+
+    group: str
+    label: str
+    values: tuple[str, ...]
+    change: str = ""
+    better: bool | None = None
+
+
+def policy_title(policy: str) -> str:
+    """What people read for a policy: ``async`` -> ``Cut and cached``."""
+    name, _, argument = policy.partition(":")
+    titles = {
+        "full": "Whole generator",
+        "async": "Cut and cached",
+        "every": f"Cache every {argument} frames",
+        "lockstep": f"Cache {argument} frames old",
+    }
+    return titles.get(name, policy)
+
+
+def row(result: PolicyResult) -> dict[str, Any]:
+    """The JSON record of one policy.
+
+    Returns:
+        ``{"policy", "frames", "latency_ms": {"p50", "p95", "p99", "max"}, "fps", "age": {"mean", "max"}, "routes":
+        {exit: frames}, "quality": {"against", metric: mean, ...} or None, "quality_against": [the same for every
+        reference]}``. Percentiles interpolate linearly between frames.
+
+    Raises:
+        InputError: If no frame was answered, or the lists differ in length.
+    """
+    frames = len(result.latency_ms)
+    if not frames:
+        raise InputError(f"policy {result.policy!r} answered no frame, so there is nothing to report; give more inputs")
+    if len(result.ages) != frames or len(result.routes) != frames:
+        raise InputError(
+            f"policy {result.policy!r} has {frames} latencies, {len(result.ages)} ages and {len(result.routes)} "
+            "routes; give one of each per answered frame"
+        )
+    latency = np.asarray(result.latency_ms, np.float64)
+    p50, p95, p99 = (float(value) for value in np.percentile(latency, (50, 95, 99)))
+    ages = np.asarray(result.ages, np.float64)
+    quality = [{"against": name, **metrics} for name, metrics in result.quality_against.items()]
+    return {
+        "policy": result.policy,
+        "frames": frames,
+        "latency_ms": {"p50": p50, "p95": p95, "p99": p99, "max": float(latency.max())},
+        "fps": float(result.fps),
+        "age": {"mean": float(ages.mean()), "max": int(ages.max())},
+        "routes": {name: list(result.routes).count(name) for name in dict.fromkeys(result.routes)},
+        "quality": quality[0] if quality else None,
+        "quality_against": quality,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, as every record carries them.
+
+    Returns:
+        ``{"cpu", "cores", "usable_cores", "os", "python", "packages": {name: version}}``; packages that are not
+        installed are left out.
+    """
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+
+
+def write_json(path: str | os.PathLike[str], command: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``{"schema": 1, "command", "environment", "rows"}``, whole or not at all.
+
+    NaN and infinity, which JSON does not know, are written as null.
+
+    Args:
+        path: The file.
+        command: The command that measured, as it was given.
+        rows: JSON-ready records, e.g. from `row`.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    document = {"schema": SCHEMA, "command": command, "environment": environment(), "rows": list(rows)}
+    text = json.dumps(_json_ready(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with written_beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def figures_of(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """The lines of the table that shows `rows` side by side.
+
+    Args:
+        rows: Records from `row`, the baseline first.
+    """
+    found = [
+        _compared("latency", f"{name} ms", [r["latency_ms"][name] for r in rows], 2, lower_is_better=True)
+        for name in ("p50", "p95", "p99", "max")
+    ]
+    found.append(_compared("throughput", "frames per second", [r["fps"] for r in rows], 1))
+    found.append(Figure("throughput", "frames answered", tuple(str(r["frames"]) for r in rows)))
+    found.append(Figure("age of the cache in frames", "mean", tuple(f"{r['age']['mean']:.2f}" for r in rows)))
+    found.append(Figure("age of the cache in frames", "max", tuple(str(r["age"]["max"]) for r in rows)))
+    references = dict.fromkeys(quality["against"] for r in rows for quality in r.get("quality_against", ()))
+    for reference in references:
+        found.extend(_quality_figures(rows, reference))
+    return found
+
+
+def print_table(
+    rows: Sequence[Mapping[str, Any]], *, title: str = "", caption: str = "", console: Console | None = None
+) -> None:
+    """Print the policies side by side.
+
+    Args:
+        rows: Records from `row`, the baseline first.
+        title: Heading.
+        caption: How it was measured.
+        console: Where to; default: stdout.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    out = console or Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    table = Table(title=title or None, caption=caption or None, box=box.SIMPLE_HEAD, title_justify="left")
+    table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
+    table.add_column("")
+    for r in rows:
+        table.add_column(str(r["policy"]), justify="right")
+    figures = figures_of(rows)
+    with_change = any(figure.change for figure in figures)
+    if with_change:
+        table.add_column("change", justify="right")
+    for group, members in _grouped(figures):
+        table.add_row(f"[bold]{group}[/bold]")
+        for figure in members:
+            style = {True: "green", False: "yellow", None: ""}[figure.better]
+            change = [f"[{style}]{figure.change}[/{style}]" if style else figure.change] if with_change else []
+            table.add_row(f"  {figure.label}", *figure.values, *change)
+    out.print(table)
+
+
+def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
+    """Write a page that stands alone: video, charts and style are inside, nothing is loaded from anywhere.
+
+    Args:
+        path: The ``.html`` file.
+        data: What to show.
+
+    Raises:
+        InputError: If there is nothing to show, the video is missing, or the file cannot be written.
+    """
+    import jinja2
+
+    from .figures import charts, series
+
+    if not data.results:
+        raise InputError("a report needs at least one policy's result")
+    rows = [row(result) for result in data.results]
+    template = importlib.resources.files(__package__ or "warpcache").joinpath("templates", "report.html")
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    figures = figures_of(rows)
+    html = page.from_string(template.read_text(encoding="utf-8")).render(
+        title=data.title,
+        caption=data.caption,
+        policies=[
+            {"code": result.policy, "title": policy_title(result.policy), "series": number}
+            for number, result in zip(series(data.results), data.results, strict=True)
+        ],
+        headline=_headline(rows),
+        groups=list(_grouped(figures)),
+        with_change=any(figure.change for figure in figures),
+        charts=charts(data.results),
+        video=_embedded(data.video),
+        environment=_environment_lines(data.environment),
+    )
+    with written_beside(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Iterator[Figure]:
+    """One line per metric against one reference."""
+    by_policy: list[Mapping[str, Any]] = [
+        next((q for q in r.get("quality_against", ()) if q["against"] == reference), {}) for r in rows
+    ]
+    # Nobody is surprised that the whole generator equals itself: its values are no standard to be compared with.
+    itself = reference == "whole generator"
+    for name, metric in METRICS.items():
+        values = [quality.get(name) for quality in by_policy]
+        if all(value is None for value in values):
+            continue
+        label = f"{metric.title}{' ' + metric.unit if metric.unit else ''}"
+        arrow = "↑" if metric.higher_is_better else "↓"
+        worded = tuple(
+            "–" if value is None else "itself" if itself and r["policy"] == "full" else f"{value:.{metric.digits}f}"
+            for r, value in zip(rows, values, strict=True)
+        )
+        change, better = "", None
+        if len(values) == 2 and not itself and values[0] is not None and values[1] is not None:
+            difference = values[1] - values[0]
+            change = f"{difference:+.{metric.digits}f}"
+            better = None if float(change) == 0 else (difference > 0) == metric.higher_is_better
+        yield Figure(f"against the {reference}", f"{label} {arrow}", worded, change, better)
+
+
+def _compared(group: str, label: str, values: Sequence[float], digits: int, *, lower_is_better: bool = False) -> Figure:
+    """A line whose change is a factor."""
+    worded = tuple(f"{value:.{digits}f}" for value in values)
+    if len(values) != 2 or min(values) <= 0:
+        return Figure(group, label, worded)
+    factor = values[0] / values[1] if lower_is_better else values[1] / values[0]
+    better = None if f"{factor:.2f}" == "1.00" else factor > 1
+    return Figure(group, label, worded, f"{factor:.{2 if factor < 2 else 1}f}×", better)
+
+
+def _grouped(figures: Sequence[Figure]) -> Iterator[tuple[str, list[Figure]]]:
+    for group in dict.fromkeys(figure.group for figure in figures):
+        yield group, [figure for figure in figures if figure.group == group]
+
+
+def _headline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The few figures to see first: of the last policy, beside the first."""
+    first, last = rows[0], rows[-1]
+    latency, base = last["latency_ms"], first["latency_ms"]
+    tiles = [
+        {
+            "label": "Latency, p50",
+            "value": f"{latency['p50']:.2f}",
+            "unit": "ms",
+            "note": f"{base['p50']:.2f} ms for the {policy_title(first['policy']).lower()}" if len(rows) > 1 else "",
+        }
+    ]
+    if len(rows) > 1 and latency["p50"] > 0:
+        factor = base["p50"] / latency["p50"]
+        tiles.append(
+            {
+                "label": "Quicker by",
+                "value": f"{factor:.{2 if factor < 2 else 1}f}",
+                "unit": "×",
+                "note": "at the median",
+            }
+        )
+    tail = f"p99 ÷ p50 = {latency['p99'] / latency['p50']:.2f}" if latency["p50"] > 0 else ""
+    tiles.append({"label": "Latency, p99", "value": f"{latency['p99']:.2f}", "unit": "ms", "note": tail})
+    tiles.append(
+        {
+            "label": "Age of the cache",
+            "value": f"{last['age']['mean']:.2f}",
+            "unit": "frames",
+            "note": f"at most {last['age']['max']}",
+        }
+    )
+    quality = last["quality"]
+    for name in ("psnr_db", "ssim", "flip"):
+        if quality is not None and name in quality:
+            metric = METRICS[name]
+            tiles.append(
+                {
+                    "label": metric.title,
+                    "value": f"{quality[name]:.{metric.digits}f}",
+                    "unit": metric.unit,
+                    "note": f"against the {quality['against']}",
+                }
+            )
+    return tiles
+
+
+def _embedded(video: Path | None) -> str | None:
+    """The video as base64."""
+    if video is None:
+        return None
+    try:
+        return base64.b64encode(Path(video).read_bytes()).decode("ascii")
+    except OSError as error:
+        raise InputError(
+            f"the report's video {str(video)!r} cannot be read ({error.strerror}); write it first"
+        ) from error
+
+
+def _environment_lines(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines.extend((str(name), str(version)) for name, version in value.items())
+        elif key == "usable_cores":
+            continue
+        elif key == "cores" and values.get("usable_cores") not in (None, value):
+            lines.append(("cores", f"{values['usable_cores']} of {value}"))
+        else:
+            lines.append((key if key not in ("cpu", "os") else key.upper(), str(value)))
+    return lines
+
+
+def _json_ready(value: Any) -> Any:
+    """The value with NumPy numbers as Python's and NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _cpu_name() -> str:
+    """The processor's model: Linux keeps it in a file, elsewhere `platform` knows as much as there is to know."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
