@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from .inputs import InputStream
     from .report import PolicyResult
 
-__all__ = ["MEASURED_FRAMES", "Measured", "Recording", "bench_bundle", "record", "result_of", "run_bundle"]
+__all__ = ["MEASURED_FRAMES", "ExitName", "Measured", "Recording", "bench_bundle", "record", "result_of", "run_bundle"]
+
+ExitName = Literal["plain", "warp"]
 
 MEASURED_FRAMES = 300
 """Frames that quality is measured on unless told otherwise: beyond it the mean hardly moves and the wait grows."""
@@ -100,7 +102,7 @@ def record(
     arrays: Mapping[str, Array],
     *,
     policy: Policy,
-    exit_name: str | None = None,
+    exit_name: ExitName | None = None,
     fps: float | None = None,
     threads: int | None = None,
     keep: Callable[[int], bool] = lambda index: False,
@@ -131,9 +133,8 @@ def record(
     image = bundle.manifest.image_output
     progress(label, 0, total)
     with Engine(bundle, policy=policy, exit=exit_name, threads=threads) as engine:
-        session = engine.session()
         begin = time.perf_counter()
-        for frame in session.render(arrays, fps=fps):
+        for frame in engine.session().render(arrays, fps=fps):
             result.latency_ms.append(frame.latency_ms)
             result.indices.append(frame.index)
             result.ages.append(frame.age)
@@ -144,7 +145,6 @@ def record(
                 on_frame(frame)
             progress(label, frame.index + 1, total)
         result.seconds = time.perf_counter() - begin
-        session.close()
     return result
 
 
@@ -234,7 +234,7 @@ def bench_bundle(
     inputs: Path,
     *,
     policies: Sequence[Policy],
-    exit_name: str | None = None,
+    exit_name: ExitName | None = None,
     fps: float | None = None,
     measure_every: int | None = None,
     threads: int | None = None,
@@ -304,7 +304,7 @@ def run_bundle(
     out: Path,
     *,
     policy: Policy,
-    exit_name: str | None = None,
+    exit_name: ExitName | None = None,
     fps: float | None = None,
     threads: int | None = None,
     progress: Report = silent,

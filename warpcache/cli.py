@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from . import __version__
 from .engine.errors import ExportError, InputError, WarpcacheError
 
 if TYPE_CHECKING:
-    from .bench import Measured
+    from .bench import ExitName, Measured
     from .engine.bundle import Bundle
 
 __all__ = ["cli", "main"]
@@ -86,51 +86,53 @@ def _os_sentence(exc: OSError) -> str:
     return _sentence(f"{exc.strerror or exc}{where}")
 
 
-class PolicyType(click.ParamType):
-    """A policy by name, checked while the arguments are parsed, so that a wrong one is wrong usage."""
+def checked_policy(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Check policies while the arguments are parsed, so that a wrong one is wrong usage.
 
-    name = "policy"
+    Raises:
+        click.BadParameter: If a name is no policy.
+    """
+    from .engine.policy import Policy
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return `value` if it names a policy; end with exit code 2 otherwise."""
-        from .engine.policy import Policy
-
-        try:
-            Policy.parse(value)
-        except InputError as exc:
-            self.fail(_sentence(str(exc)), param, ctx)
-        return str(value)
+    for text in value if isinstance(value, tuple) else [value]:
+        if text is not None:
+            try:
+                Policy.parse(text)
+            except InputError as exc:
+                raise click.BadParameter(_sentence(str(exc)), ctx, param) from exc
+    return value
 
 
-class OutputType(click.ParamType):
-    """A path to write, with one of the known suffixes and where writing is allowed."""
+def writable(*suffixes: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """A check that a path to write has one of the suffixes (none given: any) and is where writing is allowed.
 
-    name = "path"
+    Found out while the arguments are parsed, and not after twenty minutes of work.
+    """
 
-    def __init__(self, *suffixes: str) -> None:
-        self.suffixes = suffixes
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the path; end with exit code 2 where nothing could be written there."""
-        path = Path(value)
-        if self.suffixes and path.suffix.lower() not in self.suffixes:
-            self.fail(f"{value!r} must end in {' or '.join(self.suffixes)}", param, ctx)
-        # Found out now and not after twenty minutes of work. Missing folders are made when the file is written.
+    def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise click.BadParameter(f"{str(path)!r} must end in {' or '.join(suffixes)}", ctx, param)
+        # Missing folders are made when the file is written.
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir():
-            self.fail(f"{str(parent)!r} is no folder", param, ctx)
+            raise click.BadParameter(f"{str(parent)!r} is no folder", ctx, param)
         if not os.access(parent, os.W_OK):
-            self.fail(f"no permission to write into {str(parent)!r}", param, ctx)
+            raise click.BadParameter(f"no permission to write into {str(parent)!r}", ctx, param)
         return path
+
+    return check
 
 
 PATH = click.Path(path_type=Path)
-POLICY = PolicyType()
 COUNT = click.IntRange(min=1)
 AGE = click.IntRange(min=0)
 RATE = click.FloatRange(min=0, min_open=True)
 
-json_option = click.option("--json", "json_path", type=OutputType(), help="Write the figures to this file too.")
+json_option = click.option(
+    "--json", "json_path", type=PATH, callback=writable(), help="Write the figures to this file too."
+)
 lpips_option = click.option(
     "--lpips",
     type=PATH,
@@ -159,7 +161,12 @@ def cli() -> None:
 @cli.command(epilog=EPILOG_DEMO, short_help="Stream a synthetic head, whole and cut, side by side.")
 @click.option("--frames", type=COUNT, default=300, show_default=True, help="Frames to stream.")
 @click.option(
-    "--out", type=OutputType(), default="warpcache-demo", show_default=True, help="Folder for the report and the video."
+    "--out",
+    type=PATH,
+    callback=writable(),
+    default="warpcache-demo",
+    show_default=True,
+    help="Folder for the report and the video.",
 )
 @lpips_option
 @threads_option
@@ -202,7 +209,7 @@ def demo(frames: int, out: Path, lpips: Path | None, threads: int | None, json_p
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted compile of the same bundle.")
-@click.option("--out", type=OutputType(".warp"), required=True, help="The bundle to write, NAME.warp.")
+@click.option("--out", type=PATH, callback=writable(".warp"), required=True, help="The bundle to write, NAME.warp.")
 @lpips_option
 @json_option
 def compile_command(
@@ -252,7 +259,7 @@ def compile_command(
 @click.argument("model", metavar="MODEL.onnx", type=PATH)
 @click.option("--inputs", type=PATH, required=True, help="Sample frames to choose and check the cut on.")
 @cut_option
-@click.option("--out", type=OutputType(".warp"), required=True, help="The bundle to write, NAME.warp.")
+@click.option("--out", type=PATH, callback=writable(".warp"), required=True, help="The bundle to write, NAME.warp.")
 @json_option
 def split(model: Path, inputs: Path, cut: str, out: Path, json_path: Path | None) -> None:
     """Cut an ONNX model whose PyTorch source is not at hand; nothing is trained."""
@@ -268,9 +275,15 @@ def split(model: Path, inputs: Path, cut: str, out: Path, json_path: Path | None
 @click.argument("bundle", metavar="B.warp", type=PATH)
 @click.argument("inputs", metavar="INPUTS.npz|CLIP.mp4", type=PATH)
 @click.option(
-    "--out", type=OutputType(".mp4", ".npz"), required=True, help="The answer: a video, or every output's array."
+    "--out",
+    type=PATH,
+    callback=writable(".mp4", ".npz"),
+    required=True,
+    help="The answer: a video, or every output's array.",
 )
-@click.option("--policy", type=POLICY, metavar="full|every:N|async", help="When producers run; default: async.")
+@click.option(
+    "--policy", callback=checked_policy, metavar="full|every:N|async", help="When producers run; default: async."
+)
 @click.option("--age", type=AGE, help="Lockstep: answer frame t from the cache of frame t - AGE, deterministic.")
 @exit_option
 @click.option("--fps", type=RATE, help="Pace of arrival and of the video; default: the clip's or the bundle's.")
@@ -282,7 +295,7 @@ def run(
     out: Path,
     policy: str | None,
     age: int | None,
-    exit_name: str | None,
+    exit_name: ExitName | None,
     fps: float | None,
     threads: int | None,
     json_path: Path | None,
@@ -320,7 +333,7 @@ def run(
 @click.option(
     "--policy",
     "policies",
-    type=POLICY,
+    callback=checked_policy,
     multiple=True,
     metavar="full|every:N|async",
     help="Repeatable; default: full, every:4, async.",
@@ -339,7 +352,7 @@ def bench(
     inputs: Path,
     policies: tuple[str, ...],
     ages: tuple[int, ...],
-    exit_name: str | None,
+    exit_name: ExitName | None,
     fps: float | None,
     measure_every: int | None,
     threads: int | None,

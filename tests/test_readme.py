@@ -1,0 +1,141 @@
+"""The README: its Python and its commands are run as they stand, its tables and links checked."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from warpcache.cli import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language and its text."""
+
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    return [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
+
+
+def scripts() -> dict[str, str]:
+    """The Python blocks by the file name in their first line."""
+    found = {}
+    for block in blocks():
+        if block.language == "python":
+            first = block.text.splitlines()[0]
+            assert first.startswith("# "), f"a Python block must begin with its file's name, not {first!r}"
+            found[first.removeprefix("# ")] = block.text
+    return found
+
+
+def console_lines() -> Iterator[str]:
+    for block in blocks():
+        if block.language == "console":
+            yield from block.text.splitlines()
+
+
+def warpcache_commands() -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in console_lines() if line.startswith("warpcache ")]
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """Run Python with `arguments` in `cwd`; -P keeps a checkout's warpcache/ from hiding the installed package."""
+    result = subprocess.run([sys.executable, "-P", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{arguments}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The README's example carried out in an empty folder: that folder, and what each line printed."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, text in scripts().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    printed = {}
+    for line in console_lines():
+        words = shlex.split(line)
+        if words[0] == "pip":
+            continue  # the continuous integration does that part, in an environment of its own
+        if words[0] == "python":
+            printed[line] = run(*words[1:], cwd=folder)
+        else:
+            assert words[0] == "warpcache", f"the README's console runs {words[0]!r}, which no test knows"
+            printed[line] = run("-m", *words, cwd=folder)
+    return folder, printed
+
+
+def test_the_example_makes_a_bundle_and_answers(done: tuple[Path, dict[str, str]]) -> None:
+    from warpcache.engine.bundle import Bundle
+    from warpcache.video import read_video
+
+    folder, _ = done
+    manifest = Bundle.open(folder / "mine.warp").manifest
+    assert [spec.name for spec in manifest.generator_inputs] == ["condition"]
+    assert {record.name for record in manifest.exits} == {"whole", "plain", "warp"}
+    assert manifest.calibration is not None
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["full", "every:4", "async"]
+    assert 1 <= len(read_video(folder / "answer.mp4").frames) <= 32  # a live stream may drop frames
+
+
+def test_the_python_example_streams(done: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = done
+    *lines, statistics = run("stream.py", cwd=folder).strip().splitlines()
+    answered = [re.fullmatch(r"(\d+) (\d+) (whole|plain|warp) \d+\.\d\d ms", line) for line in lines]
+    assert all(answered), lines
+    indices = [int(found[1]) for found in answered if found is not None]
+    assert indices == sorted(set(indices))
+    assert indices[0] == 0
+    assert statistics.startswith("SessionStatistics(")
+
+
+def test_the_python_example_runs_without_torch(done: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = done
+    code = "import sys, runpy; sys.modules.update(torch=None, onnx=None); runpy.run_path('stream.py')"
+    assert run("-c", code, cwd=folder)
+
+
+def test_the_example_is_short() -> None:
+    for name, text in scripts().items():
+        assert len(text.splitlines()) <= 22, f"{name} has grown"
+
+
+def test_the_two_commands_are_those_of_the_continuous_integration() -> None:
+    assert '    pip install ".[cpu]" && warpcache demo\n' in README
+    test_command = 'pip install -c constraints.txt ".[cpu,test]" && pytest'
+    assert f"    {test_command}\n" in README
+    install, test = test_command.split(" && ")
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert test in lines
+    assert install.replace("pip install", "pip install --quiet") in lines
+
+
+def test_the_command_table_names_every_command_and_no_option_that_is_not_there() -> None:
+    rows = re.findall(r"^\| `warpcache (\w+)([^`]*)` \|", README, re.MULTILINE)
+    assert {name for name, _ in rows} == set(cli.commands)
+    for name, usage in rows:
+        known = {text for p in cli.commands[name].params if isinstance(p, click.Option) for text in p.opts}
+        assert set(re.findall(r"--[a-z-]+", usage)) <= known, name
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
