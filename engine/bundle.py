@@ -223,13 +223,13 @@ def _check_references(file: BinaryIO, name: str, files: Mapping[str, FileRecord]
         if tensor.location not in files:
             raise BundleError(
                 f"file {name!r} reads {tensor.location!r} for its tensor {tensor.name!r}, "
-                f"which is not a file of the bundle; compile the bundle again"
+                "which is not a file of the bundle; compile the bundle again"
             )
-        size_bytes = files[tensor.location].size_bytes
-        if tensor.offset + (tensor.size_bytes or 0) > size_bytes:
+        end = tensor.offset + (tensor.size_bytes or 0)
+        if end > files[tensor.location].size_bytes:
             raise BundleError(
-                f"file {name!r} reads bytes {tensor.offset} to {tensor.offset + (tensor.size_bytes or 0)} of "
-                f"{tensor.location!r} for its tensor {tensor.name!r}, but that has {size_bytes}; compile the bundle again"
+                f"file {name!r} reads bytes {tensor.offset} to {end} of {tensor.location!r} for its tensor "
+                f"{tensor.name!r}, but that has {files[tensor.location].size_bytes}; compile the bundle again"
             )
 
 

@@ -75,7 +75,11 @@ class OnnxRuntimeModule:
         self._binding: Any = self._session.io_binding()
 
     def enqueue(self, bindings: Mapping[str, Array], stream: Stream) -> Event:
-        """Run once on `stream` (see `Module.enqueue`)."""
+        """Run once on `stream` (see `Module.enqueue`).
+
+        That an output shares memory with another binding is found on the stream: the event then raises InputError, and
+        nothing ran.
+        """
         arrays = self._check_bindings(bindings)
         return stream.submit(lambda: self._run(arrays))
 
@@ -91,16 +95,18 @@ class OnnxRuntimeModule:
         if self._session is None:
             raise ClosedError(f"module {self.name!r} is closed; load it again")
         if len(bindings) != len(self._slots):
-            self._refuse_names(bindings)
+            raise self._names_error(bindings)
         arrays = []
         for slot in self._slots:
             array = bindings.get(slot.name)
-            if array is None:
-                self._refuse_names(bindings)
-            elif array.shape != slot.shape or array.dtype != slot.dtype or not array.flags.c_contiguous:
-                self._refuse_array(slot, array)
-            else:
-                arrays.append(array)
+            if not isinstance(array, np.ndarray):
+                raise self._names_error(bindings) if array is None else self._array_error(slot, array)
+            flags = array.flags
+            # carray: C-contiguous, aligned and writable.
+            fits = flags.carray if slot.is_output else flags.c_contiguous and flags.aligned
+            if not fits or array.shape != slot.shape or array.dtype != slot.dtype:
+                raise self._array_error(slot, array)
+            arrays.append(array)
         return arrays
 
     def _run(self, arrays: list[Array]) -> None:
@@ -122,14 +128,8 @@ class OnnxRuntimeModule:
                 raise BackendError(f"module {self.name!r} failed in ONNX Runtime: {_first_line(exc)}") from exc
 
     def _bind(self, slot: _Slot, array: Array) -> None:
-        flags = array.flags
         # Left unbound until all is well: a slot that claims what is not bound would write into somebody's old buffer.
         slot.bound = None
-        if not flags.aligned or (slot.is_output and not flags.writeable):
-            problem = "read-only" if flags.aligned else "not aligned in memory"
-            raise InputError(
-                f"module {self.name!r}: {slot.kind} {slot.name!r} is {problem}; give it an array of its own"
-            )
         address = array.__array_interface__["data"][0]
         bind = self._binding.bind_output if slot.is_output else self._binding.bind_input
         try:
@@ -152,21 +152,25 @@ class OnnxRuntimeModule:
                     "give every output an array of its own"
                 )
 
-    def _refuse_names(self, bindings: Mapping[str, Array]) -> None:
+    def _names_error(self, bindings: Mapping[str, Array]) -> InputError:
         known = [slot.name for slot in self._slots]
         missing = ", ".join(repr(name) for name in known if bindings.get(name) is None) or "none"
         unknown = ", ".join(repr(name) for name in bindings if name not in known) or "none"
-        raise InputError(
+        return InputError(
             f"module {self.name!r} needs one array for every input and output; missing: {missing}; unknown: {unknown}"
         )
 
-    def _refuse_array(self, slot: _Slot, array: Array) -> None:
+    def _array_error(self, slot: _Slot, array: object) -> InputError:
         where = f"module {self.name!r}: {slot.kind} {slot.name!r}"
+        if not isinstance(array, np.ndarray):
+            return InputError(f"{where} is of type {type(array).__name__}, expected a NumPy array")
         if array.dtype != slot.dtype:
-            raise InputError(f"{where} has dtype {array.dtype}, expected {slot.dtype}; convert it first")
+            return InputError(f"{where} has dtype {array.dtype}, expected {slot.dtype}; convert it first")
         if array.shape != slot.shape:
-            raise InputError(f"{where} has shape {array.shape}, expected {slot.shape}")
-        raise InputError(f"{where} is not C-contiguous; pass numpy.ascontiguousarray of it")
+            return InputError(f"{where} has shape {array.shape}, expected {slot.shape}")
+        if array.flags.c_contiguous and array.flags.aligned:
+            return InputError(f"{where} is read-only; give it an array that can be written")
+        return InputError(f"{where} is not C-contiguous and aligned; pass a copy of it")
 
     def _check_graph(self) -> None:
         for kind, wanted, nodes in (
