@@ -29,7 +29,7 @@ _SERIES = ("#0a0b00", "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
 _VARIABLES = {_TEXT: "--muted", _RULE: "--rule", _PAPER: "--card"} | {
     color: f"--series-{index}" for index, color in enumerate(_SERIES)
 }
-_WIDTH, _HEIGHT = 5.4, 3.1  # inches of 72 points; drawn about as large as that on a screen
+_WIDTH, _HEIGHT = 4.5, 2.9  # inches of 72 points; a card on the page is about as wide
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -51,6 +51,7 @@ _STYLE: dict[str, Any] = {
     "xtick.labelsize": 10.5,
     "ytick.labelsize": 10.5,
     "xtick.major.size": 0,
+    "xtick.major.pad": 6,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
@@ -171,8 +172,8 @@ def _quality_over_age(results: Sequence[PolicyResult], name: str) -> Chart | Non
             for age, quality in sorted(result.quality_by_age.get(reference, {}).items()):
                 if name not in quality or not np.isfinite(quality[name]):
                     continue
-                if name == "psnr_db" and quality[name] >= PSNR_CAP_DB - 0.1:
-                    exact = True  # no point of the line: 100 dB would squeeze all others together
+                if quality.get("psnr_db", 0) >= PSNR_CAP_DB - 0.1:
+                    exact = True  # no point of the line: perfection would squeeze all other ages together
                     continue
                 ages.append(age)
                 values.append(quality[name])
@@ -220,16 +221,21 @@ def _latency_axis(axis: Any, results: Sequence[PolicyResult]) -> str:
     """Logarithmic where latencies lie far apart; what to add to the note."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    axes, is_x = axis.axes, axis.axis_name == "x"
+    latency = np.concatenate([np.asarray(result.latency_ms, np.float64) for result in results])
     medians = [float(np.median(result.latency_ms)) for result in results]
-    axes = axis.axes
-    is_x = axis.axis_name == "x"
-    if min(medians) <= 0 or max(medians) / min(medians) < 4:
+    if latency.min() <= 0 or max(max(medians), latency.max() / 2) / min(medians) < 4:
         (axes.set_xlim if is_x else axes.set_ylim)(0, None)
         return ""
     (axes.set_xscale if is_x else axes.set_yscale)("log")
     axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+    # From one labelled line to the next, so that the fastest and the slowest frame can be read off.
+    lines = [step * 10.0**power for power in range(-6, 8) for step in (1, 2, 5)]
+    low = max((line for line in lines if line <= latency.min()), default=lines[0])
+    high = min((line for line in lines if line >= latency.max()), default=lines[-1])
+    (axes.set_xlim if is_x else axes.set_ylim)(low, high)
     return "; logarithmic"
 
 

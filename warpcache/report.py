@@ -208,10 +208,10 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
         rows: Records from `row`, the baseline first.
     """
     found = [
-        _compared("latency", f"{name} ms", [r["latency_ms"][name] for r in rows], 2, lower_is_better=True)
-        for name in ("p50", "p95", "p99", "max")
+        _latency_figure(f"{name} ms", [r["latency_ms"][name] for r in rows]) for name in ("p50", "p95", "p99", "max")
     ]
-    found.append(_compared("throughput", "frames per second", [r["fps"] for r in rows], 1))
+    # No factor here: under a paced policy it is the app that says how many frames come.
+    found.append(Figure("throughput", "frames per second", tuple(f"{r['fps']:.1f}" for r in rows)))
     found.append(Figure("throughput", "frames answered", tuple(str(r["frames"]) for r in rows)))
     found.append(Figure("age of the cache in frames", "mean", tuple(f"{r['age']['mean']:.2f}" for r in rows)))
     found.append(Figure("age of the cache in frames", "max", tuple(str(r["age"]["max"]) for r in rows)))
@@ -318,14 +318,18 @@ def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Itera
         yield Figure(f"against the {reference}", f"{label} {arrow}", worded, change, better)
 
 
-def _compared(group: str, label: str, values: Sequence[float], digits: int, *, lower_is_better: bool = False) -> Figure:
-    """A line whose change is a factor."""
-    worded = tuple(f"{value:.{digits}f}" for value in values)
+def _latency_figure(label: str, values: Sequence[float]) -> Figure:
+    """A line whose change is a factor, above 1 where the last policy is quicker."""
+    worded = tuple(f"{value:.2f}" for value in values)
     if len(values) != 2 or min(values) <= 0:
-        return Figure(group, label, worded)
-    factor = values[0] / values[1] if lower_is_better else values[1] / values[0]
+        return Figure("latency", label, worded)
+    factor = values[0] / values[1]
     better = None if f"{factor:.2f}" == "1.00" else factor > 1
-    return Figure(group, label, worded, f"{factor:.{2 if factor < 2 else 1}f}×", better)
+    return Figure("latency", label, worded, _factor(factor), better)
+
+
+def _factor(value: float) -> str:
+    return f"{value:.{2 if value < 2 else 1}f}×"
 
 
 def _grouped(figures: Sequence[Figure]) -> Iterator[tuple[str, list[Figure]]]:
@@ -346,11 +350,11 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         }
     ]
     if len(rows) > 1 and latency["p50"] > 0:
-        factor = base["p50"] / latency["p50"]
+        factor = _factor(base["p50"] / latency["p50"])
         tiles.append(
             {
                 "label": "Quicker by",
-                "value": f"{factor:.{2 if factor < 2 else 1}f}",
+                "value": factor.removesuffix("×"),
                 "unit": "×",
                 "note": "at the median",
             }
