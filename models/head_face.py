@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .head_chart import Chart, Part, fit, grid_triangles, smoothstep
 from .head_motion import HeadParameters
 
-__all__ = ["EYE_CENTRE", "EYE_RADIUS", "Face"]
+__all__ = ["EYE_CENTRE", "EYE_RADIUS", "Face", "lip_coordinates"]
 
 Floats = NDArray[np.float64]
 
@@ -27,7 +27,7 @@ _EYE_HALF_WIDTH = 0.205
 _EYE_SLIT_Y = -0.085
 _LID_RADIUS = EYE_RADIUS + 0.022
 _MOUTH_Y = -0.615
-_MOUTH_HALF_WIDTH = 0.235
+_MOUTH_HALF_WIDTH = 0.205
 _JAW_HINGE = np.array([0.0, -0.22, 0.0])
 _JAW_ANGLE = 0.30
 
@@ -38,18 +38,19 @@ _ROWS = np.array(
     + [-0.53, -0.56, -0.59, _MOUTH_Y, -0.64, -0.67, -0.70, -0.735, -0.775, -0.82, -0.87, -0.92, -0.965]
 )
 # Below the chin the loft turns back to the neck: height, half width, front, centre, lift of the sides.
-_UNDER = ((-0.995, 0.21, 0.43, 0.10, 0.52), (-0.985, 0.27, 0.28, 0.06, 0.46), (-0.94, 0.31, 0.14, 0.0, 0.36))
+_UNDER = ((-1.0, 0.44, 0.44, 0.04, 0.36), (-0.985, 0.38, 0.29, -0.02, 0.34), (-0.93, 0.30, 0.14, -0.10, 0.30))
 # Columns of the right half: x at the eyes' height, then angles in degrees round the side.
 _COLUMN_X = np.concatenate([[0.0, 0.035, 0.072], np.linspace(0.11, 0.52, 9)])
 _COLUMN_ANGLES = np.array([54.0, 62.0, 70.0, 79.0, 90.0, 106.0])
 _POWER = 2.35
+_LIFT_POWER = 2.2
 
 # Half width, front and centre of the loft by height.
 _PROFILE_Y = np.array([-0.98, -0.93, -0.87, -0.78, -0.68, -0.55, -0.40, -0.20, 0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
-_PROFILE_W = np.array([0.15, 0.245, 0.33, 0.425, 0.515, 0.605, 0.675, 0.725, 0.735, 0.735, 0.715, 0.65, 0.50, 0.30])
+_PROFILE_W = np.array([0.48, 0.525, 0.57, 0.615, 0.65, 0.685, 0.715, 0.735, 0.74, 0.735, 0.715, 0.65, 0.50, 0.30])
 _PROFILE_F = np.array([0.525, 0.60, 0.635, 0.655, 0.665, 0.672, 0.676, 0.678, 0.69, 0.70, 0.68, 0.60, 0.42, 0.15])
 _PROFILE_C = np.array([0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-_PROFILE_LIFT = np.array([0.56, 0.50, 0.43, 0.32, 0.22, 0.10, 0.02, 0, 0, 0, 0, 0, 0, 0])
+_PROFILE_LIFT = np.array([0.39, 0.36, 0.31, 0.235, 0.155, 0.07, 0.015, 0, 0, 0, 0, 0, 0, 0])
 
 _FACE_RECTANGLE = (0.015, 0.015, 0.635, 0.70)
 
@@ -115,12 +116,8 @@ class Face:
         z += 0.075 * s["nose"] * bump(0.108, -0.372, 0.046, 0.038)
         # Philtrum, then lips: two rolls that meet at the slit.
         z -= 0.012 * bump(0.0, -0.485, 0.026, 0.05)
-        above, below = y - _MOUTH_Y, _MOUTH_Y - y
-        width = np.sqrt(np.clip(1.0 - (ax / (_MOUTH_HALF_WIDTH + 0.015)) ** 2, 0.0, 1.0))
-        upper = above / (0.092 * width * (1.0 - 0.16 * np.exp(-((x / 0.03) ** 2))) + 1e-3)
-        lower = below / (0.112 * width + 1e-3)
-        z += s["lips"] * 0.040 * width * np.where(above >= 0, _roll(upper), 0.0)
-        z += s["lips"] * 0.052 * width * np.where(above < 0, _roll(lower), 0.0)
+        u, width = lip_coordinates(x, y)
+        z += s["lips"] * width * _roll(u) * np.where(y >= _MOUTH_Y, 0.034, 0.046)
         return z
 
     def _build_rest(self) -> None:
@@ -141,9 +138,9 @@ class Face:
         # Features belong to the front; they fade where the surface turns to the side.
         z = z + (self.height(x, y) - self._plain_height(x, y)) * smoothstep(0.02, 0.3, k) * (np.abs(q) < 0.985)
         self._front = np.broadcast_to(smoothstep(0.05, 0.45, k), (rows + len(_UNDER), len(q))).reshape(-1).copy()
-        grid = [np.stack([x, y + lift * np.abs(q) ** 3.2, z], -1)]
+        grid = [np.stack([x, y + lift * np.abs(q) ** _LIFT_POWER, z], -1)]
         for uy, uw, uf, uc, ul in _UNDER:
-            row = np.stack([uw * q, uy + ul * np.abs(q) ** 3.2, uc + (uf - uc) * k], -1)
+            row = np.stack([uw * q, uy + ul * np.abs(q) ** _LIFT_POWER, uc + (uf - uc) * k], -1)
             grid.append(row[None])
         grid_points = np.concatenate(grid)
         self._rows = len(grid_points)
@@ -199,12 +196,12 @@ class Face:
         d = np.abs(y - _EYE_SLIT_Y)
 
         # Lids. The margin opens to an almond that is highest a little inside of the middle.
-        squint = 0.35 * max(p.smile, 0.0)
+        squint = 0.28 * max(p.smile, 0.0)
         almond = np.clip(1.0 - xi**2, 0.0, None) ** 0.62
-        upper = 0.212 * almond * (1.0 - 0.10 * xi) * (1 - p.blink) * (
+        upper = 0.197 * almond * (1.0 - 0.10 * xi) * (1 - p.blink) * (
             1.0 + 0.10 * p.brow
         ) + 0.10 * p.gaze_y * almond * (1 - p.blink)
-        lower = 0.088 * almond * (1.0 + 0.12 * xi) * (1 - 0.92 * p.blink) * (1 - squint) - 0.05 * p.gaze_y * almond * (
+        lower = 0.074 * almond * (1.0 + 0.12 * xi) * (1 - p.blink) * (1 - squint) - 0.05 * p.gaze_y * almond * (
             1 - p.blink
         )
         # Reference: slit ends rise to the outside, which gives the eye its tilt.
@@ -225,6 +222,10 @@ class Face:
         dy += -0.012 * p.smile * np.exp(-((x / 0.12) ** 2) - ((y - _MOUTH_Y) / 0.12) ** 2)
         cheek = np.exp(-(((np.abs(x) - 0.37) / 0.17) ** 2) - ((y + 0.32) / 0.13) ** 2)
         dy += 0.035 * p.smile * cheek
+        # A smile with open lips shows the teeth.
+        row_mouth = (row == mouth_row) & (side == 0) | (row < mouth_row)
+        lift_lip = 0.030 * max(p.smile, 0.0) * min(3.0 * p.jaw, 1.0)
+        dy += row_mouth * lift_lip * np.exp(-((x / 0.16) ** 2) - ((y - _MOUTH_Y) / 0.07) ** 2)
         # Rest line of the lips: a soft cupid's bow.
         bow = np.exp(-(((y - _MOUTH_Y) / 0.06) ** 2))
         dy += bow * (0.014 * np.exp(-((x / 0.11) ** 2)) - 0.010 * np.exp(-((x / 0.035) ** 2)))
@@ -240,7 +241,8 @@ class Face:
 
         # Jaw: weight 1 below the mouth, 0 above, a half at the corners, fading to the side of the head.
         below_mouth = (row > mouth_row) | ((row == mouth_row) & (side == 1))
-        c = smoothstep(0.0, 1.0, np.clip(np.abs(rest[:, 0]) / self._mouth_half, 0, 1))
+        # The square root of a circle: the opening stays round up to the corners.
+        c = 1.0 - np.clip(1.0 - (rest[:, 0] / self._mouth_half) ** 2, 0, 1) ** 0.6
         dm = np.abs(rest[:, 1] - _MOUTH_Y)
         spread = 0.5 * c * np.exp(-((dm / 0.17) ** 2))
         weight = np.where(below_mouth, 1.0 - spread, spread)
@@ -346,10 +348,10 @@ class Face:
             margin = skin[self._index_above[row, span]]
             normal = margin - centre
             normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-            length = (0.022 + 0.030 * smoothstep(-0.3, 0.9, outward))[:, None]
+            length = (0.012 + 0.034 * smoothstep(-0.4, 0.9, outward))[:, None]
             flare = normal * 0.9 + np.array([0.75 * mirror, 0.15, 0.0]) * smoothstep(-0.2, 1.0, outward)[:, None]
-            tip = margin + length * flare * (0.25 + 0.75 * taper) + np.array([0.0, -0.006, 0.0])
-            root = centre + normal * (EYE_RADIUS + 0.002) + taper * np.array([0.0, -0.016, 0.0])
+            tip = margin + length * flare * (0.1 + 0.9 * taper) + taper * np.array([0.0, -0.006, 0.0])
+            root = centre + normal * (EYE_RADIUS + 0.002) + taper * np.array([0.0, -0.010, 0.0])
             placed.append(np.concatenate([tip, root]))
             margin = skin[self._index_below[row, span]]
             normal = margin - centre
@@ -360,7 +362,16 @@ class Face:
 
 
 _NOSE_Y = np.array([-0.20, -0.05, 0.08, 0.18, 0.26, 0.325, 0.36, 0.395, 0.425, 0.46])
-_NOSE_H = np.array([0.0, 0.035, 0.07, 0.115, 0.165, 0.20, 0.175, 0.095, 0.03, 0.0])
+_NOSE_H = np.array([0.0, 0.03, 0.058, 0.095, 0.14, 0.172, 0.155, 0.088, 0.03, 0.0])
+
+
+def lip_coordinates(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Where rest points lie on the lips: 0 (the slit) to 1 (the border) and beyond; and 1 (middle) to 0 (corner)."""
+    width = np.sqrt(np.clip(1.0 - (np.abs(x) / (_MOUTH_HALF_WIDTH + 0.012)) ** 2, 0.0, 1.0))
+    cupid = 1.0 - 0.20 * np.exp(-((x / 0.028) ** 2)) + 0.06 * np.exp(-(((np.abs(x) - 0.055) / 0.03) ** 2))
+    upper = (y - _MOUTH_Y) / (0.066 * width * cupid + 1e-3)
+    lower = (_MOUTH_Y - y) / (0.088 * width + 1e-3)
+    return np.where(y >= _MOUTH_Y, upper, lower), width
 
 
 def grid_triangles_with_slits(

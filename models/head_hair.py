@@ -15,34 +15,13 @@ Floats = NDArray[np.float64]
 _CENTRE = np.array([0.0, 0.22, -0.06])
 _RADII = np.array([0.765, 0.765, 0.80])
 # Where the hair ends, by azimuth in degrees from the front (positive to the picture's right): height y.
-_END_AZIMUTH = np.array(
-    [-180, -138, -120, -108, -94, -84, -74, -64, -52, -30, 0, 25, 45, 60, 72, 84, 94, 108, 120, 138, 180]
-)
-_END_Y = np.array(
+_ENDS = np.array(
     [
-        -0.5,
-        -0.46,
-        -0.15,
-        0.20,
-        0.20,
-        -0.02,
-        -0.16,
-        0.06,
-        0.30,
-        0.36,
-        0.44,
-        0.50,
-        0.44,
-        0.12,
-        -0.14,
-        -0.02,
-        0.20,
-        0.20,
-        -0.15,
-        -0.46,
-        -0.5,
+        [-180, -0.50], [-138, -0.46], [-120, -0.15], [-108, 0.18], [-94, 0.20], [-84, 0.06], [-74, -0.06], [-64, 0.10],
+        [-52, 0.30], [-30, 0.38], [0, 0.46], [25, 0.52], [45, 0.46], [60, 0.18], [72, -0.05], [84, 0.06], [94, 0.20],
+        [108, 0.18], [120, -0.15], [138, -0.46], [180, -0.50],
     ]
-)
+)  # fmt: skip
 _ROWS = 14
 _PER_CLUMP = 4
 _RECTANGLE = (0.655, 0.015, 0.985, 0.70)
@@ -56,7 +35,7 @@ class Hair:
     """
 
     def __init__(self, rng: np.random.Generator, variation: float) -> None:
-        clumps = 17
+        clumps = 16
         widths = 1.0 + 0.35 * rng.uniform(-1, 1, clumps)
         edges = -128 + 256 * np.concatenate([[0], np.cumsum(widths)]) / widths.sum()
         azimuth, saw, length = [], [], []
@@ -71,8 +50,8 @@ class Hair:
         length.append(np.zeros(9))
         self._azimuth = np.concatenate(azimuth)
         self._saw, self._length = np.concatenate(saw), np.concatenate(length)
-        self._sweep = np.deg2rad(38.0 * (1 + variation * rng.uniform(-0.5, 0.5)))
-        self._crown = np.array([-0.20, 0.95, -0.22])
+        self._sweep = np.deg2rad(46.0 * (1 + variation * rng.uniform(-0.5, 0.5)))
+        self._crown = np.array([-0.26, 0.95, -0.20])
         self._crown /= np.linalg.norm(self._crown)
         self.points = self._place()
         local = np.stack(
@@ -97,10 +76,10 @@ class Hair:
     def _place(self) -> Floats:
         wrapped = (self._azimuth + 180) % 360 - 180
         angle = np.deg2rad(wrapped)
-        end_y = np.interp(wrapped, _END_AZIMUTH, _END_Y)
+        end_y = np.interp(wrapped, _ENDS[:, 0], _ENDS[:, 1])
         notch = 0.13 * np.abs(self._saw) ** 1.4
         front = np.exp(-((wrapped / 75) ** 2))
-        tip = 1.0 + 0.07 * self._length * (0.4 + front) - notch * (0.55 + 0.6 * front)
+        tip = 1.0 + 0.10 * self._length * (0.4 + front) - notch * (0.55 + 0.6 * front)
         relative = (end_y - _CENTRE[1]) / _RADII[1]
         ring = np.sqrt(np.clip(1 - relative**2, 0.02, None))
         end = np.stack([ring * np.sin(angle), relative, ring * np.cos(angle)], 1)
@@ -119,7 +98,7 @@ class Hair:
             turn = self._sweep * (0.35 + 0.65 * front) * np.sin(np.pi * min(t, 1.0) ** 0.8) * (1 - 0.4 * t)
             direction = _rotate(direction, self._crown, turn)
             body = 0.085 + 0.075 * np.sin(np.pi * t**0.9)
-            quiff = 0.10 * front * np.exp(-(((t - 0.62) / 0.24) ** 2))
+            quiff = 0.14 * front * np.exp(-(((t - 0.62) / 0.24) ** 2))
             ridge = 0.050 * smoothstep(0.05, 0.5, np.array(t)) * (np.sqrt(np.clip(1 - 0.96 * self._saw**2, 0, 1)) - 0.6)
             lift = 0.022 * self._length * smoothstep(0.2, 0.7, np.array(t))
             thickness = body + quiff + ridge + lift - 0.045 * smoothstep(0.7, 1.0, np.array(t))

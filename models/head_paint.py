@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .head_chart import Part, smoothstep
+from .head_face import lip_coordinates
 from .head_motion import HeadParameters
 from .head_shape import HeadShape
 from .rasterizer import interpolate, rasterize, vertex_normals
@@ -53,7 +54,7 @@ def _rgb(code: int) -> tuple[float, float, float]:
 
 # Skin, blush, lips.
 _SKINS = [
-    (_rgb(0xEDBE9F), _rgb(0xE58A72), _rgb(0xC9625A)),
+    (_rgb(0xEDBE9F), _rgb(0xE58A72), _rgb(0xD07267)),
     (_rgb(0xF2CDB4), _rgb(0xE9958A), _rgb(0xCE6F6E)),
     (_rgb(0xC98F66), _rgb(0xBE6650), _rgb(0xA9524A)),
     (_rgb(0x8C5A3C), _rgb(0x8A4433), _rgb(0x7E3B36)),
@@ -107,6 +108,9 @@ def paint(shape: HeadShape, palette: Palette, rng: np.random.Generator) -> NDArr
         where = part == kind
         colour, gloss = painter(local[where], palette, rng)
         texture[where, :3], texture[where, 3] = colour, gloss
+    # The bake sees the mouth closed; inside, the paint itself darkens with depth.
+    inside = ((part == Part.FACE) & (local[..., 2] > 0)) | (part == Part.TEETH)
+    texture[inside, 4:] = (0.85, 0.65)
     return _extend(texture, fragments.mask, 4).astype(np.float32)
 
 
@@ -155,20 +159,20 @@ def _face(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Fl
     colour = _mix(colour, to_linear(palette.hair) * 0.10 + 0.004, line)
     # Brows: an arch that tapers outwards, with strands.
     t = (ax - 0.13) / 0.40
-    arch = 0.268 + 0.062 * np.sin(np.pi * np.clip(t, 0, 1) ** 0.85) - 0.045 * np.clip(t, 0, 1.2) ** 2
-    thick = 0.040 * (1.0 - 0.72 * np.clip(t, 0, 1) ** 1.6) * smoothstep(-0.06, 0.12, t)
+    arch = 0.262 + 0.058 * np.sin(np.pi * 0.80 * np.clip(t, 0, 1.1)) - 0.030 * np.clip(t, 0, 1.2) ** 2
+    thick = 0.034 * (1.0 - 0.72 * np.clip(t, 0, 1) ** 1.6) * smoothstep(-0.06, 0.12, t)
     inside = (
         smoothstep(1.15, 0.72, np.abs(y - arch) / np.maximum(thick, 1e-4))
         * smoothstep(-0.04, 0.06, t)
         * smoothstep(1.04, 0.94, t)
     )
-    strands = 0.82 + 0.18 * np.sin((ax * 1.0 + (y - arch) * 0.9) * 330 + 3 * _noise(x * 20, y * 20, rng))
+    strands = 0.90 + 0.10 * np.sin((ax * 1.0 + (y - arch) * 0.9) * 210 + 3 * _noise(x * 20, y * 20, rng))
     colour = _mix(colour, to_linear(palette.hair) * 0.42, inside * strands)
     gloss *= 1 - 0.7 * inside
     # The inside of the mouth: lip, palate and throat, tongue, lip.
     inner = bag > 0
     rim = np.minimum(bag, 1 - bag)
-    mouth = to_linear((0.42, 0.10, 0.10)) * np.ones((len(x), 1))
+    mouth = to_linear((0.36, 0.09, 0.10)) * np.ones((len(x), 1))
     tongue = smoothstep(0.52, 0.70, bag) * smoothstep(1.0, 0.5, np.abs(x))
     mouth = _mix(mouth, to_linear((0.80, 0.36, 0.36)), tongue)
     mouth = _mix(mouth, to_linear(palette.lips) * 0.8, smoothstep(0.26, 0.10, rim))
@@ -178,25 +182,23 @@ def _face(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Fl
 
 
 def _lip_masks(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    above, below = y + 0.615, -0.615 - y
-    width = np.sqrt(np.clip(1.0 - (np.abs(x) / 0.25) ** 2, 0.0, 1.0))
-    upper = above / (0.092 * width * (1.0 - 0.16 * np.exp(-((x / 0.03) ** 2))) + 1e-3)
-    lower = below / (0.112 * width + 1e-3)
-    u = np.where(above >= 0, upper, lower)
+    u, width = lip_coordinates(x, y)
     return smoothstep(1.02, 0.80, u) * smoothstep(0.0, 0.15, width), np.exp(-(((u - 0.4) / 0.35) ** 2))
 
 
 def _lashes(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Floats, Floats]:
     kind = local[:, 2:]
-    dark = to_linear(palette.hair) * 0.08 + 0.003
-    rim = to_linear(palette.skin) * (0.85, 0.55, 0.50)
-    return np.where(kind < 0.5, dark, rim), np.where(kind[:, 0] < 0.5, 0.05, 0.5)
+    outward, across = local[:, 0], local[:, 1]
+    rim = np.broadcast_to(to_linear(palette.skin) * (0.85, 0.55, 0.50), (len(local), 3))
+    corner = smoothstep(-0.70, -0.95, outward)
+    lash = _mix(rim, to_linear(palette.hair) * 0.08 + 0.003, smoothstep(0.80, 0.55, across) * (1 - corner))
+    return np.where(kind < 0.5, lash, rim), np.where(kind[:, 0] < 0.5, 0.05, 0.5)
 
 
 def _eye(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Floats, Floats]:
     x, y, _ = local.T
     r, phi = np.hypot(x, y), np.arctan2(y, x)
-    iris_r, pupil_r = 0.50, 0.215
+    iris_r, pupil_r = 0.565, 0.245
     white = to_linear((0.955, 0.945, 0.935))
     colour = _mix(
         np.broadcast_to(white, (len(x), 3)).copy(), to_linear((0.86, 0.62, 0.58)), smoothstep(0.75, 1.35, r) * 0.5

@@ -19,14 +19,16 @@ def _unit(x: float, y: float, z: float) -> Floats:
 
 
 # Lights: directions in x right, y up, z to the camera; colours in linear light.
-_KEY, _KEY_COLOUR = _unit(*KEY_DIRECTION), np.array([2.25, 2.02, 1.78], np.float32)
-_FILL, _FILL_COLOUR = _unit(0.78, 0.10, 0.62), np.array([0.34, 0.42, 0.54], np.float32)
+_KEY, _KEY_COLOUR = _unit(*KEY_DIRECTION), np.array([2.55, 2.26, 1.96], np.float32)
+_FILL, _FILL_COLOUR = _unit(0.78, 0.10, 0.62), np.array([0.26, 0.33, 0.44], np.float32)
 _RIM_RIGHT, _RIM_RIGHT_COLOUR = _unit(0.86, 0.34, -0.38), np.array([0.75, 1.35, 1.75], np.float32)
 _RIM_LEFT, _RIM_LEFT_COLOUR = _unit(-0.90, 0.30, -0.42), np.array([1.5, 0.85, 0.55], np.float32)
-_SKY, _GROUND = np.array([0.42, 0.46, 0.54], np.float32), np.array([0.30, 0.22, 0.18], np.float32)
+_SKY, _GROUND = np.array([0.34, 0.38, 0.46], np.float32), np.array([0.24, 0.17, 0.14], np.float32)
 _EYE_LINE = _unit(0, 0, 1)
 _HALF_KEY = (_KEY + _EYE_LINE) / np.linalg.norm(_KEY + _EYE_LINE)
 _HALF_FILL = (_FILL + _EYE_LINE) / np.linalg.norm(_FILL + _EYE_LINE)
+# The window mirrored in the eye is placed for looks, inside of the iris and clear of the lid.
+_CATCH, _CATCH_FILL = _unit(-0.24, 0.25, 0.93), _unit(0.24, -0.22, 0.94)
 # How far light wraps round the terminator, by colour: red travels furthest under the skin.
 _WRAP = np.zeros((Part.COUNT, 3), np.float32)
 _WRAP[[Part.FACE, Part.EAR, Part.NECK, Part.MOUTH]] = (0.46, 0.24, 0.17)
@@ -64,7 +66,8 @@ def shade(part: NDArray[np.int32], normal: Floats, tangent: Floats, texel: Float
 
     rim = np.clip(normal @ _RIM_RIGHT, 0, None)[:, None] * _RIM_RIGHT_COLOUR
     rim = rim + np.clip(normal @ _RIM_LEFT, 0, None)[:, None] * _RIM_LEFT_COLOUR
-    colour += rim * grazing * ambient * (0.16 + 0.5 * albedo)
+    dry = np.where(part == Part.HAIR, np.float32(0.05), np.float32(0.16))[:, None]
+    colour += rim * grazing * ambient * (dry + 0.6 * albedo)
 
     # Highlights: a broad sheen and a tight one by the point's gloss.
     nh, nf = np.clip(normal @ _HALF_KEY, 0, 1)[:, None], np.clip(normal @ _HALF_FILL, 0, 1)[:, None]
@@ -90,7 +93,7 @@ def _strand_light(normal: Floats, tangent: Floats, texel: Floats) -> Floats:
     out = np.zeros_like(normal)
     for half, light, colour in (
         (_HALF_KEY, _KEY, _KEY_COLOUR * texel[:, 5:6]),
-        (_HALF_FILL, _FILL, _FILL_COLOUR * texel[:, 4:5]),
+        (_HALF_FILL, _FILL, 0.5 * _FILL_COLOUR * texel[:, 4:5]),
     ):
         lit = np.clip((normal @ light)[:, None] * 1.4 + 0.25, 0, 1)
         for offset, power, weight, tint in ((-0.10, 90.0, 0.10, 1.0), (0.12, 22.0, 0.55, texel[:, :3])):
@@ -103,9 +106,9 @@ def _strand_light(normal: Floats, tangent: Floats, texel: Floats) -> Floats:
 
 def _catch_light(normal: Floats, ambient: Floats) -> Floats:
     """The key's softbox and a weak second light mirrored in the wet eye."""
-    nh, nf = np.clip(normal @ _HALF_KEY, 0, 1)[:, None], np.clip(normal @ _HALF_FILL, 0, 1)[:, None]
-    edge = np.clip((nh - 0.975) / 0.010, 0, 1)
-    second = np.clip((nf - 0.990) / 0.008, 0, 1)
+    nh, nf = np.clip(normal @ _CATCH, 0, 1)[:, None], np.clip(normal @ _CATCH_FILL, 0, 1)[:, None]
+    edge = np.clip((nh - 0.972) / 0.012, 0, 1)
+    second = np.clip((nf - 0.985) / 0.012, 0, 1)
     return np.asarray((edge * edge * (3 - 2 * edge) * 1.5 + second * 0.22) * np.clip(ambient * 1.6, 0, 1), np.float32)
 
 
