@@ -11,8 +11,43 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PUBLIC = {
-    "warpcache": {},
+PUBLIC: dict[str, set[str]] = {
+    "warpcache": {
+        "BackendError",
+        "Bundle",
+        "BundleError",
+        "ClosedError",
+        "DeadlineError",
+        "Engine",
+        "ExportError",
+        "Frame",
+        "InputError",
+        "Policy",
+        "Session",
+        "SessionStatistics",
+        "WarpcacheError",
+        "__version__",
+    },
+    "warpcache.engine": {
+        "Array",
+        "BackendError",
+        "Bundle",
+        "BundleError",
+        "ClosedError",
+        "DeadlineError",
+        "Engine",
+        "ExportError",
+        "Frame",
+        "InputError",
+        "LatencySummary",
+        "Manifest",
+        "Policy",
+        "Session",
+        "SessionStatistics",
+        "TensorSpec",
+        "WarpcacheError",
+        "write_bundle",
+    },
 }
 
 
