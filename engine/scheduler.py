@@ -205,21 +205,17 @@ class Scheduler:
         return not self._pending and self._current is None and self._refreshing is None
 
     @property
-    def oldest_input(self) -> int:
-        """The oldest frame whose inputs a later action may name; those of older frames can be let go.
+    def needed_inputs(self) -> set[int]:
+        """The frames whose inputs a later action may name; those of all others can be let go.
 
         Actions already given out count as having taken their inputs.
         """
-        needed = [self._newest_frame + 1]
-        if self._pending:
-            needed.append(self._pending[0])
+        needed = {*self._pending, *self._history}
         if self._refreshing is not None:
-            needed.append(self._refreshing)
-        if self._history:
-            needed.append(self._history[0])
+            needed.add(self._refreshing)
         if not self.policy.foreground and self._newest_produced < self._newest_frame:
-            needed.append(self._newest_frame)
-        return min(needed)
+            needed.add(self._newest_frame)
+        return needed
 
     def step(self, event: SchedulerEvent) -> list[Action]:
         """Take in one event and decide.

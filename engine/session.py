@@ -379,8 +379,8 @@ class Session:
                             self._start_producer(action, self._arrivals[action.frame])
                         else:
                             self._work.append((action, self._arrivals[action.frame]))
-                    oldest = self._scheduler.oldest_input
-                    for index in [index for index in self._arrivals if index < oldest]:
+                    needed = self._scheduler.needed_inputs
+                    for index in [index for index in self._arrivals if index not in needed]:
                         del self._arrivals[index]
             except BaseException as exc:
                 # A bug of ours, perhaps on a producer's thread, where nobody would see it: the reader is to raise it.
