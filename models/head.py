@@ -22,6 +22,8 @@ __all__ = ["HeadMotion", "HeadParameters", "SyntheticHead"]
 Floats = NDArray[np.float32]
 
 ATLAS_SIZE = 64
+# A step in depth between neighbouring pixels that counts as an edge, as a share of the picture.
+_DEPTH_JUMP = 0.012
 _BACKDROPS = ((0.80, 0.66, 0.50), (0.62, 0.70, 0.78), (0.72, 0.60, 0.66), (0.64, 0.74, 0.62))
 
 
@@ -119,14 +121,65 @@ class SyntheticHead:
     def _truth(self, vertices: Floats, fragments: Fragments) -> Floats:
         image = self._background.copy()
         mask = fragments.mask
-        image[mask] = self._shade(vertices, fragments.triangle[mask], fragments.barycentric[mask])
+        attributes = self._attributes(vertices)
+        image[mask] = self._shade(attributes, fragments.triangle[mask], fragments.barycentric[mask])
+        self._soften_edges(image, vertices, attributes, fragments)
         return np.ascontiguousarray(image.transpose(2, 0, 1) * np.float32(2.0) - np.float32(1.0))
 
-    def _shade(self, vertices: Floats, triangle: NDArray[np.int32], weights: Floats) -> Floats:
+    def _soften_edges(self, image: Floats, vertices: Floats, attributes: Floats, fragments: Fragments) -> None:
+        """Redraw the pixels of `image` [size, size, 3] at edges from a tent of 3x3 samples, half a pixel apart.
+
+        Only triangles seen at or next to an edge are rasterised again, on the finer lattice.
+        """
+        size, triangles = self.size, self.mesh.triangles
+        owner, mask = fragments.triangle, fragments.mask
+        part = np.where(mask, self.shape.part[triangles[np.maximum(owner, 0), 0]], -1)
+        depth = np.where(mask, fragments.depth, 0.0)
+        edge = np.zeros_like(mask)
+        for a, b in (((slice(1, None),), (slice(None, -1),)), ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):
+            jump = (part[a] != part[b]) | (np.abs(depth[a] - depth[b]) > _DEPTH_JUMP * size)
+            edge[a] |= jump
+            edge[b] |= jump
+        around = np.pad(edge, 1)
+        around = around[:-2] | around[1:-1] | around[2:]
+        around = (around[:, :-2] | around[:, 1:-1] | around[:, 2:]) & mask
+        seen = np.unique(owner[around])
+        if len(seen) == 0:
+            return
+        # Lattice sample (2i + 1, 2j + 1) is the centre of pixel (i, j).
+        fine = rasterize(vertices * 2 + np.array([0.5, 0.5, 0], np.float32), triangles[seen], 2 * size + 1, 2 * size + 1)
+        row, column = np.nonzero(edge)
+        needed = np.zeros(fine.triangle.shape, np.bool_)
+        for i in range(3):
+            for j in range(3):
+                needed[2 * row + i, 2 * column + j] = True
+        colour = np.empty((2 * size + 1, 2 * size + 1, 3), np.float32)
+        at_row, at_column = np.nonzero(needed)
+        # Where the lattice finds nothing there is backdrop, or a surface too thin for the first pass: keep its colour.
+        colour[at_row, at_column] = image[np.minimum(at_row // 2, size - 1), np.minimum(at_column // 2, size - 1)]
+        empty = needed & ~fine.mask
+        empty_row, empty_column = (np.minimum(index // 2, size - 1) for index in np.nonzero(empty))
+        bare = np.pad(~mask, 1)
+        bare = bare[:-2] | bare[1:-1] | bare[2:]
+        bare = bare[:, :-2] | bare[:, 1:-1] | bare[:, 2:]
+        backdrop = self._background[empty_row, empty_column]
+        colour[empty] = np.where(bare[empty_row, empty_column, None], backdrop, colour[empty])
+        found = needed & fine.mask
+        colour[found] = self._shade(attributes, seen[fine.triangle[found]], fine.barycentric[found])
+        total = np.zeros((len(row), 3), np.float32)
+        for i, down in enumerate((1.0, 2.0, 1.0)):
+            for j, across in enumerate((1.0, 2.0, 1.0)):
+                total += np.float32(down * across / 16) * colour[2 * row + i, 2 * column + j]
+        image[row, column] = total
+
+    def _attributes(self, vertices: Floats) -> Floats:
+        """What shading interpolates: uv, normal and strand direction of the vertices, float32 [V, 8]."""
+        normals = vertex_normals(vertices, self.mesh.triangles) * np.array([1, -1, -1], np.float32)
+        return np.concatenate([self.mesh.uv, normals, self._tangents(vertices)], 1)
+
+    def _shade(self, attributes: Floats, triangle: NDArray[np.int32], weights: Floats) -> Floats:
         """Shade points given by triangle [N] and barycentric weights [N, 3]: float32 [N, 3], sRGB in [0, 1]."""
         corners = self.mesh.triangles[triangle]
-        normals = vertex_normals(vertices, self.mesh.triangles) * np.array([1, -1, -1], np.float32)
-        attributes = np.concatenate([self.mesh.uv, normals, self._tangents(vertices)], 1)
         values = attributes[corners[:, 0]] * weights[:, :1]
         values += attributes[corners[:, 1]] * weights[:, 1:2]
         values += attributes[corners[:, 2]] * weights[:, 2:]
