@@ -1,0 +1,332 @@
+"""The warp adapter: a cache encoder that belongs to frame s, and a shallow consumer that answers frame t.
+
+Everything that depends on frame s alone is encoded once by `CacheEncoder`, inside the producer and off the latency path.
+`WarpConsumer` works at a quarter of the image's resolution: it moves the cached features along the surface's motion
+(where the inputs carry it), refines that motion with what it learned, and only then touches full resolution, three
+times: one backward warp of the last image, one blend, one learned residual through a pixel shuffle.
+
+The layout follows measurements with ONNX Runtime on CPUs: full-resolution convolutions, not channels, make a shallow
+network slow; `grid_sample` that pads with zeros is three times faster than one that clamps to the border, so coordinates
+are clipped first, which gives the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..engine.errors import ExportError
+
+__all__ = ["AdapterConfig", "AdapterLayout", "CacheEncoder", "ImageInput", "Surface", "VectorInput", "WarpConsumer"]
+
+CACHE_FEATURES = "cache.features"
+CACHE_IMAGE = "cache.image"
+CACHE_ATLAS = "cache.atlas"
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Where a generator's inputs carry the motion of a surface (docs/architecture.md, Motion).
+
+    Attributes:
+        atlas: Name of the atlas array in the stream, float32 [T, 3, h, w]; not a generator input.
+        uv: Input, and first and last-plus-one channel, that hold u and v in [0, 1] (u right, v down).
+        mask: Input and channel that hold coverage.
+    """
+
+    atlas: str
+    uv: tuple[str, int, int]
+    mask: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Size of a warp adapter.
+
+    Attributes:
+        stride: Image pixels to one pixel of the working resolution.
+        width: Channels of the consumer's convolutions.
+        blocks: Residual blocks of the consumer.
+        features: Channels of the cached encoding.
+        encoder_width: Channels of the cache encoder, which is not on the latency path.
+    """
+
+    stride: int = 4
+    width: int = 32
+    blocks: int = 1
+    features: int = 32
+    encoder_width: int = 64
+
+    def to_record(self) -> dict[str, int]:
+        """JSON-ready form for the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """A generator input with rows and columns, brought to the working resolution by its own strided convolution."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class VectorInput:
+    """A generator input without rows and columns, flattened."""
+
+    name: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """What the adapter reads and writes.
+
+    Attributes:
+        height: Rows of the output images.
+        width: Columns of the output images.
+        outputs: Output names and their channels, in the generator's order.
+        images: Inputs with rows and columns.
+        vectors: Inputs without.
+        taps: Cut tensors as (name, channels, rows, columns); rows = columns = 0 for a flattened vector.
+        surface: Where the inputs carry the surface's motion, if they do.
+        atlas_size: Rows and columns of the atlas.
+    """
+
+    height: int
+    width: int
+    outputs: tuple[tuple[str, int], ...]
+    images: tuple[ImageInput, ...]
+    vectors: tuple[VectorInput, ...]
+    taps: tuple[tuple[str, int, int, int], ...]
+    surface: Surface | None = None
+    atlas_size: tuple[int, int] = (0, 0)
+
+    @property
+    def channels(self) -> int:
+        """Channels of all outputs together."""
+        return sum(c for _, c in self.outputs)
+
+
+class CacheEncoder(nn.Module):
+    """Encode what belongs to frame s.
+
+    Args:
+        layout: What it reads.
+        config: Its size.
+    """
+
+    def __init__(self, layout: AdapterLayout, config: AdapterConfig) -> None:
+        super().__init__()
+        self.layout, self.config = layout, config
+        self.grid = _working_grid(layout, config)
+        channels = layout.channels * config.stride**2
+        for _, tap_channels, rows, _ in layout.taps:
+            channels += tap_channels if rows else 0
+        self.inputs = InputEncoder(layout, config, config.encoder_width)
+        self.squeeze = nn.Conv2d(channels, config.encoder_width, 1)
+        self.vectors = nn.ModuleList(
+            nn.Linear(tap_channels, config.encoder_width) for _, tap_channels, rows, _ in layout.taps if not rows
+        )
+        self.block = Residual(config.encoder_width)
+        self.out = nn.Conv2d(config.encoder_width, config.features, 3, padding=1)
+
+    def forward(self, taps: Sequence[Tensor], inputs: Mapping[str, Tensor], image: Tensor) -> Tensor:
+        """Encode one frame.
+
+        Args:
+            taps: Cut tensors as `layout.taps` lists them: [N, C, rows, columns], or [N, C] for a vector; spatial ones
+                already at the working resolution (`at_working_grid`).
+            inputs: Generator inputs of frame s.
+            image: Every output of frame s, channels together, [N, C, H, W].
+
+        Returns:
+            [N, features, H / stride, W / stride].
+        """
+        spatial = [tap for tap in taps if tap.ndim == 4]
+        flat = [tap for tap in taps if tap.ndim == 2]
+        x = self.squeeze(torch.cat([*spatial, functional.pixel_unshuffle(image, self.config.stride)], 1))
+        x = x + self.inputs(inputs)
+        for tap, linear in zip(flat, self.vectors, strict=True):
+            x = x + linear(tap)[:, :, None, None]
+        x = self.block(functional.silu(x))
+        return self.out(functional.silu(x))
+
+
+class WarpConsumer(nn.Module):
+    """Answer frame t from the cache of frame s.
+
+    Args:
+        layout: What it reads and writes.
+        config: Its size.
+    """
+
+    def __init__(self, layout: AdapterLayout, config: AdapterConfig) -> None:
+        super().__init__()
+        self.layout, self.config = layout, config
+        rows, columns = _working_grid(layout, config)
+        self.inputs = InputEncoder(layout, config, config.width)
+        motion_channels = 6 if layout.surface else 0
+        self.merge = nn.Conv2d(config.features + config.width + motion_channels, config.width, 3, padding=1)
+        self.blocks = nn.ModuleList(Residual(config.width) for _ in range(config.blocks))
+        # For every image pixel: 2 of flow, 1 of how far to trust the moved image, and a residual for every channel.
+        self.head = nn.Conv2d(config.width, (3 + layout.channels) * config.stride**2, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        bias = torch.zeros(3 + layout.channels, config.stride**2)
+        bias[2] = 3.0  # trust the moved image at first: sigmoid(3) = 0.95
+        self.head.bias.data.copy_(bias.flatten())
+        self.register_buffer("centres", _pixel_centres(layout.height, layout.width), persistent=False)
+        self.register_buffer("coarse_centres", _pixel_centres(rows, columns), persistent=False)
+
+    def forward(self, features: Tensor, image: Tensor, atlas: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Answer one frame.
+
+        Args:
+            features: `CacheEncoder`'s result for frame s.
+            image: Every output of frame s, channels together, [N, C, H, W].
+            atlas: Surface atlas of frame s, [N, 3, h, w], where the layout has a surface.
+            inputs: Generator inputs of frame t.
+
+        Returns:
+            Every output of frame t, channels together, [N, C, H, W].
+        """
+        stride = self.config.stride
+        encoded = self.inputs(inputs)
+        if self.layout.surface is None or atlas is None:
+            x = self.merge(torch.cat([features, encoded], 1))
+            motion = None
+        else:
+            motion, hints = self._surface_motion(atlas, inputs, self.layout.surface)
+            grid = (self.coarse_centres + motion).permute(0, 2, 3, 1)
+            moved = _sample(features, grid)
+            x = self.merge(torch.cat([moved, encoded, hints], 1))
+        for block in self.blocks:
+            x = block(x)
+        planes = functional.pixel_shuffle(self.head(functional.silu(x)), stride)
+        flow = planes[:, :2]
+        if motion is not None:
+            flow = flow + functional.interpolate(motion, scale_factor=float(stride), mode="bilinear")
+        moved_image = _sample(image, (self.centres + flow).permute(0, 2, 3, 1))
+        trust = torch.sigmoid(planes[:, 2:3])
+        return moved_image * trust + planes[:, 3:]
+
+    def _surface_motion(
+        self, atlas: Tensor, inputs: Mapping[str, Tensor], surface: Surface
+    ) -> tuple[Tensor, Tensor]:
+        """Coarse backward flow [N, 2, h, w] in grid_sample units, and hint planes [N, 6, h, w]."""
+        stride = self.config.stride
+        name, first, last = surface.uv
+        mask_name, mask_channel = surface.mask
+        # One pixel of each cell stands for it: averages would mix both sides of a silhouette.
+        middle = stride // 2
+        uv = inputs[name][:, first:last, middle::stride, middle::stride]
+        mask = inputs[mask_name][:, mask_channel : mask_channel + 1, middle::stride, middle::stride]
+        position = _sample(atlas, uv.permute(0, 2, 3, 1) * 2.0 - 1.0)
+        offset = (middle + 0.5) / stride - 0.5
+        size = torch.tensor([self.coarse_centres.shape[3], self.coarse_centres.shape[2]])
+        centre = self.coarse_centres + (offset * 2.0 / size).view(1, 2, 1, 1)
+        inside = (position[:, :2] - centre) * mask
+        # Off the surface its motion goes on, fading with distance (hair and neck follow the face).
+        near = _spread(torch.cat([inside, mask], 1))
+        around = near[:, :2] / (near[:, 2:] + 1e-3)
+        motion = inside + around * (1.0 - mask)
+        scale = 16.0  # flow of a few pixels is a few hundredths in grid units; convolutions like it near 1
+        hints = torch.cat([motion * scale, inside * scale, position[:, 2:] * mask, mask], 1)
+        return motion, hints
+
+
+class InputEncoder(nn.Module):
+    """Bring the generator's inputs to the working resolution and add them up, [N, out, rows, columns]."""
+
+    def __init__(self, layout: AdapterLayout, config: AdapterConfig, out: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.grid = _working_grid(layout, config)
+        self.images = nn.ModuleList()
+        for image in layout.images:
+            stride = max(1, image.height // self.grid[0])
+            kernel = stride if stride > 1 else 3
+            self.images.append(nn.Conv2d(image.channels, out, kernel, stride, padding=0 if stride > 1 else 1))
+        self.vectors = nn.ModuleList(nn.Linear(vector.elements, out) for vector in layout.vectors)
+        self.bias = nn.Parameter(torch.zeros(1, out, 1, 1))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Encode the inputs of one frame."""
+        rows, columns = self.grid
+        total = self.bias.expand(-1, -1, rows, columns)
+        for image, convolution in zip(self.layout.images, self.images, strict=True):
+            x = convolution(inputs[image.name].float())
+            if x.shape[2:] != (rows, columns):
+                x = functional.interpolate(x, size=(rows, columns), mode="bilinear")
+            total = total + x
+        for vector, linear in zip(self.layout.vectors, self.vectors, strict=True):
+            total = total + linear(inputs[vector.name].float().flatten(1))[:, :, None, None]
+        return total
+
+
+class Residual(nn.Module):
+    """x + conv(silu(conv(silu(x)))), 3x3, without normalisation: it would cost more than a convolution here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(functional.silu(self.conv1(functional.silu(x))))
+
+
+def at_working_grid(tap: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bring a cut tensor [N, C, h, w] to the working resolution: area average down, bilinear up."""
+    if tuple(tap.shape[2:]) == grid:
+        return tap
+    if tap.shape[2] >= grid[0] and tap.shape[3] >= grid[1]:
+        return functional.adaptive_avg_pool2d(tap, grid)
+    return functional.interpolate(tap, size=grid, mode="bilinear")
+
+
+def _working_grid(layout: AdapterLayout, config: AdapterConfig) -> tuple[int, int]:
+    if layout.height % config.stride or layout.width % config.stride:
+        raise ExportError(
+            f"the output is {layout.height}x{layout.width}, the warp adapter needs multiples of {config.stride}; "
+            "pad the generator's output or compile with --steps 0"
+        )
+    return layout.height // config.stride, layout.width // config.stride
+
+
+def _pixel_centres(rows: int, columns: int) -> Tensor:
+    """[1, 2, rows, columns]: x and y of pixel centres in grid_sample coordinates (align_corners=False)."""
+    x = (torch.arange(columns) + 0.5) * (2.0 / columns) - 1.0
+    y = (torch.arange(rows) + 0.5) * (2.0 / rows) - 1.0
+    return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]))[None]
+
+
+def _sample(image: Tensor, grid: Tensor) -> Tensor:
+    """grid_sample that clamps to the border: [N, C, H, W] at grid [N, h, w, 2]."""
+    limit_x, limit_y = 1.0 - 1.0 / image.shape[3], 1.0 - 1.0 / image.shape[2]
+    if limit_x == limit_y:
+        clipped = grid.clamp(-limit_x, limit_x)
+    else:
+        limits = torch.tensor([limit_x, limit_y], dtype=grid.dtype)
+        clipped = torch.minimum(torch.maximum(grid, -limits), limits)
+    return functional.grid_sample(image, clipped, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _spread(planes: Tensor) -> Tensor:
+    """Blur [N, 3, h, w] widely, with a kernel that falls off, by averaging at two coarser scales."""
+    rows, columns = planes.shape[2], planes.shape[3]
+    near = functional.avg_pool2d(planes, 5, 1, 2, count_include_pad=True)
+    far = functional.avg_pool2d(planes, 4, 4) if rows % 4 == 0 and columns % 4 == 0 else planes
+    far = functional.avg_pool2d(far, 3, 1, 1, count_include_pad=True)
+    if far.shape[2:] != planes.shape[2:]:
+        far = functional.interpolate(far, size=(rows, columns), mode="bilinear")
+    whole = planes.mean((2, 3), keepdim=True)
+    return near + 0.1 * far + 0.01 * whole
