@@ -128,7 +128,9 @@ def write_bundle(
             _verify(temporary)
         _move_into_place(temporary, path, overwrite)
         temporary = None
-        _sync_folder(path.parent)
+        # The bundle stands; that the rename may not yet be on the disk is no reason to call it unwritten.
+        with contextlib.suppress(OSError):
+            _sync_folder(path.parent)
     except OSError as exc:
         raise _write_error(path, files, exc) from exc
     finally:
@@ -327,11 +329,14 @@ def _umask() -> int:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a folder's entries durable; Windows cannot open a folder and needs no such call."""
+    """Make a folder's entries durable, where it can be done: not on Windows, and not on every network file system."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
