@@ -23,8 +23,8 @@ Floats = NDArray[np.float32]
 
 ATLAS_SIZE = 64
 # A step in depth between neighbouring pixels that counts as an edge, as a share of the picture.
-_DEPTH_JUMP = 0.012
-_BACKDROPS = ((0.80, 0.66, 0.50), (0.62, 0.70, 0.78), (0.72, 0.60, 0.66), (0.64, 0.74, 0.62))
+_DEPTH_JUMP = 0.018
+_BACKDROPS = ((0.90, 0.74, 0.58), (0.62, 0.70, 0.78), (0.72, 0.60, 0.66), (0.64, 0.74, 0.62))
 
 
 class SyntheticHead:

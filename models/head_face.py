@@ -209,6 +209,8 @@ class Face:
         fall_up = np.clip(1.0 - d / 0.36, 0.0, 1.0) ** 1.25
         fall_down = np.clip(1.0 - d / 0.26, 0.0, 1.0) ** 1.5
         dy = np.where(above_eye, upper * fall_up, -lower * fall_down) + tilt
+        # Closed lids meet in an arc that hangs.
+        dy -= 0.040 * p.blink * almond * np.clip(1.0 - d / 0.22, 0.0, 1.0)
         # Brows.
         lift = np.exp(-(((y - 0.30) / 0.14) ** 2) - ((np.abs(x) - 0.30) / 0.28) ** 2)
         frown = np.exp(-(((y - 0.28) / 0.12) ** 2) - ((np.abs(x) - 0.12) / 0.14) ** 2)

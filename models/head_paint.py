@@ -54,7 +54,7 @@ def _rgb(code: int) -> tuple[float, float, float]:
 
 # Skin, blush, lips.
 _SKINS = [
-    (_rgb(0xEDBE9F), _rgb(0xE58A72), _rgb(0xD07267)),
+    (_rgb(0xEFBB9A), _rgb(0xE27F66), _rgb(0xCC6A5F)),
     (_rgb(0xF2CDB4), _rgb(0xE9958A), _rgb(0xCE6F6E)),
     (_rgb(0xC98F66), _rgb(0xBE6650), _rgb(0xA9524A)),
     (_rgb(0x8C5A3C), _rgb(0x8A4433), _rgb(0x7E3B36)),
@@ -111,6 +111,7 @@ def paint(shape: HeadShape, palette: Palette, rng: np.random.Generator) -> NDArr
     # The bake sees the mouth closed; inside, the paint itself darkens with depth.
     inside = ((part == Part.FACE) & (local[..., 2] > 0)) | (part == Part.TEETH)
     texture[inside, 4:] = (0.85, 0.65)
+    texture[part == Part.LASHES, 4:] = (0.80, 0.70)
     return _extend(texture, fragments.mask, 4).astype(np.float32)
 
 
@@ -150,7 +151,11 @@ def _face(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Fl
     # Lips.
     lips, rolled = _lip_masks(x, y)
     colour = _mix(colour, to_linear(palette.lips), 0.88 * lips)
-    gloss += lips * 0.38 * rolled
+    gloss += lips * 0.42 * rolled
+    gloss += 0.30 * bump(0.0, -0.30, 0.055, 0.075) + 0.16 * bump(0.0, -0.05, 0.05, 0.16) + 0.12 * bump(0.36, -0.25, 0.16, 0.09)
+    # The line between the lips, which the slit itself is too thin to draw.
+    seam = smoothstep(0.20, 0.0, lip_coordinates(x, y)[0]) * smoothstep(0.02, 0.25, lip_coordinates(x, y)[1])
+    colour = _mix(colour, to_linear(palette.lips) * (0.22, 0.14, 0.14), 0.85 * seam)
     # Lids: a warm shade, and the dark root of the lashes along the upper margin.
     ex, ey = (ax - 0.315) / 0.205, y + 0.085
     lid = np.exp(-((ex / 1.05) ** 4)) * np.exp(-((np.maximum(ey, 0) / 0.16) ** 2)) * (ey > 0)
@@ -166,7 +171,7 @@ def _face(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Fl
         * smoothstep(-0.04, 0.06, t)
         * smoothstep(1.04, 0.94, t)
     )
-    strands = 0.90 + 0.10 * np.sin((ax * 1.0 + (y - arch) * 0.9) * 210 + 3 * _noise(x * 20, y * 20, rng))
+    strands = 0.94 + 0.06 * np.sin((ax * 1.0 + (y - arch) * 0.9) * 120 + 3 * _noise(x * 20, y * 20, rng))
     colour = _mix(colour, to_linear(palette.hair) * 0.42, inside * strands)
     gloss *= 1 - 0.7 * inside
     # The inside of the mouth: lip, palate and throat, tongue, lip.
@@ -175,7 +180,7 @@ def _face(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Fl
     mouth = to_linear((0.36, 0.09, 0.10)) * np.ones((len(x), 1))
     tongue = smoothstep(0.52, 0.70, bag) * smoothstep(1.0, 0.5, np.abs(x))
     mouth = _mix(mouth, to_linear((0.80, 0.36, 0.36)), tongue)
-    mouth = _mix(mouth, to_linear(palette.lips) * 0.8, smoothstep(0.26, 0.10, rim))
+    mouth = _mix(mouth, to_linear(palette.lips) * (0.42, 0.30, 0.30), smoothstep(0.26, 0.10, rim))
     colour = np.where(inner[:, None], mouth, colour)
     gloss = np.where(inner, 0.55, gloss)
     return colour, gloss
@@ -189,7 +194,7 @@ def _lip_masks(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 def _lashes(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Floats, Floats]:
     kind = local[:, 2:]
     outward, across = local[:, 0], local[:, 1]
-    rim = np.broadcast_to(to_linear(palette.skin) * (0.85, 0.55, 0.50), (len(local), 3))
+    rim = np.broadcast_to(to_linear(palette.skin) * (0.95, 0.66, 0.60), (len(local), 3))
     corner = smoothstep(-0.70, -0.95, outward)
     lash = _mix(rim, to_linear(palette.hair) * 0.08 + 0.003, smoothstep(0.80, 0.55, across) * (1 - corner))
     return np.where(kind < 0.5, lash, rim), np.where(kind[:, 0] < 0.5, 0.05, 0.5)

@@ -93,10 +93,10 @@ def _strand_light(normal: Floats, tangent: Floats, texel: Floats) -> Floats:
     out = np.zeros_like(normal)
     for half, light, colour in (
         (_HALF_KEY, _KEY, _KEY_COLOUR * texel[:, 5:6]),
-        (_HALF_FILL, _FILL, 0.5 * _FILL_COLOUR * texel[:, 4:5]),
+        (_HALF_FILL, _FILL, 0.3 * _FILL_COLOUR * texel[:, 4:5]),
     ):
-        lit = np.clip((normal @ light)[:, None] * 1.4 + 0.25, 0, 1)
-        for offset, power, weight, tint in ((-0.10, 90.0, 0.10, 1.0), (0.12, 22.0, 0.55, texel[:, :3])):
+        lit = np.clip((normal @ light)[:, None] * 1.3 + 0.10, 0, 1)
+        for offset, power, weight, tint in ((-0.10, 90.0, 0.10, 1.0), (0.12, 22.0, 0.48, texel[:, :3])):
             along = tangent + (shift + offset) * normal
             along /= np.linalg.norm(along, axis=1, keepdims=True)
             across = np.sqrt(np.clip(1.0 - (along @ half)[:, None] ** 2, 0.0, 1.0))
@@ -123,6 +123,6 @@ def background(size: int, tint: tuple[float, float, float]) -> Floats:
     """A studio backdrop with a soft pool of light behind the head, float32 [size, size, 3], sRGB in [0, 1]."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     pool = np.exp(-(((x - 0.44) / 0.42) ** 2) - ((y - 0.40) / 0.46) ** 2)[..., None]
-    base = np.array([0.235, 0.275, 0.335], np.float32) * (1.12 - 0.45 * y[..., None])
+    base = np.array([0.17, 0.255, 0.315], np.float32) * (1.15 - 0.45 * y[..., None])
     glow = np.array(tint, np.float32)
     return np.asarray(base + pool * (glow - base) * 0.80, np.float32)
