@@ -114,6 +114,9 @@ def writable(*suffixes: str) -> Callable[[click.Context, click.Parameter, Path |
             return None
         if suffixes and path.suffix.lower() not in suffixes:
             raise click.BadParameter(f"{str(path)!r} must end in {' or '.join(suffixes)}", ctx, param)
+        # The finished file takes the place of what is there, which would be the end of a device like /dev/stdout.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise click.BadParameter(f"{str(path)!r} is no regular file", ctx, param)
         # Missing folders are made when the file is written.
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir():

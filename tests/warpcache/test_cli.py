@@ -296,6 +296,15 @@ def test_a_place_that_cannot_be_written_is_wrong_usage(tiny_bundle: Path, inputs
     assert "is no folder" in result.stderr
 
 
+def test_a_device_is_not_replaced_by_a_file(tiny_bundle: Path, inputs: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    result = call("bench", tiny_bundle, "--inputs", inputs, "--policy", "full", "--json", pipe)
+    assert result.exit_code == 2
+    assert "is no regular file" in result.stderr
+    assert pipe.is_fifo()
+
+
 def test_every_option_has_help() -> None:
     for name, command in cli.commands.items():
         for parameter in command.params:
