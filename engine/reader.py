@@ -38,6 +38,9 @@ class Reader:
         """Hand in the frames that are due; returns when the next one is, None where no time is set for it."""
         return None
 
+    def prepare_ahead(self) -> None:
+        """Nothing else is to do before the next frame is due: check its inputs now, off its latency."""
+
     def closed(self) -> None:
         """The session is closed; raises what the caller is to see."""
         raise StopIteration
@@ -70,6 +73,7 @@ class Rendering(Reader):
         self.period_ms = None if fps is None else 1e3 / fps
         self._start: float | None = None
         self._prepared: dict[str, Array] | None = None
+        self._refused: InputError | None = None
 
     @property
     def exhausted(self) -> bool:
@@ -83,24 +87,25 @@ class Rendering(Reader):
             self.closed()
         if self._period is None:
             if self._position < self._length and self._session.quiet:
-                arrived = self._session.now()
-                self._prepare()
-                self._hand_in(arrived)
+                self._hand_in(self._session.now())
             return None
         if self._start is None:
             self._start = self._session.now()
         while self._position < self._length and self._session.has_room:
-            # Prepared ahead of its time, while there is nothing else to do: that is off the frame's latency.
-            self._prepare()
             due = self._start + self._position * self._period
             if due > self._session.now():
                 return due
             self._hand_in(due)
         return None
 
-    def _prepare(self) -> None:
-        if self._prepared is not None:
-            return
+    def prepare_ahead(self) -> None:
+        if self._prepared is None and self._refused is None and self._position < self._length:
+            try:
+                self._prepared = self._prepare()
+            except InputError as exc:
+                self._refused = exc  # raised when the frame is due, not while frames before it are unanswered
+
+    def _prepare(self) -> dict[str, Array]:
         position, session = self._position, self._session
         started = session.now()
         inputs = dict(self._constant)
@@ -108,16 +113,18 @@ class Rendering(Reader):
             for name, array in self._moving.items():
                 inputs[name] = np.ascontiguousarray(session.check_frame(name, array[position : position + 1]))
         except InputError as exc:
-            self._position += 1
-            session.reject()
             raise InputError(f"frame {position}: {exc}") from exc
-        self._prepared = inputs
         session.prepared((session.now() - started) * 1e3)
+        return inputs
 
     def _hand_in(self, arrived: float) -> None:
-        assert self._prepared is not None
-        inputs, self._prepared = self._prepared, None
+        self.prepare_ahead()
+        inputs, refused, self._prepared, self._refused = self._prepared, self._refused, None, None
         self._position += 1
+        if refused is not None:
+            self._session.reject()
+            raise refused
+        assert inputs is not None
         self._session.arrive(inputs, arrived)
 
 

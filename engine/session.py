@@ -4,8 +4,8 @@ Notes to developers. Decisions are the scheduler's; this file carries them out. 
 *reader*, which iterates over `Session.render` or `Session.frames` and on which every exit runs (the answer then needs
 no change of threads); a thread that submits; and producer streams, which report the end of their work. Each
 of them posts events, and `Session._post` turns one event at a time into actions under the session's lock: producers
-are started right there, work for the reader is queued. The reader posts `ConsumerDone` only when it comes back for
-the next frame, so that a frame is chosen when it can run, and a slow caller gets the newest one.
+are started right there, work for the reader is queued. The reader posts the end of an exit only when it comes back
+for the next frame, so that a frame is chosen when it can run, and a slow caller gets the newest one.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Session:
         self._work: deque[tuple[StartProducer | StartConsumer | FailFrame, _Arrival]] = deque()
         self._arrivals: dict[int, _Arrival] = {}
         self._next_index = 0
-        self._answered: int | None = None
+        self._ended: ConsumerDone | ConsumerFailed | None = None  # the reader's alone
         self._finished = False
         self._closed = False
         self._fault: BaseException | None = None
@@ -317,11 +317,16 @@ class Session:
         if not self._reading.acquire(blocking=False):
             raise InputError("two threads read from one session; read from one, or open a session for each")
         try:
-            if self._answered is not None:
-                done, self._answered = self._answered, None
-                self._post(ConsumerDone(done, self._clock.now()))
+            if reader.period_ms is not None:
+                # What became due while the caller was away arrives before the consumer is free: the newest is chosen.
+                reader.feed()
+            if self._ended is not None:
+                ended, self._ended = self._ended, None
+                self._post(ended)
             while True:
                 due = reader.feed()
+                if due is not None and not self._work:
+                    reader.prepare_ahead()
                 work = self._take(due, reader)
                 if work is not None and (frame := self._perform(*work, period_ms=reader.period_ms)) is not None:
                     return frame
@@ -419,10 +424,10 @@ class Session:
                 exit_.module.enqueue(bindings, self._inline).wait()
         except BaseException:
             self._telemetry.failed()
-            self._post(ConsumerFailed(action.frame, self._clock.now()))
+            self._ended = ConsumerFailed(action.frame, self._clock.now())
             raise
         ended = self._clock.now()
-        self._answered = action.frame
+        self._ended = ConsumerDone(action.frame, ended)
         latency_ms = (ended - arrival.time) * 1e3
         self._telemetry.answered(
             action.route,

@@ -165,8 +165,11 @@ class Driver:
 class Adversary(RuleBasedStateMachine):
     """Any order of arrivals, ends and failures."""
 
-    policies = (Policy("full"), Policy("async"), Policy("every", period=1), Policy("every", period=3)) + tuple(
-        Policy.lockstep(age) for age in (0, 1, 2, 4)
+    policies = (
+        Policy("full"),
+        Policy("async"),
+        *(Policy("every", period=period) for period in (1, 3)),
+        *(Policy.lockstep(age) for age in (0, 1, 2, 4)),
     )
 
     @initialize(
@@ -362,9 +365,10 @@ def test_wrong_options_are_refused(options: dict[str, Any], opening: str) -> Non
 )
 def test_events_that_cannot_have_happened_are_refused(events: list[SchedulerEvent], opening: str) -> None:
     scheduler = Scheduler(Policy("async"))
+    for event in events[:-1]:
+        scheduler.step(event)
     with pytest.raises(WarpcacheError) as caught:
-        for event in events:
-            scheduler.step(event)
+        scheduler.step(events[-1])
     assert str(caught.value).startswith(opening)
 
 
