@@ -234,20 +234,23 @@ def print_table(
     """
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     out = console or Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
-    table = Table(title=title or None, caption=caption or None, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=escape(title) or None, caption=escape(caption) or None, box=box.SIMPLE_HEAD, title_justify="left"
+    )
     table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
     table.add_column("")
     for r in rows:
-        table.add_column(str(r["policy"]), justify="right")
+        table.add_column(escape(str(r["policy"])), justify="right")
     figures = figures_of(rows)
     with_change = any(figure.change for figure in figures)
     if with_change:
         table.add_column("change", justify="right")
     for group, members in _grouped(figures):
-        table.add_row(f"[bold]{group}[/bold]")
+        table.add_row(f"[bold]{escape(group)}[/bold]")
         for figure in members:
             style = {True: "green", False: "yellow", None: ""}[figure.better]
             change = [f"[{style}]{figure.change}[/{style}]" if style else figure.change] if with_change else []
