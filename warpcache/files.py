@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,14 +37,11 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # In the same folder, so that the rename never crosses file systems.
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix=f"-{path.name}", dir=path.parent)
-        temporary = Path(name)
-        os.close(handle)
+        candidate = path.parent / f".partial-{secrets.token_hex(6)}-{path.name}"
+        # Not tempfile: its files are readable by their owner alone, and the finished file should be like any other.
+        candidate.touch(exist_ok=False)
+        temporary = candidate
         yield temporary
-        # mkstemp makes files that only their owner reads; the finished file is as readable as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:

@@ -105,7 +105,9 @@ class VideoWriter:
             stream = cast("VideoStream", self._container.add_stream(self.codec, rate=rate))
             stream.height, stream.width = height + height % 2, width + width % 2
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(quality), "preset": preset} if self.codec == "libx264" else {"q:v": "2"}
+            stream.options = (
+                {"crf": str(quality), "preset": preset} if self.codec == "libx264" else {"qmin": "1", "qmax": "3"}
+            )
             context = stream.codec_context
             context.color_range = _LIMITED_RANGE
             context.colorspace = context.color_primaries = context.color_trc = _BT709

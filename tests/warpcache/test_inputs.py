@@ -257,6 +257,8 @@ def test_outputs_npz_keeps_the_generators_order_and_any_name(tmp_path: Path) -> 
         np.testing.assert_array_equal(archive["z"], [[0, 0], [1, 1], [2, 2]])
         np.testing.assert_array_equal(archive["file"], [0, 1, 2])
     assert [p.name for p in path.parent.iterdir()] == ["out.npz"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_outputs_are_copied_so_that_the_engine_may_reuse_its_buffer(tmp_path: Path) -> None:

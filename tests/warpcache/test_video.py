@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -135,6 +136,18 @@ def test_what_makes_no_video_is_refused(tmp_path: Path) -> None:
         VideoWriter(tmp_path / "file" / "a.mp4", 30, (16, 16))
 
 
+def test_without_libx264_the_video_is_mpeg4_and_that_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+    clip = written(tmp_path / "a.mp4")
+    assert "this FFmpeg has no libx264" in caplog.text
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4"
+    difference = read_video(tmp_path / "a.mp4").frames.astype(int) - to_uint8(clip)
+    assert np.abs(difference).mean() < 2 * MEAN_LEVELS  # an older codec, at its finest quantisers
+
+
 def test_truncated_damaged_and_foreign_files_are_told(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     written(path)
@@ -154,8 +167,6 @@ def test_truncated_damaged_and_foreign_files_are_told(tmp_path: Path) -> None:
 
 
 def test_files_without_a_picture_are_told(tmp_path: Path) -> None:
-    import av
-
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100, layout="mono")
