@@ -180,12 +180,12 @@ class SyntheticHead:
     def _shade(self, attributes: Floats, triangle: NDArray[np.int32], weights: Floats) -> Floats:
         """Shade points given by triangle [N] and barycentric weights [N, 3]: float32 [N, 3], sRGB in [0, 1]."""
         corners = self.mesh.triangles[triangle]
-        values = attributes[corners[:, 0]] * weights[:, :1]
-        values += attributes[corners[:, 1]] * weights[:, 1:2]
-        values += attributes[corners[:, 2]] * weights[:, 2:]
-        normal = values[:, 2:5] / np.maximum(np.linalg.norm(values[:, 2:5], axis=1, keepdims=True), 1e-6)
-        tangent = values[:, 5:8] / np.maximum(np.linalg.norm(values[:, 5:8], axis=1, keepdims=True), 1e-6)
-        return shade(self.shape.part[corners[:, 0]], normal, tangent, self._sample(values[:, :2]))
+        values = np.zeros((len(triangle), attributes.shape[1]), np.float32)
+        for corner in range(3):
+            taken = attributes.take(corners[:, corner], 0)
+            taken *= weights[:, corner, None]
+            values += taken
+        return shade(self.shape.part[corners[:, 0]], _unit(values[:, 2:5]), values[:, 5:8], self._sample(values[:, :2]))
 
     def _tangents(self, vertices: Floats) -> Floats:
         """Direction of the hair's strands at its vertices (0 elsewhere), float32 [V, 3], y up, z to the camera."""
@@ -208,6 +208,15 @@ class SyntheticHead:
         flat = self._texture.reshape(size * size, -1)
         first = low[:, 1] * size + low[:, 0]
         fu, fv = fraction[:, :1], fraction[:, 1:]
-        above = flat[first] * (1 - fu) + flat[first + 1] * fu
-        below = flat[first + size] * (1 - fu) + flat[first + size + 1] * fu
-        return np.asarray(above * (1 - fv) + below * fv)
+        out = flat.take(first, 0) * ((1 - fu) * (1 - fv))
+        for offset, weight in ((1, fu * (1 - fv)), (size, (1 - fu) * fv), (size + 1, fu * fv)):
+            texel = flat.take(first + offset, 0)
+            texel *= weight
+            out += texel
+        return np.asarray(out)
+
+
+def _unit(vectors: Floats) -> Floats:
+    """Vectors [N, 3] at length 1."""
+    x, y, z = vectors[:, 0], vectors[:, 1], vectors[:, 2]
+    return np.asarray(vectors / np.sqrt(np.maximum(x * x + y * y + z * z, 1e-12))[:, None])

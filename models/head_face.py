@@ -43,7 +43,7 @@ _UNDER = ((-1.0, 0.44, 0.44, 0.04, 0.36), (-0.985, 0.38, 0.29, -0.02, 0.34), (-0
 _COLUMN_X = np.concatenate([[0.0, 0.035, 0.072], np.linspace(0.11, 0.52, 9)])
 _COLUMN_ANGLES = np.array([54.0, 62.0, 70.0, 79.0, 90.0, 106.0])
 _POWER = 2.35
-_LIFT_POWER = 2.2
+_LIFT_POWER = 2.6
 
 # Half width, front and centre of the loft by height.
 _PROFILE_Y = np.array([-0.98, -0.93, -0.87, -0.78, -0.68, -0.55, -0.40, -0.20, 0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
@@ -105,7 +105,7 @@ class Face:
         z += 0.035 * bump(0.30, 0.27, 0.26, 0.09)
         z += 0.055 * s["cheek"] * bump(0.38, -0.36, 0.20, 0.17)
         z += 0.035 * bump(0.0, -0.60, 0.24, 0.20)
-        z -= 0.030 * bump(0.46, -0.62, 0.13, 0.16)
+        z -= 0.010 * bump(0.46, -0.62, 0.13, 0.16)
         z += 0.050 * s["chin"] * bump(0.0, -0.885, 0.15, 0.09)
         z -= 0.030 * bump(0.0, -0.765, 0.17, 0.045)
         # Nose: a bridge that grows to a round tip and is cut off below, with wings.
@@ -226,11 +226,11 @@ class Face:
         dy += 0.035 * p.smile * cheek
         # A smile with open lips shows the teeth.
         row_mouth = (row == mouth_row) & (side == 0) | (row < mouth_row)
-        lift_lip = 0.030 * max(p.smile, 0.0) * min(3.0 * p.jaw, 1.0)
+        lift_lip = 0.040 * max(p.smile, 0.0) * min(3.0 * p.jaw, 1.0)
         dy += row_mouth * lift_lip * np.exp(-((x / 0.16) ** 2) - ((y - _MOUTH_Y) / 0.07) ** 2)
         # Rest line of the lips: a soft cupid's bow.
         bow = np.exp(-(((y - _MOUTH_Y) / 0.06) ** 2))
-        dy += bow * (0.014 * np.exp(-((x / 0.11) ** 2)) - 0.010 * np.exp(-((x / 0.035) ** 2)))
+        dy += bow * 0.012 * np.exp(-((x / 0.11) ** 2))
 
         dx, dy = dx * front, dy * front
         moved = (np.abs(dx) + np.abs(dy)) > 1e-9

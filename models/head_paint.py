@@ -56,9 +56,9 @@ def _rgb(code: int) -> tuple[float, float, float]:
 _SKINS = [
     (_rgb(0xEFBB9A), _rgb(0xE27F66), _rgb(0xCC6A5F)),
     (_rgb(0xF2CDB4), _rgb(0xE9958A), _rgb(0xCE6F6E)),
-    (_rgb(0xC98F66), _rgb(0xBE6650), _rgb(0xA9524A)),
-    (_rgb(0x8C5A3C), _rgb(0x8A4433), _rgb(0x7E3B36)),
-    (_rgb(0xDCA77E), _rgb(0xD17D62), _rgb(0xB95A52)),
+    (_rgb(0xC8957A), _rgb(0xBE6650), _rgb(0xA9524A)),
+    (_rgb(0x86614E), _rgb(0x8A4433), _rgb(0x7E3B36)),
+    (_rgb(0xDDAC8A), _rgb(0xD17D62), _rgb(0xB95A52)),
 ]
 _HAIRS = [_rgb(0x8A3B1E), _rgb(0x3A2418), _rgb(0xC9944A), _rgb(0x1E1A1C), _rgb(0x5B3A4E), _rgb(0x2F5D6B)]
 _IRISES = [_rgb(0x2FA38C), _rgb(0x4C86C6), _rgb(0x8A5A2B), _rgb(0x6F8F3A), _rgb(0x6A5BB5)]
@@ -111,6 +111,8 @@ def paint(shape: HeadShape, palette: Palette, rng: np.random.Generator) -> NDArr
     # The bake sees the mouth closed; inside, the paint itself darkens with depth.
     inside = ((part == Part.FACE) & (local[..., 2] > 0)) | (part == Part.TEETH)
     texture[inside, 4:] = (0.85, 0.65)
+    # Light also reaches the eye through its lids' thin edges and by its own wet surface.
+    texture[part == Part.EYE, 4:] = 0.40 + 0.60 * texture[part == Part.EYE, 4:]
     texture[part == Part.LASHES, 4:] = (0.80, 0.70)
     return _extend(texture, fragments.mask, 4).astype(np.float32)
 
