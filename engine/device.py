@@ -6,19 +6,17 @@ itself (`InlineStream`): the frame that somebody waits for is answered without a
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from .affinity import available_cores, lower_priority, physical_core, pin, pinned
 from .errors import ClosedError, InputError
 
 __all__ = ["CoreShare", "CpuDevice", "CpuStream", "Event", "InlineStream", "Stream"]
@@ -27,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_BACKGROUND_NICENESS = 5
 # A shallow consumer gains little beyond this many threads; the rest serves producers better.
 _MOST_CONSUMER_THREADS = 4
 
@@ -167,7 +164,7 @@ class InlineStream:
         """Run `work` now, pinned to the stream's cores, and return its result."""
         if self._closed:
             raise ClosedError(f"stream {self.name!r} is closed; open a new one")
-        with _pinned(self.cores):
+        with pinned(self.cores):
             return work()
 
     def synchronize(self) -> None:
@@ -284,11 +281,11 @@ class CpuDevice:
     """
 
     def __init__(self, cores: int | None = None) -> None:
-        available = _available_cores()
+        available = available_cores()
         if cores is not None and not 1 <= cores <= len(available):
             raise InputError(f"cores is {cores}, but this process may use 1 to {len(available)}")
         # Cores that are two threads of one physical core stand side by side, so that a share falls between real cores.
-        self.cores: tuple[int, ...] = tuple(sorted(available, key=_physical_core)[:cores])
+        self.cores: tuple[int, ...] = tuple(sorted(available, key=physical_core)[:cores])
         self._streams: weakref.WeakSet[CpuStream] = weakref.WeakSet()
         self._closed = False
 
@@ -365,9 +362,9 @@ def _work_through(
     background: bool,
 ) -> None:
     if cores is not None:
-        _pin(cores)
+        pin(cores)
     if background:
-        _lower_priority()
+        lower_priority()
     while (item := work_queue.get()) is not None:
         work, event = item
         error: BaseException | None = None
@@ -382,67 +379,6 @@ def _work_through(
 
 def _nothing() -> None:
     """The work of a mark in the queue."""
-
-
-def _available_cores() -> tuple[int, ...]:
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
-
-
-def _physical_core(core: int) -> tuple[int, int]:
-    """A sort key that puts the hardware threads of one physical core side by side."""
-    path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
-    try:
-        # "0,8" or "0-1": the first number names the physical core.
-        first = int(path.read_text().replace("-", ",").split(",")[0])
-    except (OSError, ValueError):
-        first = core
-    return first, core
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str, *args: object) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info(message, *args)
-
-
-def _pin(cores: tuple[int, ...]) -> None:
-    if not hasattr(os, "sched_setaffinity"):
-        _say_once("this system cannot pin a thread to cores; streams run where it puts them")
-        return
-    try:
-        os.sched_setaffinity(0, cores)
-    except OSError as exc:
-        # The cores may have been taken away since they were counted (cpuset of a container); slower, never wrong.
-        _say_once("a thread could not be pinned to its cores (%s); it runs where the system puts it", exc)
-
-
-@contextlib.contextmanager
-def _pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
-    if cores is None or not hasattr(os, "sched_getaffinity"):
-        yield
-        return
-    before = tuple(os.sched_getaffinity(0))
-    _pin(cores)
-    try:
-        yield
-    finally:
-        _pin(before)
-
-
-def _lower_priority() -> None:
-    # Niceness belongs to a thread on Linux and to the whole process elsewhere, where it must not be touched.
-    if not (hasattr(os, "sched_setaffinity") and hasattr(os, "setpriority")):
-        _say_once("this system knows no priority of a single thread; background streams run at the normal one")
-        return
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
-    except OSError as exc:
-        _say_once("a thread's priority could not be lowered (%s); it runs at the normal one", exc)
 
 
 _FINISHED = Event()

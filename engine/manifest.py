@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from .errors import BundleError, InputError
 from .spec import TensorSpec
+from .strict_json import (
+    Fields,
+    a_name,
+    a_positive,
+    a_string,
+    an_integer,
+    an_object,
+    mapping_of,
+    mistyped,
+    optional,
+    parse,
+    refuse_duplicates,
+    tuple_of,
+)
 
 __all__ = [
     "FILE_NAME",
@@ -44,7 +56,6 @@ DTYPES = frozenset(
 )
 _REQUIRED_MODULES = ("generator", "producer", "plain")
 
-T = TypeVar("T")
 Role = Literal["generator", "motion"]
 
 
@@ -199,7 +210,7 @@ class Manifest:
             "files": {name: dataclasses.asdict(record) for name, record in self.files.items()},
         }
         try:
-            return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            return json.dumps(document, indent=1, allow_nan=False) + "\n"
         except (TypeError, ValueError) as exc:
             raise BundleError(
                 f"the manifest of {self.name!r} cannot be written as JSON ({exc}); use plain finite values"
@@ -216,26 +227,26 @@ class Manifest:
             BundleError: If it is no JSON, of an unknown version, a key is missing, unknown or mistyped, a value is
                 absurd, or its parts do not fit each other (`check`).
         """
-        root = _Fields(_parse(text), "")
-        version = root.take("format", _integer)
+        root = Fields(parse(text), "")
+        version = root.take("format", an_integer)
         if version != FORMAT:
             raise BundleError(
                 f"manifest.json is of format {version}, this library reads format {FORMAT}; "
                 "compile the bundle again or use the version of warpcache that wrote it"
             )
         manifest = cls(
-            name=root.take("name", _name),
-            created=root.take("created", _object),
-            inputs=root.take("inputs", _tuple_of(_input)),
-            outputs=root.take("outputs", _tuple_of(_spec)),
-            image_output=root.take("image_output", _optional(_name)),
-            fps=root.take("fps", _optional(_positive)),
+            name=root.take("name", a_name),
+            created=root.take("created", an_object),
+            inputs=root.take("inputs", tuple_of(_input)),
+            outputs=root.take("outputs", tuple_of(_spec)),
+            image_output=root.take("image_output", optional(a_name)),
+            fps=root.take("fps", optional(a_positive)),
             cut=root.take("cut", _cut),
-            cache=root.take("cache", _tuple_of(_spec)),
-            modules=root.take("modules", _mapping_of(_module)),
-            exits=root.take("exits", _tuple_of(_exit)),
-            calibration=root.take("calibration", _optional(_object)),
-            files=root.take("files", _mapping_of(_file)),
+            cache=root.take("cache", tuple_of(_spec)),
+            modules=root.take("modules", mapping_of(_module)),
+            exits=root.take("exits", tuple_of(_exit)),
+            calibration=root.take("calibration", optional(an_object)),
+            files=root.take("files", mapping_of(_file)),
         )
         root.finish()
         manifest.check()
@@ -258,7 +269,7 @@ class Manifest:
             *((f"modules.{name}.inputs", [s.name for s in module.inputs]) for name, module in self.modules.items()),
             *((f"modules.{name}.outputs", [s.name for s in module.outputs]) for name, module in self.modules.items()),
         ):
-            _refuse_duplicates(where, names)
+            refuse_duplicates(where, names)
         for where, count in (("inputs", len(self.inputs)), ("outputs", len(self.outputs)), ("cache", len(self.cache))):
             if count == 0:
                 raise BundleError(f"manifest.json: {where} is empty; a bundle has at least one")
@@ -316,53 +327,6 @@ def spec_to_record(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-class _Fields:
-    """The keys of one JSON object, taken one by one so that what is left over is unknown."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        self._values = dict(_object(value, where))
-        self._where = where
-
-    def take(self, key: str, read: Callable[[Any, str], T]) -> T:
-        where = f"{self._where}.{key}" if self._where else key
-        if key not in self._values:
-            raise BundleError(f"manifest.json: key {where!r} is missing")
-        return read(self._values.pop(key), where)
-
-    def finish(self) -> None:
-        for key in self._values:
-            where = f"{self._where}.{key}" if self._where else key
-            raise BundleError(f"manifest.json: key {where!r} is unknown in format {FORMAT}")
-
-
-def _parse(text: str | bytes) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    # RecursionError: a document nested thousands of levels deep. UnicodeDecodeError is a ValueError.
-    except (ValueError, RecursionError) as exc:
-        raise BundleError(f"manifest.json is not valid JSON: {exc}") from exc
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # json keeps the last of two equal keys; a reader that keeps the first would see another bundle.
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        _refuse_duplicates("one JSON object", [key for key, _ in pairs])
-    return values
-
-
-def _refuse_constant(name: str) -> Any:
-    raise BundleError(f"manifest.json holds {name}, which is not a JSON number")
-
-
-def _refuse_duplicates(where: str, names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise BundleError(f"manifest.json: {name!r} occurs twice in {where}")
-        seen.add(name)
-
-
 def _check_file_name(name: str, where: str) -> None:
     if FILE_NAME.fullmatch(name) is None:
         raise BundleError(
@@ -371,140 +335,72 @@ def _check_file_name(name: str, where: str) -> None:
         )
 
 
-def _mistyped(where: str, wanted: str, value: Any) -> BundleError:
-    shown = repr(value)
-    return BundleError(
-        f"manifest.json: key {where!r} must be {wanted}, not {shown[:80] + ('…' if len(shown) > 80 else '')}"
-    )
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _mistyped(where or "(the document)", "an object", value)
-    return value
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _mistyped(where, "a string", value)
-    return value
-
-
-def _name(value: Any, where: str) -> str:
-    text = _string(value, where)
-    if not text or len(text) > 500 or not text.isprintable():
-        raise _mistyped(where, "a name of 1 to 500 printable characters", value)
-    return text
-
-
-def _integer(value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _mistyped(where, "an integer", value)
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _mistyped(where, "a number", value)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _mistyped(where, "a finite number", value)
-    return number
-
-
-def _positive(value: Any, where: str) -> float:
-    number = _number(value, where)
-    if number <= 0:
-        raise _mistyped(where, "a number above 0", value)
-    return number
-
-
-def _optional(read: Callable[[Any, str], T]) -> Callable[[Any, str], T | None]:
-    return lambda value, where: None if value is None else read(value, where)
-
-
-def _tuple_of(read: Callable[[Any, str], T]) -> Callable[[Any, str], tuple[T, ...]]:
-    def read_all(value: Any, where: str) -> tuple[T, ...]:
-        if not isinstance(value, list):
-            raise _mistyped(where, "a list", value)
-        return tuple(read(item, f"{where}[{index}]") for index, item in enumerate(value))
-
-    return read_all
-
-
-def _mapping_of(read: Callable[[Any, str], T]) -> Callable[[Any, str], dict[str, T]]:
-    return lambda value, where: {key: read(item, f"{where}.{key}") for key, item in _object(value, where).items()}
-
-
 def _spec(value: Any, where: str) -> TensorSpec:
-    fields = _Fields(value, where)
+    fields = Fields(value, where)
     spec = _spec_fields(fields, where)
     fields.finish()
     return spec
 
 
-def _spec_fields(fields: _Fields, where: str) -> TensorSpec:
-    name = fields.take("name", _name)
-    dtype = fields.take("dtype", _string)
+def _spec_fields(fields: Fields, where: str) -> TensorSpec:
+    name = fields.take("name", a_name)
+    dtype = fields.take("dtype", a_string)
     if dtype not in DTYPES:
-        raise _mistyped(f"{where}.dtype", f"one of {', '.join(sorted(DTYPES))}", dtype)
-    shape = fields.take("shape", _tuple_of(_integer))
+        raise mistyped(f"{where}.dtype", f"one of {', '.join(sorted(DTYPES))}", dtype)
+    shape = fields.take("shape", tuple_of(an_integer))
     if len(shape) > MAX_RANK or not all(1 <= extent <= MAX_EXTENT for extent in shape):
-        raise _mistyped(f"{where}.shape", f"at most {MAX_RANK} extents, each from 1 to {MAX_EXTENT}", list(shape))
+        raise mistyped(f"{where}.shape", f"at most {MAX_RANK} extents, each from 1 to {MAX_EXTENT}", list(shape))
     spec = TensorSpec(name, dtype, shape)
     if spec.size_bytes > MAX_TENSOR_BYTES:
-        raise _mistyped(f"{where}.shape", f"a tensor of at most {MAX_TENSOR_BYTES} bytes", list(shape))
+        raise mistyped(f"{where}.shape", f"a tensor of at most {MAX_TENSOR_BYTES} bytes", list(shape))
     return spec
 
 
 def _input(value: Any, where: str) -> InputRecord:
-    fields = _Fields(value, where)
+    fields = Fields(value, where)
     spec = _spec_fields(fields, where)
-    role = fields.take("role", _string)
+    role = fields.take("role", a_string)
     fields.finish()
     if role not in ("generator", "motion"):
-        raise _mistyped(f"{where}.role", "'generator' or 'motion'", role)
+        raise mistyped(f"{where}.role", "'generator' or 'motion'", role)
     return InputRecord(spec, cast(Role, role))
 
 
 def _cut(value: Any, where: str) -> Cut:
-    fields = _Fields(value, where)
-    cut = Cut(fields.take("tensors", _tuple_of(_name)), fields.take("candidates", _tuple_of(_object)))
+    fields = Fields(value, where)
+    cut = Cut(fields.take("tensors", tuple_of(a_name)), fields.take("candidates", tuple_of(an_object)))
     fields.finish()
     return cut
 
 
 def _module(value: Any, where: str) -> ModuleRecord:
-    fields = _Fields(value, where)
+    fields = Fields(value, where)
     module = ModuleRecord(
-        fields.take("file", _string), fields.take("inputs", _tuple_of(_spec)), fields.take("outputs", _tuple_of(_spec))
+        fields.take("file", a_string), fields.take("inputs", tuple_of(_spec)), fields.take("outputs", tuple_of(_spec))
     )
     fields.finish()
     return module
 
 
 def _exit(value: Any, where: str) -> ExitRecord:
-    fields = _Fields(value, where)
-    name = fields.take("name", _name)
-    modules = fields.take("modules", _tuple_of(_name))
+    fields = Fields(value, where)
+    name = fields.take("name", a_name)
+    modules = fields.take("modules", tuple_of(a_name))
     if len(modules) != 1:
-        raise _mistyped(f"{where}.modules", "a list of one module", list(modules))
-    cost_ratio = fields.take("cost_ratio", _positive)
+        raise mistyped(f"{where}.modules", "a list of one module", list(modules))
+    cost_ratio = fields.take("cost_ratio", a_positive)
     fields.finish()
     return ExitRecord(name, modules[0], cost_ratio)
 
 
 def _file(value: Any, where: str) -> FileRecord:
-    fields = _Fields(value, where)
-    size_bytes = fields.take("size_bytes", _integer)
+    fields = Fields(value, where)
+    size_bytes = fields.take("size_bytes", an_integer)
     if size_bytes < 0:
-        raise _mistyped(f"{where}.size_bytes", "0 or more", size_bytes)
-    sha256 = fields.take("sha256", _string)
+        raise mistyped(f"{where}.size_bytes", "0 or more", size_bytes)
+    sha256 = fields.take("sha256", a_string)
     if re.fullmatch(r"[0-9a-f]{64}", sha256) is None:
-        raise _mistyped(f"{where}.sha256", "64 lower-case hexadecimal digits", sha256)
+        raise mistyped(f"{where}.sha256", "64 lower-case hexadecimal digits", sha256)
     fields.finish()
     return FileRecord(size_bytes, sha256)
 

@@ -302,13 +302,14 @@ def duplicated(path: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (edited("surprise", 1), "key 'surprise' is unknown in format 1"),
+        (edited("surprise", 1), "key 'surprise' is unknown; the bundle was written by another version"),
         (edited("inputs.0.layout", "NCHW"), r"key 'inputs\[0\].layout' is unknown"),
         (edited("modules.plain.threads", 2), r"key 'modules.plain.threads' is unknown"),
         (removed("cut"), "key 'cut' is missing"),
         (removed("modules.warp.file"), "key 'modules.warp.file' is missing"),
         (edited("name", 5), "key 'name' must be a string, not 5"),
         (edited("name", ""), "key 'name' must be a name of 1 to 500 printable characters"),
+        (edited("name", "a\ud800"), "key 'name' must be a name of 1 to 500 printable characters"),
         (edited("name", "a\x1b[31m"), "key 'name' must be a name of 1 to 500 printable characters"),
         (edited("created", []), "key 'created' must be an object"),
         (edited("fps", 0), "key 'fps' must be a number above 0"),

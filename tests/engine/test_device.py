@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from warpcache.engine import affinity
 from warpcache.engine import device as device_module
 from warpcache.engine.device import CoreShare, CpuDevice, CpuStream, Event, InlineStream
 from warpcache.engine.errors import ClosedError, InputError
@@ -212,8 +213,8 @@ def test_a_background_stream_is_nicer_and_nobody_else_is():
 
 def test_a_system_that_cannot_pin_is_told_of_once(monkeypatch, caplog):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
-    monkeypatch.setattr(device_module, "_said", set())
-    with caplog.at_level(logging.INFO, logger="warpcache.engine.device"):
+    monkeypatch.setattr(affinity, "_said", set())
+    with caplog.at_level(logging.INFO, logger="warpcache.engine.affinity"):
         for index in range(2):
             with CpuStream(f"unpinned {index}", cores=(0,)) as stream:
                 assert stream.call(lambda: 5) == 5
@@ -221,16 +222,19 @@ def test_a_system_that_cannot_pin_is_told_of_once(monkeypatch, caplog):
 
 
 def test_cores_that_are_gone_do_not_stop_the_work(monkeypatch, caplog):
-    monkeypatch.setattr(device_module, "_said", set())
-    with caplog.at_level(logging.INFO, logger="warpcache.engine.device"), CpuStream("gone", cores=(100_000,)) as stream:
+    monkeypatch.setattr(affinity, "_said", set())
+    with (
+        caplog.at_level(logging.INFO, logger="warpcache.engine.affinity"),
+        CpuStream("gone", cores=(100_000,)) as stream,
+    ):
         assert stream.call(lambda: 5) == 5
     if LINUX:
         assert "could not be pinned" in caplog.text
 
 
 def device_with(monkeypatch: pytest.MonkeyPatch, cores: tuple[int, ...]) -> CpuDevice:
-    monkeypatch.setattr(device_module, "_available_cores", lambda: cores)
-    monkeypatch.setattr(device_module, "_physical_core", lambda core: (core, core))
+    monkeypatch.setattr(device_module, "available_cores", lambda: cores)
+    monkeypatch.setattr(device_module, "physical_core", lambda core: (core, core))
     return CpuDevice()
 
 
@@ -274,8 +278,8 @@ def test_a_producer_never_gets_the_consumers_cores(cores, producers):
 
 def test_a_share_falls_between_physical_cores(monkeypatch):
     # Four hardware threads of two cores, numbered as most PCs do it: 0 and 2 are one core, 1 and 3 the other.
-    monkeypatch.setattr(device_module, "_available_cores", lambda: (0, 1, 2, 3))
-    monkeypatch.setattr(device_module, "_physical_core", lambda core: (core % 2, core))
+    monkeypatch.setattr(device_module, "available_cores", lambda: (0, 1, 2, 3))
+    monkeypatch.setattr(device_module, "physical_core", lambda core: (core % 2, core))
     share = CpuDevice().share(1)
     assert share.consumer_cores == (0, 2)
     assert share.producer_cores == ((1, 3),)
