@@ -24,8 +24,9 @@ from onnx import ModelProto
 
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array, TensorSpec
+from .fusion import find_fusions
 from .graph import GraphIndex, give_out
-from .profile import profile_nodes, surviving_values, time_model
+from .profile import profile_nodes, time_model
 from .run import open_session, run_session
 from .split import SplitModels, check_exact, split
 
@@ -48,6 +49,20 @@ SCORE_DB_PER_COST_RATIO = 20.0
 SCORE_DB_PER_DOUBLING = 0.25
 # Identical frames have infinite PSNR; 60 dB is beyond what 8-bit video can show.
 PSNR_CAP_DB = 60.0
+# Pairs that become one kernel where nothing else reads the value between them.
+_FUSES = frozenset(
+    {
+        ("Conv", "Add"),
+        ("Conv", "Mul"),
+        ("Conv", "BatchNormalization"),
+        ("MatMul", "Add"),
+        ("Gemm", "Relu"),
+        ("Add", "LayerNormalization"),
+        ("Add", "Gelu"),
+        ("Add", "Erf"),
+    }
+)
+_ACTIVATIONS = frozenset({"Relu", "Sigmoid", "Tanh", "LeakyRelu", "Clip", "HardSigmoid"})
 _MAX_POSITIONS = 400
 _ALL_SUBSETS_UP_TO = 4
 _FLOATS = ("float32", "float16", "float64")
@@ -72,6 +87,7 @@ class CutCandidate:
             the frames tried; empty until ranked.
         score: `rank_cuts`'s score in dB; None until ranked.
         consumer_nodes: Names of the consumer's nodes.
+        anchors: Those of the tensors that the consumer anchors to stay exact, see `fusion`.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -85,6 +101,7 @@ class CutCandidate:
     reuse_psnr_db: Mapping[int, float] = field(default_factory=dict)
     score: float | None = None
     consumer_nodes: frozenset[str] = field(default_factory=frozenset, repr=False)
+    anchors: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -155,7 +172,7 @@ def enumerate_cuts(
             cost = finder.cost(rest)
             if not used or not min_cost_ratio * finder.whole_ms <= cost <= max_cost_ratio * finder.whole_ms:
                 continue
-            if not finder.computes_an_output(rest):
+            if not finder.computes_an_output(rest) or not finder.stays_exact(used, rest):
                 continue
             # Nodes below 0.2 % are a reshape or an activation: on which side they are makes no other cut.
             key = frozenset(i for i in rest if finder.costs[i] >= 0.002 * finder.whole_ms)
@@ -180,8 +197,8 @@ def rank_cuts(
 ) -> list[CutCandidate]:
     """Measure the most promising cuts on a sample stream and order them, best first.
 
-    Promising are the Pareto-best by consumer cost and cache bytes, front after front, up to twice `keep`; what is hardly
-    different from a better one is skipped, and consumers that read the new frame's input go first. For those the PSNR
+    Promising are the Pareto-best by consumer cost and cache bytes, front after front, up to twice `keep`; what hardly
+    differs from a better one is skipped, and consumers that read the new frame's input go first. For those the PSNR
     of plain cache reuse is measured: the producer on frame t - age, the consumer on frame t, against the whole
     on frame t. Those that win are split, checked to be bit-identical with a fresh cache, and timed in turns with the
     whole. The score, in dB, is
@@ -326,6 +343,7 @@ class _Finder:
         self.costs = [costs[name] for name in self.index.names]
         self.alive = sorted(self.index.closure(self.index.outputs) - self.index.constant)
         self.whole_ms = self.cost(self.alive)
+        self.fusions = find_fusions(model)
 
     def cost(self, nodes: Iterable[int]) -> float:
         return sum(self.costs[i] for i in nodes)
@@ -333,15 +351,16 @@ class _Finder:
     def cacheable(self) -> frozenset[str]:
         """Values that a cut may be made of."""
         index = self.index
-        survivors = surviving_values(self.model)
         found = []
         for i in self.alive:
             for name in index.nodes[i].output:
                 spec = index.specs.get(name)
-                # A convolution and the addition after it become one kernel in the NCHWc layout.
-                readers = {index.nodes[r].op_type for r in index.consumers.get(name, ())}
-                joined = index.nodes[i].op_type in ("Conv", "MatMul") and readers == {"Add"}
-                if name in survivors and spec is not None and spec.dtype in _FLOATS and not joined:
+                # The addition after a convolution may be part of its kernel, which the value between does not show.
+                joined = any(
+                    r in self.fusions.blocked and index.nodes[i].op_type == "Conv"
+                    for r in index.consumers.get(name, ())
+                )
+                if name in self.fusions.survivors and spec is not None and spec.dtype in _FLOATS and not joined:
                     found.append(name)
         return frozenset(found)
 
@@ -399,6 +418,25 @@ class _Finder:
             if len(able) - first <= max_tensors:
                 yield frozenset(able[first:])
 
+    def stays_exact(self, chosen: Iterable[str], rest: frozenset[int]) -> bool:
+        """Whether both halves keep the kernels of the whole, as far as the graph tells."""
+        made = self.index.closure(chosen)
+        return all(self.fusions.keeps_kernels(part) and not self._fuses_anew(part, chosen) for part in (rest, made))
+
+    def _fuses_anew(self, part: frozenset[int], chosen: Iterable[str]) -> bool:
+        """Whether a value loses all readers but one in `part`, and that one would then join its maker's kernel."""
+        index = self.index
+        given_out = {*chosen, *index.outputs}
+        for i in part:
+            for name in index.nodes[i].output:
+                readers = index.consumers.get(name, ())
+                left = [r for r in readers if r in part]
+                if len(left) == 1 and len(readers) > 1 and name not in given_out:
+                    pair = (index.nodes[i].op_type, index.nodes[left[0]].op_type)
+                    if pair in _FUSES or (pair[0] == "Conv" and pair[1] in _ACTIVATIONS):
+                        return True
+        return False
+
     def used(self, chosen: Iterable[str], rest: frozenset[int]) -> frozenset[str]:
         """Those of `chosen` that the consumer made of the nodes `rest` reads or gives out."""
         read = {name for i in rest for name in self.index.reads[i]}
@@ -423,6 +461,7 @@ class _Finder:
             recomputed_ms=self.cost(rest & made),
             reads_input=any(name in index.inputs for i in rest for name in index.reads[i]),
             consumer_nodes=frozenset(index.names[i] for i in rest),
+            anchors=self.fusions.anchors(index, names, rest),
         )
 
 

@@ -14,18 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import ModelProto
 
 from ..engine.errors import InputError
 from ..engine.spec import Array
+from .fusion import PROFILE_LEVEL, fused_group
 from .graph import GraphIndex, node_names
 from .run import open_session, run_session
 
-__all__ = ["Timing", "profile_nodes", "surviving_values", "time_model"]
+__all__ = ["Timing", "profile_nodes", "time_model"]
 
-# At ENABLE_ALL the NCHWc layout renames most convolutions; at EXTENDED nearly all of the time keeps its node's name.
-_PROFILE_LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 _HEAVY = frozenset(
     {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LSTM", "GRU", "InstanceNormalization", "GridSample"}
 )
@@ -84,7 +82,7 @@ def profile_nodes(
         session = open_session(
             named,
             threads=threads,
-            level=_PROFILE_LEVEL,
+            level=PROFILE_LEVEL,
             profile_prefix=str(Path(folder) / "p"),
             optimized_path=optimized,
         )
@@ -105,18 +103,6 @@ def profile_nodes(
         if name in owner:
             costs[owner[name]] += min(times[1:] or times)
     return costs
-
-
-def surviving_values(model: ModelProto) -> frozenset[str]:
-    """Values that still exist after ONNX Runtime's fusions.
-
-    A cut at any other value would break up a fused kernel, and the parts would round differently from the whole.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        open_session(model, threads=1, level=_PROFILE_LEVEL, optimized_path=optimized)
-        fused = onnx.load(optimized, load_external_data=False)
-    return frozenset(name for node in fused.graph.node for name in node.output if name)
 
 
 def time_model(
@@ -186,10 +172,7 @@ def _owners(index: GraphIndex, fused: GraphIndex) -> dict[str, str]:
         if name in own_names and (not made or name in {index.names[i] for i in made}):
             owner[name] = name
         elif made:
-            group = index.closure([v for v in node.output if v in index.producer], stop=fused.reads[position])
-            group -= index.constant
-            # Where the fused inputs are values of the optimiser's own, the walk would run on up to the graph's inputs.
-            group = frozenset(i for i in group if not _survives_above(index, fused, i, set(made)))
+            group = fused_group(index, fused, position)
             heavy = [i for i in sorted(group) if index.nodes[i].op_type in _HEAVY]
             owner[name] = index.names[heavy[0] if heavy else max(made)]
         else:
@@ -198,8 +181,3 @@ def _owners(index: GraphIndex, fused: GraphIndex) -> dict[str, str]:
             if heirs:
                 owner[name] = heirs[0]
     return owner
-
-
-def _survives_above(index: GraphIndex, fused: GraphIndex, node: int, made: set[int]) -> bool:
-    """Whether a node of the original is still there on its own in the optimised graph, apart from `made`."""
-    return node not in made and any(value in fused.producer for value in index.nodes[node].output)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, helper
 
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array, TensorSpec
@@ -45,12 +45,14 @@ class SplitModels:
     origins: Mapping[str, str]
 
 
-def split(model: ModelProto, cut: CutCandidate | Sequence[str]) -> SplitModels:
+def split(model: ModelProto, cut: CutCandidate | Sequence[str], *, anchors: Sequence[str] = ()) -> SplitModels:
     """Split `model` at `cut`.
 
     Args:
         model: The whole, in normal form (`graph.normalise`).
         cut: A candidate, or the names of its values in the model.
+        anchors: Where names are given: those that the consumer passes through a 1x1 max pooling, which keeps ONNX
+            Runtime's kernels the same as in the whole (see `fusion`). A candidate knows its own.
 
     Returns:
         Both halves. A cache tensor is named ``cache.<value name>``; the models' metadata maps it back to the value.
@@ -59,7 +61,7 @@ def split(model: ModelProto, cut: CutCandidate | Sequence[str]) -> SplitModels:
         InputError: If a name is no computed value of the model, or no name is given.
         ExportError: If a value's shape is not fixed.
     """
-    names = tuple(cut) if isinstance(cut, Sequence) else cut.names
+    names, anchors = (tuple(cut), tuple(anchors)) if isinstance(cut, Sequence) else (cut.names, cut.anchors)
     index = GraphIndex(model)
     if not names:
         raise InputError("the cut names no tensor; name at least one value to split at")
@@ -80,6 +82,8 @@ def split(model: ModelProto, cut: CutCandidate | Sequence[str]) -> SplitModels:
     inputs = [name for name in index.inputs if _reads_input(index, rest, name)]
     through = [name for name in index.outputs if name in renames]
     plain = _extract_rest(model, [*names, *inputs], through, renames)
+    for name in anchors:
+        _anchor(plain, renames[name])
     origins = {renames[name]: name for name in names}
     for half in (producer, plain):
         for cache, name in origins.items():
@@ -126,6 +130,31 @@ def check_exact(model: ModelProto, parts: SplitModels, feeds: Mapping[str, Array
 
 def _reads_input(index: GraphIndex, nodes: frozenset[int], name: str) -> bool:
     return any(reader in nodes for reader in index.consumers.get(name, ()))
+
+
+def _anchor(plain: ModelProto, cache: str) -> None:
+    """Let every reader of a cache tensor [N, C, H, W] read it through a pooling of single elements instead."""
+    anchored = f"{cache}.anchored"
+    for node in plain.graph.node:
+        # Handing an output through needs no kernel, so nothing to keep the same.
+        if node.op_type != "Identity":
+            for k, name in enumerate(node.input):
+                if name == cache:
+                    node.input[k] = anchored
+    pool = helper.make_node("MaxPool", [cache], [anchored], name=f"node_{anchored}", kernel_shape=[1, 1])
+    info = next(value for value in plain.graph.input if value.name == cache)
+    entry = plain.graph.value_info.add()
+    entry.CopyFrom(info)
+    entry.name = anchored
+    nodes = [pool, *(_copied(node) for node in plain.graph.node)]
+    del plain.graph.node[:]
+    plain.graph.node.extend(nodes)
+
+
+def _copied(node: NodeProto) -> NodeProto:
+    fresh = NodeProto()
+    fresh.CopyFrom(node)
+    return fresh
 
 
 def _cache_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:

@@ -60,7 +60,8 @@ def trace_generator(module: nn.Module, example: Mapping[str, Array]) -> ModelPro
     Returns:
         The model in normal form, operator set 20. Inputs have forward's parameter names. One tensor returned becomes
         the output ``"image"``, a dict gives its keys, a tuple or list is named by the module's attribute
-        ``output_names``, or else ``"output_0"``, ``"output_1"`` and so on. Nodes keep the torch module paths.
+        ``output_names``, or else ``"output_0"``, ``"output_1"`` and so on. An output that has the name of an input
+        gets ``"_out"`` added, as names are unique in a graph. Nodes keep the torch module paths.
 
     Raises:
         InputError: If the example's names or dtypes do not fit forward.
@@ -77,10 +78,7 @@ def trace_generator(module: nn.Module, example: Mapping[str, Array]) -> ModelPro
                 result = module(**tensors)
             except Exception as exc:
                 raise ExportError(f"the generator fails on the example{_where(exc)}: {_reason(exc)}") from exc
-            expected = _named_outputs(module, result)
-            clash = [name for name in expected if name in names]
-            if clash:
-                raise ExportError(f"output {clash[0]!r} has the name of an input; give it another key")
+            expected = _apart(_named_outputs(module, result), names)
             model = _export(module, tensors)
     finally:
         for part in was_training:
@@ -216,6 +214,17 @@ def _named_outputs(module: nn.Module, result: object) -> dict[str, Tensor]:
     if not named:
         raise ExportError("forward returns no tensor, so there is nothing to show")
     return named
+
+
+def _apart(outputs: Mapping[str, Tensor], inputs: Sequence[str]) -> dict[str, Tensor]:
+    """The outputs under names that no input has."""
+    apart: dict[str, Tensor] = {}
+    for name, value in outputs.items():
+        fresh = name
+        while fresh in inputs or (fresh != name and (fresh in outputs or fresh in apart)):
+            fresh += "_out"
+        apart[fresh] = value
+    return apart
 
 
 def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> ModelProto:
