@@ -136,7 +136,10 @@ class SyntheticHead:
         part = np.where(mask, self.shape.part[triangles[np.maximum(owner, 0), 0]], -1)
         depth = np.where(mask, fragments.depth, 0.0)
         edge = np.zeros_like(mask)
-        for a, b in (((slice(1, None),), (slice(None, -1),)), ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):
+        for a, b in (
+            ((slice(1, None),), (slice(None, -1),)),
+            ((slice(None), slice(1, None)), (slice(None), slice(None, -1))),
+        ):
             jump = (part[a] != part[b]) | (np.abs(depth[a] - depth[b]) > _DEPTH_JUMP * size)
             edge[a] |= jump
             edge[b] |= jump
@@ -147,7 +150,9 @@ class SyntheticHead:
         if len(seen) == 0:
             return
         # Lattice sample (2i + 1, 2j + 1) is the centre of pixel (i, j).
-        fine = rasterize(vertices * 2 + np.array([0.5, 0.5, 0], np.float32), triangles[seen], 2 * size + 1, 2 * size + 1)
+        fine = rasterize(
+            vertices * 2 + np.array([0.5, 0.5, 0], np.float32), triangles[seen], 2 * size + 1, 2 * size + 1
+        )
         row, column = np.nonzero(edge)
         needed = np.zeros(fine.triangle.shape, np.bool_)
         for i in range(3):
@@ -193,7 +198,7 @@ class SyntheticHead:
         rows, columns = self.shape.hair_shape
         grid = vertices[self.shape.hair].reshape(rows, columns, 3)
         # The last row is tucked in; its strands go on as those of the row before.
-        along = np.gradient(grid, axis=0)
+        along = np.asarray(np.gradient(grid, axis=0))
         along[-2:] = along[-3]
         flat = along.reshape(-1, 3) * np.array([1, -1, -1], np.float32)
         out[self.shape.hair] = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)

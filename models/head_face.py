@@ -33,12 +33,14 @@ _JAW_ANGLE = 0.30
 
 # Rest rows from the forehead (covered by hair) to the chin; the slits of eyes and mouth are among them.
 _ROWS = np.array(
-    [0.74, 0.60, 0.50, 0.43, 0.37, 0.31, 0.25, 0.19, 0.13, 0.07, 0.02, -0.03, _EYE_SLIT_Y]
-    + [-0.125, -0.16, -0.195, -0.23, -0.265, -0.30, -0.33, -0.36, -0.39, -0.42, -0.455, -0.495]
-    + [-0.53, -0.56, -0.59, _MOUTH_Y, -0.64, -0.67, -0.70, -0.735, -0.775, -0.82, -0.87, -0.92, -0.965]
-)
+    [
+        0.74, 0.60, 0.50, 0.43, 0.37, 0.31, 0.25, 0.19, 0.13, 0.07, 0.02, -0.03, _EYE_SLIT_Y, -0.125, -0.16, -0.195,
+        -0.23, -0.265, -0.30, -0.33, -0.36, -0.39, -0.42, -0.455, -0.495, -0.53, -0.56, -0.59, _MOUTH_Y, -0.64, -0.67,
+        -0.70, -0.735, -0.775, -0.82, -0.87, -0.92, -0.965,
+    ]
+)  # fmt: skip
 # Below the chin the loft turns back to the neck: height, half width, front, centre, lift of the sides.
-_UNDER = ((-1.0, 0.44, 0.44, 0.04, 0.36), (-0.985, 0.38, 0.29, -0.02, 0.34), (-0.93, 0.30, 0.14, -0.10, 0.30))
+_UNDER = ((-1.0, 0.44, 0.44, 0.04, 0.41), (-0.985, 0.38, 0.29, -0.02, 0.45), (-0.93, 0.30, 0.14, -0.10, 0.48))
 # Columns of the right half: x at the eyes' height, then angles in degrees round the side.
 _COLUMN_X = np.concatenate([[0.0, 0.035, 0.072], np.linspace(0.11, 0.52, 9)])
 _COLUMN_ANGLES = np.array([54.0, 62.0, 70.0, 79.0, 90.0, 106.0])
@@ -59,7 +61,11 @@ class Face:
     """The skin of the head from the hairline to under the chin, with lids, lips and the inside of the mouth.
 
     Args:
-        rng: Draws the character's proportions (small variations around one face).
+        rng: Draws the character's proportions.
+        variation: How far they stray from the base face, as a share.
+
+    Attributes:
+        charts: The skin with the mouth's inside, then the strips along each lid (upper, lower; right eye, left eye).
     """
 
     def __init__(self, rng: np.random.Generator, variation: float) -> None:
@@ -140,8 +146,8 @@ class Face:
         self._front = np.broadcast_to(smoothstep(0.05, 0.45, k), (rows + len(_UNDER), len(q))).reshape(-1).copy()
         grid = [np.stack([x, y + lift * np.abs(q) ** _LIFT_POWER, z], -1)]
         for uy, uw, uf, uc, ul in _UNDER:
-            row = np.stack([uw * q, uy + ul * np.abs(q) ** _LIFT_POWER, uc + (uf - uc) * k], -1)
-            grid.append(row[None])
+            under = np.stack([uw * q, uy + ul * np.abs(q) ** _LIFT_POWER, uc + (uf - uc) * k], -1)
+            grid.append(under[None])
         grid_points = np.concatenate(grid)
         self._rows = len(grid_points)
         self._rest = grid_points.reshape(-1, 3)
@@ -166,12 +172,13 @@ class Face:
         extra = []
         total = len(self._rest)
         for name, (row, columns) in spans.items():
-            inside = columns[1:-1]
+            inside = columns[1:-1].astype(np.int64)
             self._index_below[row, inside] = total + np.arange(len(inside))
             total += len(inside)
             extra.append(index[row, inside])
             x_rest = self._rest[index[row, columns], 0]
-            self._slits[name] = (row, columns, np.linspace(-1, 1, len(columns)) if name != "mouth" else x_rest)
+            along = x_rest if name == "mouth" else np.linspace(-1.0, 1.0, len(columns))
+            self._slits[name] = (row, columns.astype(np.int64), np.asarray(along, np.float64))
         twins = np.concatenate(extra)
         self._side = np.concatenate([np.zeros(len(self._rest)), np.ones(len(twins))])
         # Which side of each slit a grid vertex is on follows from its row.
@@ -204,7 +211,7 @@ class Face:
         lower = 0.074 * almond * (1.0 + 0.12 * xi) * (1 - p.blink) * (1 - squint) - 0.05 * p.gaze_y * almond * (
             1 - p.blink
         )
-        # Reference: slit ends rise to the outside, which gives the eye its tilt.
+        # The slit's ends rise to the outside, which gives the eye its tilt.
         tilt = 0.030 * np.clip(xi, -1.2, 1.2) * np.exp(-((d / 0.12) ** 2)) * (np.abs(xi) < 1.6)
         fall_up = np.clip(1.0 - d / 0.36, 0.0, 1.0) ** 1.25
         fall_down = np.clip(1.0 - d / 0.26, 0.0, 1.0) ** 1.5
@@ -236,8 +243,8 @@ class Face:
         moved = (np.abs(dx) + np.abs(dy)) > 1e-9
         z = rest[:, 2].copy()
         if moved.any():
-            m = moved
-            z[m] += (self.height(x[m] + dx[m], y[m] + dy[m]) - self.height(x[m], y[m])) * 1.0
+            xm, ym = x[moved], y[moved]
+            z[moved] += self.height(xm + dx[moved], ym + dy[moved]) - self.height(xm, ym)
         z += 0.030 * p.smile * cheek * front
         out = np.stack([x + dx, y + dy, z], 1)
 

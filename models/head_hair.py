@@ -32,6 +32,11 @@ class Hair:
 
     Args:
         rng: Draws the clumps' widths, lengths and sweep.
+        variation: How far the sweep strays, as a share.
+
+    Attributes:
+        points: float64 [N, 3] in head space; rows from the crown to the tips.
+        charts: The one chart.
     """
 
     def __init__(self, rng: np.random.Generator, variation: float) -> None:

@@ -95,20 +95,21 @@ def natural_motion(frames: int, fps: float, seed: int) -> HeadMotion:
     """
     if frames < 1 or fps <= 0:
         raise InputError(f"motion needs at least 1 frame and a positive rate, got {frames} frames at {fps} fps")
-    rng = np.random.default_rng([seed, 0x4EAD])
+    # A generator for each thing that draws as long as the clip lasts: a longer clip begins as a shorter one does.
+    rng, phrases, blinks, saccades = np.random.default_rng([seed, 0x4EAD]).spawn(4)
     time = np.arange(frames) / fps
     drift = {name: _drift(rng, time, slow) for name, slow in _DRIFTS.items()}
 
-    talk = _phrases(rng, time)
+    talk = _phrases(phrases, time)
     # Syllables at 3 to 5 Hz: their rate wanders, so the phase is integrated from a rate rather than fixed.
     rate = 3.9 + 0.9 * _drift(rng, time, 1.4)
     phase = 2.0 * np.pi * np.cumsum(rate) / fps + rng.uniform(0, 2 * np.pi)
     syllable = 0.5 - 0.5 * np.cos(phase)
     strength = 0.55 + 0.45 * np.clip(_drift(rng, time, 0.55), -1, 1)
-    jaw = talk * np.clip(0.12 + 0.75 * strength * syllable, 0, 1)
+    jaw = talk * np.clip(0.08 + 0.60 * strength * syllable, 0, 1)
 
-    blink = _blinks(rng, time)
-    gaze_x, gaze_y = _saccades(rng, time)
+    blink = _blinks(blinks, time)
+    gaze_x, gaze_y = _saccades(saccades, time)
     yaw = 0.42 * drift["yaw"]
     return HeadMotion(
         yaw=yaw,
@@ -117,10 +118,10 @@ def natural_motion(frames: int, fps: float, seed: int) -> HeadMotion:
         tx=0.025 * drift["tx"] + 0.05 * yaw,
         ty=0.018 * drift["ty"] + 0.004 * talk * syllable,
         jaw=jaw,
-        smile=np.clip(0.42 + 0.5 * drift["smile"] - 0.25 * jaw, -0.15, 1.0),
+        smile=np.clip(0.52 + 0.45 * drift["smile"] - 0.2 * jaw, -0.15, 1.0),
         blink=blink,
         # The eyes stay on the camera while the head turns, and now and then look elsewhere.
-        gaze_x=np.clip(gaze_x - 0.55 * yaw, -0.45, 0.45),
+        gaze_x=np.clip(gaze_x - 0.75 * yaw, -0.45, 0.45),
         gaze_y=np.clip(gaze_y - 0.5 * 0.13 * drift["pitch"], -0.3, 0.3),
         brow=np.clip(0.55 * drift["brow"] + 0.3 * talk * strength, -0.8, 1.0),
         fps=fps,

@@ -111,6 +111,9 @@ def paint(shape: HeadShape, palette: Palette, rng: np.random.Generator) -> NDArr
     # The bake sees the mouth closed; inside, the paint itself darkens with depth.
     inside = ((part == Part.FACE) & (local[..., 2] > 0)) | (part == Part.TEETH)
     texture[inside, 4:] = (0.85, 0.65)
+    # Nothing lights the jaw from below: without this, rim light draws a bright line along it.
+    jaw = (part == Part.FACE) & (local[..., 1] < -0.94)
+    texture[jaw, 4] *= 1.0 - 0.6 * smoothstep(-0.955, -0.985, local[jaw, 1])
     # Light also reaches the eye through its lids' thin edges and by its own wet surface.
     texture[part == Part.EYE, 4:] = 0.40 + 0.60 * texture[part == Part.EYE, 4:]
     texture[part == Part.LASHES, 4:] = (0.80, 0.70)
@@ -154,7 +157,11 @@ def _face(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Fl
     lips, rolled = _lip_masks(x, y)
     colour = _mix(colour, to_linear(palette.lips), 0.88 * lips)
     gloss += lips * 0.42 * rolled
-    gloss += 0.30 * bump(0.0, -0.30, 0.055, 0.075) + 0.16 * bump(0.0, -0.05, 0.05, 0.16) + 0.12 * bump(0.36, -0.25, 0.16, 0.09)
+    gloss += (
+        0.30 * bump(0.0, -0.30, 0.055, 0.075)
+        + 0.16 * bump(0.0, -0.05, 0.05, 0.16)
+        + 0.12 * bump(0.36, -0.25, 0.16, 0.09)
+    )
     # The line between the lips, which the slit itself is too thin to draw.
     seam = smoothstep(0.20, 0.0, lip_coordinates(x, y)[0]) * smoothstep(0.02, 0.25, lip_coordinates(x, y)[1])
     colour = _mix(colour, to_linear(palette.lips) * (0.22, 0.14, 0.14), 0.85 * seam)
@@ -235,7 +242,7 @@ def _teeth(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[F
 
 
 def _ear(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    r, phi, _ = local.T
+    r = local[:, 0]
     colour = _skin(len(r), palette)
     colour = _mix(colour, to_linear(palette.blush), 0.30 + 0.35 * smoothstep(0.6, 1.0, r))
     colour = _mix(colour, colour * (0.6, 0.38, 0.34), np.exp(-((r / 0.4) ** 2)))

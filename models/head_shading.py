@@ -77,7 +77,9 @@ def shade(part: NDArray[np.int32], normal: Floats, tangent: Floats, texel: Float
     broad = _power(nh, 4)
     tight = np.where(gloss > 0.6, _power(broad, 2), broad * _power(nh, 4) * _power(nh, 3))
     sheen = (
-        lit * (0.05 * broad + 0.20 * tight) * gloss + ambient * 0.03 * gloss * _power(nf, 4) * _power(nf, 3) + 0.10 * fresnel * gloss * ambient
+        lit * (0.05 * broad + 0.20 * tight) * gloss
+        + ambient * 0.03 * gloss * _power(nf, 4) * _power(nf, 3)
+        + 0.10 * fresnel * gloss * ambient
     )
     colour += surface * sheen * np.float32(1.0)
 
