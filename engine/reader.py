@@ -87,6 +87,7 @@ class Rendering(Reader):
             self.closed()
         if self._period is None:
             if self._position < self._length and self._session.quiet:
+                self.prepare_ahead()
                 self._hand_in(self._session.now())
             return None
         if self._start is None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from .device import Event, InlineStream
 from .errors import ClosedError, DeadlineError, InputError
+from .outputs import OutputPool
 from .reader import Reader, Rendering, Submitted
 from .scheduler import (
     ConsumerDone,
@@ -57,10 +58,12 @@ class Frame:
 
     Attributes:
         index: Position in the session's sequence, from 0; a gap means that frames were dropped or refused.
-        outputs: The generator's outputs by name, leading axis 1; fresh arrays that belong to the caller.
+        outputs: The generator's outputs by name, leading axis 1; arrays that belong to the caller.
         age: Age of the cache it was answered from, in frames; 0 where it is exactly the generator's output.
         route: The exit that answered: ``whole``, ``plain`` or ``warp``.
-        latency_ms: From the arrival of the frame's inputs (submitted, or due by the frame rate) to the answer.
+        latency_ms: From the arrival of the frame's inputs to the answer. They arrive when `Session.submit` is called;
+            in `Session.render` when they are due by the frame rate, or else when the frame before is answered and they
+            have been checked.
         refreshed: Whether the frame waited for a new cache or for the whole generator.
     """
 
@@ -121,7 +124,7 @@ class Session:
         self._inline = InlineStream()
         self._scheduler = engine.new_scheduler()
         self._buffers = SlotBuffers(engine.cache_specs, self._scheduler.slots)
-        self._outputs = tuple((spec.name, spec.shape, np.dtype(spec.dtype)) for spec in engine.manifest.outputs)
+        self._outputs = OutputPool(engine.manifest.outputs)
         self._specs: dict[str, TensorSpec] = {record.spec.name: record.spec for record in engine.manifest.inputs}
         self._telemetry = Telemetry()
         self._condition = threading.Condition(threading.RLock())
@@ -324,9 +327,11 @@ class Session:
                 ended, self._ended = self._ended, None
                 self._post(ended)
             while True:
-                due = reader.feed()
-                if due is not None and not self._work:
+                if not self._work:
+                    # Nothing waits yet, so this is off every frame's latency.
+                    self._outputs.reserve()
                     reader.prepare_ahead()
+                due = reader.feed()
                 work = self._take(due, reader)
                 if work is not None and (frame := self._perform(*work, period_ms=reader.period_ms)) is not None:
                     return frame
@@ -413,7 +418,7 @@ class Session:
         started = self._clock.now()
         try:
             exit_ = self._engine.exit_module(action.route)
-            outputs = {name: np.empty(shape, dtype) for name, shape, dtype in self._outputs}
+            outputs = self._outputs.take()
             bindings = {name: arrival.inputs[name] for name in exit_.frame_inputs}
             if action.slot is not None:
                 cache = self._buffers[action.slot]
