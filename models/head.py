@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..engine.errors import InputError
 from .head_motion import HeadMotion, HeadParameters, natural_motion
 from .head_paint import Palette, paint
-from .head_shading import background, shade
+from .head_shading import BACKDROPS, background, shade
 from .head_shape import HeadShape
 from .rasterizer import Fragments, Mesh, SurfaceAtlas, condition_raster, rasterize, vertex_normals
 
@@ -24,7 +24,6 @@ Floats = NDArray[np.float32]
 ATLAS_SIZE = 64
 # A step in depth between neighbouring pixels that counts as an edge, as a share of the picture.
 _DEPTH_JUMP = 0.018
-_BACKDROPS = ((0.90, 0.74, 0.58), (0.62, 0.70, 0.78), (0.72, 0.60, 0.66), (0.64, 0.74, 0.62))
 
 
 class SyntheticHead:
@@ -48,7 +47,7 @@ class SyntheticHead:
         rng = np.random.default_rng([seed, 0x5EED])
         self.shape = HeadShape(rng, 0.0 if seed == 0 else 0.12)
         self._texture = paint(self.shape, Palette.draw(rng, seed), rng)
-        self._background = background(size, _BACKDROPS[0 if seed == 0 else int(rng.integers(len(_BACKDROPS)))])
+        self._background = background(size, 0 if seed == 0 else int(rng.integers(len(BACKDROPS))))
         self._atlas = SurfaceAtlas(self.shape.mesh, ATLAS_SIZE)
 
     @property

@@ -40,7 +40,7 @@ _ROWS = np.array(
     ]
 )  # fmt: skip
 # Below the chin the loft turns back to the neck: height, half width, front, centre, lift of the sides.
-_UNDER = ((-1.0, 0.44, 0.44, 0.04, 0.41), (-0.985, 0.38, 0.29, -0.02, 0.45), (-0.93, 0.30, 0.14, -0.10, 0.48))
+_UNDER = ((-1.0, 0.42, 0.44, 0.04, 0.36), (-0.985, 0.37, 0.29, -0.02, 0.41), (-0.93, 0.30, 0.14, -0.10, 0.46))
 # Columns of the right half: x at the eyes' height, then angles in degrees round the side.
 _COLUMN_X = np.concatenate([[0.0, 0.035, 0.072], np.linspace(0.11, 0.52, 9)])
 _COLUMN_ANGLES = np.array([54.0, 62.0, 70.0, 79.0, 90.0, 106.0])
@@ -49,10 +49,10 @@ _LIFT_POWER = 2.6
 
 # Half width, front and centre of the loft by height.
 _PROFILE_Y = np.array([-0.98, -0.93, -0.87, -0.78, -0.68, -0.55, -0.40, -0.20, 0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
-_PROFILE_W = np.array([0.48, 0.525, 0.57, 0.615, 0.65, 0.685, 0.715, 0.735, 0.74, 0.735, 0.715, 0.65, 0.50, 0.30])
+_PROFILE_W = np.array([0.46, 0.51, 0.557, 0.605, 0.645, 0.685, 0.715, 0.735, 0.74, 0.735, 0.715, 0.65, 0.50, 0.30])
 _PROFILE_F = np.array([0.525, 0.60, 0.635, 0.655, 0.665, 0.672, 0.676, 0.678, 0.69, 0.70, 0.68, 0.60, 0.42, 0.15])
 _PROFILE_C = np.array([0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-_PROFILE_LIFT = np.array([0.39, 0.36, 0.31, 0.235, 0.155, 0.07, 0.015, 0, 0, 0, 0, 0, 0, 0])
+_PROFILE_LIFT = np.array([0.335, 0.315, 0.275, 0.21, 0.14, 0.065, 0.012, 0, 0, 0, 0, 0, 0, 0])
 
 _FACE_RECTANGLE = (0.015, 0.015, 0.635, 0.70)
 
@@ -258,7 +258,7 @@ class Face:
         weight *= smoothstep(0.98, 0.55, np.abs(self._q)) * 0.85 + 0.15 * (row > mouth_row)
         out = _hinge(out, weight * _JAW_ANGLE * p.jaw)
         # An open mouth narrows a little.
-        narrow = 0.10 * p.jaw * np.exp(-(((rest[:, 1] - _MOUTH_Y) / 0.2) ** 2)) * front
+        narrow = 0.10 * p.jaw * np.exp(-(((rest[:, 1] - _MOUTH_Y) / 0.2) ** 2) - (rest[:, 0] / 0.26) ** 2) * front
         out[:, 0] *= 1.0 - narrow
         return out
 

@@ -63,6 +63,7 @@ _SKINS = [
 _HAIRS = [_rgb(0x8A3B1E), _rgb(0x3A2418), _rgb(0xC9944A), _rgb(0x1E1A1C), _rgb(0x5B3A4E), _rgb(0x2F5D6B)]
 _IRISES = [_rgb(0x2FA38C), _rgb(0x4C86C6), _rgb(0x8A5A2B), _rgb(0x6F8F3A), _rgb(0x6A5BB5)]
 _SHIRTS = [
+    (_rgb(0xE59E2C), _rgb(0xF2ECDD)),
     (_rgb(0x1F5F73), _rgb(0xF2B84B)),
     (_rgb(0xC8503C), _rgb(0xF3E3C8)),
     (_rgb(0x3E4A89), _rgb(0x8FD3C8)),

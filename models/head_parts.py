@@ -60,9 +60,9 @@ class Teeth:
         xi = np.linspace(-1, 1, self._COLUMNS)
         rows = []
         for down, inset in ((0.0, 0.03), (0.55, 0.0), (1.0, 0.02)):
-            x = 0.175 * xi
+            x = 0.192 * xi
             y = -0.560 - 0.085 * down + 0.012 * xi**2
-            z = 0.655 - 0.13 * xi**2 - inset
+            z = 0.652 - 0.115 * xi**2 - inset
             rows.append(np.stack([x, y, z], 1))
         self.points = np.concatenate(rows)
         local = np.column_stack(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from .head_chart import Part
 from .head_paint import KEY_DIRECTION
 
-__all__ = ["background", "shade"]
+__all__ = ["BACKDROPS", "background", "shade"]
 
 Floats = NDArray[np.float32]
 
@@ -141,10 +141,20 @@ _CURVE_END = 16.0
 _CURVE = _curve(16384)
 
 
-def background(size: int, tint: tuple[float, float, float]) -> Floats:
+def background(size: int, choice: int) -> Floats:
     """A studio backdrop with a soft pool of light behind the head, float32 [size, size, 3], sRGB in [0, 1]."""
+    wall, light = (np.array(colour, np.float32) for colour in BACKDROPS[choice])
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    pool = np.exp(-(((x - 0.44) / 0.42) ** 2) - ((y - 0.40) / 0.46) ** 2)[..., None]
-    base = np.array([0.17, 0.255, 0.315], np.float32) * (1.15 - 0.45 * y[..., None])
-    glow = np.array(tint, np.float32)
-    return np.asarray(base + pool * (glow - base) * 0.80, np.float32)
+    pool = np.exp(-(((x - 0.46) / 0.45) ** 2) - ((y - 0.42) / 0.50) ** 2)[..., None]
+    shaded = wall * (1.12 - 0.40 * y[..., None])
+    return np.asarray(shaded + pool * (light - shaded) * 0.85, np.float32)
+
+
+# Wall and pool of light, sRGB.
+BACKDROPS = (
+    ((0.10, 0.25, 0.30), (0.56, 0.80, 0.78)),
+    ((0.12, 0.26, 0.34), (0.62, 0.80, 0.86)),
+    ((0.72, 0.50, 0.42), (1.00, 0.87, 0.74)),
+    ((0.20, 0.27, 0.40), (0.66, 0.74, 0.88)),
+    ((0.30, 0.24, 0.34), (0.86, 0.74, 0.80)),
+)
