@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from .head_chart import Chart, Part, fit, grid_triangles, smoothstep
 from .head_motion import HeadParameters
 
-__all__ = ["EYE_CENTRE", "EYE_RADIUS", "Face", "lip_coordinates"]
+__all__ = ["EYE_CENTRE", "EYE_HALF_WIDTH", "EYE_RADIUS", "EYE_SLIT_Y", "MOUTH_Y", "Face", "lip_coordinates"]
 
 Floats = NDArray[np.float64]
 
 # Of the eye on the picture's right; the other is its mirror image.
 EYE_CENTRE = np.array([0.315, -0.015, 0.425])
 EYE_RADIUS = 0.235
-_EYE_HALF_WIDTH = 0.205
-_EYE_SLIT_Y = -0.085
+EYE_HALF_WIDTH = 0.205
+EYE_SLIT_Y = -0.085
 _LID_RADIUS = EYE_RADIUS + 0.022
-_MOUTH_Y = -0.615
+MOUTH_Y = -0.615
 _MOUTH_HALF_WIDTH = 0.205
 _JAW_HINGE = np.array([0.0, -0.22, 0.0])
 _JAW_ANGLE = 0.30
@@ -34,8 +34,8 @@ _JAW_ANGLE = 0.30
 # Rest rows from the forehead (covered by hair) to the chin; the slits of eyes and mouth are among them.
 _ROWS = np.array(
     [
-        0.74, 0.60, 0.50, 0.43, 0.37, 0.31, 0.25, 0.19, 0.13, 0.07, 0.02, -0.03, _EYE_SLIT_Y, -0.125, -0.16, -0.195,
-        -0.23, -0.265, -0.30, -0.33, -0.36, -0.39, -0.42, -0.455, -0.495, -0.53, -0.56, -0.59, _MOUTH_Y, -0.64, -0.67,
+        0.74, 0.60, 0.50, 0.43, 0.37, 0.31, 0.25, 0.19, 0.13, 0.07, 0.02, -0.03, EYE_SLIT_Y, -0.125, -0.16, -0.195,
+        -0.23, -0.265, -0.30, -0.33, -0.36, -0.39, -0.42, -0.455, -0.495, -0.53, -0.56, -0.59, MOUTH_Y, -0.64, -0.67,
         -0.70, -0.735, -0.775, -0.82, -0.87, -0.92, -0.965,
     ]
 )  # fmt: skip
@@ -47,12 +47,36 @@ _COLUMN_ANGLES = np.array([54.0, 62.0, 70.0, 79.0, 90.0, 106.0])
 _POWER = 2.35
 _LIFT_POWER = 2.6
 
-# Half width, front and centre of the loft by height.
+# Profiles of the loft by height, read by linear interpolation in a dense table.
 _PROFILE_Y = np.array([-0.98, -0.93, -0.87, -0.78, -0.68, -0.55, -0.40, -0.20, 0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
-_PROFILE_W = np.array([0.46, 0.51, 0.557, 0.605, 0.645, 0.685, 0.715, 0.735, 0.74, 0.735, 0.715, 0.65, 0.50, 0.30])
-_PROFILE_F = np.array([0.525, 0.60, 0.635, 0.655, 0.665, 0.672, 0.676, 0.678, 0.69, 0.70, 0.68, 0.60, 0.42, 0.15])
-_PROFILE_C = np.array([0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-_PROFILE_LIFT = np.array([0.335, 0.315, 0.275, 0.21, 0.14, 0.065, 0.012, 0, 0, 0, 0, 0, 0, 0])
+_DENSE_Y = np.linspace(_PROFILE_Y[0], _PROFILE_Y[-1], 400)
+
+
+def _tabulate(values: list[float]) -> Floats:
+    """Catmull-Rom curve through values at `_PROFILE_Y`, at `_DENSE_Y`."""
+    table = np.array(values, np.float64)
+    slope = np.gradient(table, _PROFILE_Y)
+    i = np.clip(np.searchsorted(_PROFILE_Y, _DENSE_Y, side="right") - 1, 0, len(table) - 2)
+    h = _PROFILE_Y[i + 1] - _PROFILE_Y[i]
+    t = (_DENSE_Y - _PROFILE_Y[i]) / h
+    t2, t3 = t * t, t * t * t
+    return np.asarray(
+        (2 * t3 - 3 * t2 + 1) * table[i]
+        + (t3 - 2 * t2 + t) * h * slope[i]
+        + (3 * t2 - 2 * t3) * table[i + 1]
+        + (t3 - t2) * h * slope[i + 1]
+    )
+
+
+def _profile(y: Floats, table: Floats) -> Floats:
+    return np.asarray(np.interp(y, _DENSE_Y, table))
+
+
+# Half width, front, centre, and how far the sides rise.
+_PROFILE_W = _tabulate([0.46, 0.51, 0.557, 0.605, 0.645, 0.685, 0.715, 0.735, 0.74, 0.735, 0.715, 0.65, 0.50, 0.30])
+_PROFILE_F = _tabulate([0.525, 0.60, 0.635, 0.655, 0.665, 0.672, 0.676, 0.678, 0.69, 0.70, 0.68, 0.60, 0.42, 0.15])
+_PROFILE_C = _tabulate([0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+_PROFILE_LIFT = _tabulate([0.335, 0.315, 0.275, 0.21, 0.14, 0.065, 0.012, 0, 0, 0, 0, 0, 0, 0])
 
 _FACE_RECTANGLE = (0.015, 0.015, 0.635, 0.70)
 
@@ -123,7 +147,7 @@ class Face:
         # Philtrum, then lips: two rolls that meet at the slit.
         z -= 0.012 * bump(0.0, -0.485, 0.026, 0.05)
         u, width = lip_coordinates(x, y)
-        z += s["lips"] * width * _roll(u) * np.where(y >= _MOUTH_Y, 0.034, 0.046)
+        z += s["lips"] * width * _roll(u) * np.where(y >= MOUTH_Y, 0.034, 0.046)
         return z
 
     def _build_rest(self) -> None:
@@ -157,10 +181,10 @@ class Face:
         # Vertices of a slit exist twice, above and below it; its end points once.
         self._slits: dict[str, tuple[int, NDArray[np.int64], Floats]] = {}
         middle = self._columns // 2
-        inner = middle + int(np.argmin(np.abs(_COLUMN_X - (EYE_CENTRE[0] - _EYE_HALF_WIDTH))))
+        inner = middle + int(np.argmin(np.abs(_COLUMN_X - (EYE_CENTRE[0] - EYE_HALF_WIDTH))))
         outer = middle + len(_COLUMN_X) - 1
-        eye_row = int(np.argmin(np.abs(_ROWS - _EYE_SLIT_Y)))
-        mouth_row = int(np.argmin(np.abs(_ROWS - _MOUTH_Y)))
+        eye_row = int(np.argmin(np.abs(_ROWS - EYE_SLIT_Y)))
+        mouth_row = int(np.argmin(np.abs(_ROWS - MOUTH_Y)))
         mouth_x = self._rest[index[mouth_row], 0]
         reach = int(np.argmin(np.abs(mouth_x[middle:] - _MOUTH_HALF_WIDTH)))
         self._mouth_half = float(mouth_x[middle + reach])
@@ -199,8 +223,8 @@ class Face:
         row, front = self._row_of, self._front
         eye_row, mouth_row = self._slits["right"][0], self._slits["mouth"][0]
         above_eye = (row < eye_row) | ((row == eye_row) & (side == 0))
-        xi = (np.abs(x) - EYE_CENTRE[0]) / _EYE_HALF_WIDTH
-        d = np.abs(y - _EYE_SLIT_Y)
+        xi = (np.abs(x) - EYE_CENTRE[0]) / EYE_HALF_WIDTH
+        d = np.abs(y - EYE_SLIT_Y)
 
         # Lids. The margin opens to an almond that is highest a little inside of the middle.
         squint = 0.28 * max(p.smile, 0.0)
@@ -225,18 +249,18 @@ class Face:
         dx = np.where(p.brow < 0, 0.03 * p.brow * frown * np.sign(x), 0.0)
 
         # Smile: corners out and up, lips stretched, cheeks pushed up.
-        corner = np.exp(-(((np.abs(x) - self._mouth_half) / 0.15) ** 2) - ((y - _MOUTH_Y) / 0.13) ** 2)
+        corner = np.exp(-(((np.abs(x) - self._mouth_half) / 0.15) ** 2) - ((y - MOUTH_Y) / 0.13) ** 2)
         dx += np.sign(x) * 0.075 * p.smile * corner * smoothstep(0.0, 0.12, np.abs(x))
         dy += 0.085 * p.smile * corner
-        dy += -0.012 * p.smile * np.exp(-((x / 0.12) ** 2) - ((y - _MOUTH_Y) / 0.12) ** 2)
+        dy += -0.012 * p.smile * np.exp(-((x / 0.12) ** 2) - ((y - MOUTH_Y) / 0.12) ** 2)
         cheek = np.exp(-(((np.abs(x) - 0.37) / 0.17) ** 2) - ((y + 0.32) / 0.13) ** 2)
         dy += 0.035 * p.smile * cheek
         # A smile with open lips shows the teeth.
         row_mouth = (row == mouth_row) & (side == 0) | (row < mouth_row)
         lift_lip = 0.040 * max(p.smile, 0.0) * min(3.0 * p.jaw, 1.0)
-        dy += row_mouth * lift_lip * np.exp(-((x / 0.16) ** 2) - ((y - _MOUTH_Y) / 0.07) ** 2)
+        dy += row_mouth * lift_lip * np.exp(-((x / 0.16) ** 2) - ((y - MOUTH_Y) / 0.07) ** 2)
         # Rest line of the lips: a soft cupid's bow.
-        bow = np.exp(-(((y - _MOUTH_Y) / 0.06) ** 2))
+        bow = np.exp(-(((y - MOUTH_Y) / 0.06) ** 2))
         dy += bow * 0.012 * np.exp(-((x / 0.11) ** 2))
 
         dx, dy = dx * front, dy * front
@@ -252,13 +276,14 @@ class Face:
         below_mouth = (row > mouth_row) | ((row == mouth_row) & (side == 1))
         # The square root of a circle: the opening stays round up to the corners.
         c = 1.0 - np.clip(1.0 - (rest[:, 0] / self._mouth_half) ** 2, 0, 1) ** 0.6
-        dm = np.abs(rest[:, 1] - _MOUTH_Y)
+        dm = np.abs(rest[:, 1] - MOUTH_Y)
         spread = 0.5 * c * np.exp(-((dm / 0.17) ** 2))
         weight = np.where(below_mouth, 1.0 - spread, spread)
-        weight *= smoothstep(0.98, 0.55, np.abs(self._q)) * 0.85 + 0.15 * (row > mouth_row)
+        lateral = smoothstep(0.98, 0.55, np.abs(self._q))
+        weight *= lateral + (1.0 - lateral) * 0.15 * smoothstep(-0.50, -0.72, rest[:, 1])
         out = _hinge(out, weight * _JAW_ANGLE * p.jaw)
         # An open mouth narrows a little.
-        narrow = 0.10 * p.jaw * np.exp(-(((rest[:, 1] - _MOUTH_Y) / 0.2) ** 2) - (rest[:, 0] / 0.26) ** 2) * front
+        narrow = 0.10 * p.jaw * np.exp(-(((rest[:, 1] - MOUTH_Y) / 0.2) ** 2) - (rest[:, 0] / 0.26) ** 2) * front
         out[:, 0] *= 1.0 - narrow
         return out
 
@@ -313,19 +338,19 @@ class Face:
         bag_index[0], bag_index[-1] = self._bag_top, self._bag_bottom
         bag_index[1:-1, 0], bag_index[1:-1, -1] = self._bag_top[0], self._bag_top[-1]
         bag_index[1:-1, 1:-1] = len(self._rest) + np.arange(count * inside).reshape(count, inside)
-        above, below = grid_triangles_with_slits(self._index_above, self._index_below)
+        skin_triangles = _grid_triangles_with_slits(self._index_above, self._index_below)
         bag_triangles = grid_triangles(bag_index)
         local = np.concatenate(
             [
                 np.column_stack([self._rest[:, :2], np.zeros(len(self._rest))]),
                 np.column_stack(
-                    [np.tile(self._bag_xi[1:-1], count), np.full(count * inside, _MOUTH_Y), np.repeat(shares, inside)]
+                    [np.tile(self._bag_xi[1:-1], count), np.full(count * inside, MOUTH_Y), np.repeat(shares, inside)]
                 ),
             ]
         )
         # The lips' margins belong to both; a hair's breadth to either side tells the painter which.
         local[: len(self._rest), 1] += np.where((self._row_of == row) & (self._side == 1), -1e-4, 0.0)
-        triangles = np.concatenate([above, below, bag_triangles]).astype(np.int32)
+        triangles = np.concatenate([skin_triangles, bag_triangles]).astype(np.int32)
         return Chart(Part.FACE, fit(np.concatenate([uv, bag_uv]), _FACE_RECTANGLE), triangles, local)
 
     def _lash_charts(self) -> list[Chart]:
@@ -338,7 +363,7 @@ class Face:
             for near, far, kind in ((0.10, 0.42, 0.0), (0.90, 0.58, 1.0)):
                 a, b = top + near * (bottom - top), top + far * (bottom - top)
                 n = len(span)
-                uv = np.concatenate([a, b])[:, :]
+                uv = np.concatenate([a, b])
                 order = np.arange(2 * n).reshape(2, n)
                 triangles = grid_triangles(order if kind == 0.0 else order[::-1])
                 outward = xi if name == "right" else -xi
@@ -378,44 +403,14 @@ def lip_coordinates(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Where rest points lie on the lips: 0 (the slit) to 1 (the border) and beyond; and 1 (middle) to 0 (corner)."""
     width = np.sqrt(np.clip(1.0 - (np.abs(x) / (_MOUTH_HALF_WIDTH + 0.012)) ** 2, 0.0, 1.0))
     cupid = 1.0 - 0.20 * np.exp(-((x / 0.028) ** 2)) + 0.06 * np.exp(-(((np.abs(x) - 0.055) / 0.03) ** 2))
-    upper = (y - _MOUTH_Y) / (0.066 * width * cupid + 1e-3)
-    lower = (_MOUTH_Y - y) / (0.088 * width + 1e-3)
-    return np.where(y >= _MOUTH_Y, upper, lower), width
+    upper = (y - MOUTH_Y) / (0.066 * width * cupid + 1e-3)
+    lower = (MOUTH_Y - y) / (0.088 * width + 1e-3)
+    return np.where(y >= MOUTH_Y, upper, lower), width
 
 
-def grid_triangles_with_slits(
-    above: NDArray[np.int64], below: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _grid_triangles_with_slits(above: NDArray[np.int64], below: NDArray[np.int64]) -> NDArray[np.int32]:
     """Triangles of a grid whose slit vertices are split: a cell's upper corners are `below` its row's slit."""
-    parts = [grid_triangles(np.stack([below[r], above[r + 1]])) for r in range(len(above) - 1)]
-    half = len(parts) // 2
-    return np.concatenate(parts[:half]), np.concatenate(parts[half:])
-
-
-def _profile(y: Floats, table: Floats) -> Floats:
-    """Smooth interpolation of a profile table by height (Catmull-Rom, tabulated once)."""
-    return np.asarray(np.interp(y, _DENSE_Y, _dense(table)))
-
-
-_DENSE_Y = np.linspace(_PROFILE_Y[0], _PROFILE_Y[-1], 400)
-_CACHE: dict[int, Floats] = {}
-
-
-def _dense(table: Floats) -> Floats:
-    key = id(table)
-    if key not in _CACHE:
-        slope = np.gradient(table, _PROFILE_Y)
-        i = np.clip(np.searchsorted(_PROFILE_Y, _DENSE_Y, side="right") - 1, 0, len(table) - 2)
-        h = _PROFILE_Y[i + 1] - _PROFILE_Y[i]
-        t = (_DENSE_Y - _PROFILE_Y[i]) / h
-        t2, t3 = t * t, t * t * t
-        _CACHE[key] = (
-            (2 * t3 - 3 * t2 + 1) * table[i]
-            + (t3 - 2 * t2 + t) * h * slope[i]
-            + (3 * t2 - 2 * t3) * table[i + 1]
-            + (t3 - t2) * h * slope[i + 1]
-        )
-    return _CACHE[key]
+    return np.concatenate([grid_triangles(np.stack([below[r], above[r + 1]])) for r in range(len(above) - 1)])
 
 
 def _roll(u: Floats) -> Floats:

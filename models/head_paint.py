@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .head_chart import Part, smoothstep
-from .head_face import lip_coordinates
+from .head_face import EYE_CENTRE, EYE_HALF_WIDTH, EYE_SLIT_Y, lip_coordinates
 from .head_motion import HeadParameters
 from .head_shape import HeadShape
 from .rasterizer import interpolate, rasterize, vertex_normals
@@ -167,7 +167,7 @@ def _face(local: Floats, palette: Palette, rng: np.random.Generator) -> tuple[Fl
     seam = smoothstep(0.20, 0.0, lip_coordinates(x, y)[0]) * smoothstep(0.02, 0.25, lip_coordinates(x, y)[1])
     colour = _mix(colour, to_linear(palette.lips) * (0.22, 0.14, 0.14), 0.85 * seam)
     # Lids: a warm shade, and the dark root of the lashes along the upper margin.
-    ex, ey = (ax - 0.315) / 0.205, y + 0.085
+    ex, ey = (ax - EYE_CENTRE[0]) / EYE_HALF_WIDTH, y - EYE_SLIT_Y
     lid = np.exp(-((ex / 1.05) ** 4)) * np.exp(-((np.maximum(ey, 0) / 0.16) ** 2)) * (ey > 0)
     colour = _mix(colour, colour * (0.80, 0.60, 0.55), 0.55 * lid)
     line = smoothstep(0.030, 0.012, ey) * (ey > 0) * smoothstep(1.04, 0.96, np.abs(ex))
@@ -309,7 +309,7 @@ def _bake_visibility(shape: HeadShape) -> Floats:
         right = np.cross((0.0, 1.0, 0.0), axis)
         right /= np.linalg.norm(right)
         frame = np.stack([right, np.cross(axis, right), -axis])
-        # 128 texels across 5 units; a bias of two texels' depth against self-shadowing.
+        # 160 samples across 4.6 units; a bias of 1.2 samples' depth against self-shadowing.
         grid, unit = 160, 160 / 4.6
         view = (points @ frame.T * unit + (grid / 2, grid / 2, 0)).astype(np.float32)
         depth = rasterize(view, mesh.triangles, grid, grid).depth

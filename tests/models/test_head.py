@@ -10,6 +10,7 @@ import pytest
 from warpcache.engine.errors import InputError
 from warpcache.models.head import HeadMotion, HeadParameters, SyntheticHead
 from warpcache.models.head_chart import Part
+from warpcache.models.head_face import MOUTH_Y
 from warpcache.models.rasterizer import rasterize
 
 SIZE = 128
@@ -118,7 +119,7 @@ def test_gaze_moves_the_pupils_and_leaves_the_head(head: SyntheticHead) -> None:
 
 def test_smile_widens_the_mouth_and_lifts_its_corners(head: SyntheticHead) -> None:
     face = np.flatnonzero((head.shape.part == Part.FACE) & (head.shape.local[:, 2] == 0))
-    on_line = face[np.abs(head.shape.local[face, 1] + 0.615) < 1e-3]
+    on_line = face[np.abs(head.shape.local[face, 1] - MOUTH_Y) < 1e-3]
     lips = on_line[np.abs(head.shape.local[on_line, 0]) < 0.23]
     corner = lips[np.argmax(head.shape.local[lips, 0])]
     neutral, smiling = head.vertices(REST)[corner], head.vertices(replace(REST, smile=1.0))[corner]
