@@ -221,7 +221,7 @@ def rank_cuts(
 
     Returns:
         At most `keep` candidates with measured times, PSNR by age and score. Cuts whose consumer turns out to cost more
-        than half of the whole, or that are not exact, are dropped.
+        than half of the whole are dropped, unless all do; those that are not exact are dropped.
 
     Raises:
         InputError: If the stream does not fit the model or is too short for every age, or there is no such output.
@@ -261,10 +261,13 @@ def rank_cuts(
         else:
             exact.append((candidate, part))
     ranked = [scored(candidate) for candidate in _timed(model, exact, feeds, threads)]
-    ranked = [candidate for candidate in ranked if candidate.cost_ratio <= MAX_COST_RATIO]
     if not ranked:
-        raise ExportError("no cut leaves a consumer of at most half of the generator's cost; name a cut yourself")
-    return sorted(ranked, key=_order)
+        raise ExportError("no cut gives the generator's exact output with a fresh cache; name a cut yourself")
+    cheap = [candidate for candidate in ranked if candidate.cost_ratio <= MAX_COST_RATIO]
+    if not cheap:
+        # So it is with generators of less than a millisecond, where a call costs as much as the layers do.
+        logger.warning("every cut's consumer takes more than half of the whole's time, though its layers do not")
+    return sorted(cheap or ranked, key=_order)
 
 
 def choose_cut(
@@ -471,8 +474,6 @@ def _resolve(index: GraphIndex, spec: str) -> list[str]:
     for name in (part.strip() for part in spec.split(",")):
         if not name:
             raise InputError(f"the cut {spec!r} holds an empty name; give names joined by commas, or {AUTO!r}")
-        if name in index.inputs:
-            raise InputError(f"{name!r} is an input of the generator; a cut is made of values computed from inputs")
         if name in index.producer and not index.is_constant(name):
             values[name] = None
             continue
@@ -480,6 +481,8 @@ def _resolve(index: GraphIndex, spec: str) -> list[str]:
         if outputs:
             values.update(dict.fromkeys(outputs))
             continue
+        if name in index.inputs:
+            raise InputError(f"{name!r} is an input of the generator; a cut is made of values computed from inputs")
         if index.is_constant(name):
             raise InputError(f"{name!r} is a constant of the generator; a cut is made of values computed from inputs")
         known = [*index.module_paths(), *(value for value in index.producer if not index.is_constant(value))]

@@ -93,13 +93,10 @@ def find_fusions(model: ModelProto) -> Fusions:
 
 def fused_group(index: GraphIndex, fused: GraphIndex, position: int) -> frozenset[int]:
     """Nodes of the original that node `position` of the optimised graph stands for; empty for one that was inserted."""
-    made = {index.producer[value] for value in fused.nodes[position].output if value in index.producer}
     outputs = [value for value in fused.nodes[position].output if value in index.producer]
-    group = index.closure(outputs, stop=fused.reads[position]) - index.constant
-    # Where a fused node reads values of the optimiser's own, the walk runs on up to nodes that are kernels themselves.
-    return frozenset(
-        node for node in group if node in made or not any(v in fused.producer for v in index.nodes[node].output)
-    )
+    # What survives is another kernel's result, also where this one reads values of the optimiser's own.
+    stop = (set(fused.producer) | set(fused.reads[position])) - set(outputs)
+    return index.closure(outputs, stop=stop) - index.constant
 
 
 def _blocked(index: GraphIndex, fused: GraphIndex, blocked: GraphIndex) -> Iterable[int]:

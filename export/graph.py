@@ -26,6 +26,8 @@ __all__ = [
     "extract",
     "fix_input_shapes",
     "give_out",
+    "input_names",
+    "load_model",
     "merge",
     "node_names",
     "normalise",
@@ -179,6 +181,30 @@ def node_names(model: ModelProto) -> list[str]:
         seen.add(name)
         names.append(name)
     return names
+
+
+def load_model(path: str | os.PathLike[str]) -> ModelProto:
+    """Read an ONNX model from a file, external data included.
+
+    Raises:
+        InputError: If the file is missing or is no ONNX model, or its external data is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"the model {str(path)!r} does not exist; check the path")
+    try:
+        model = onnx.load(path)
+    except Exception as exc:  # protobuf's DecodeError has no stable home; external data raises several
+        raise InputError(f"{str(path)!r} is not a readable ONNX model: {_first_line(exc)}") from exc
+    if not model.graph.node:
+        raise InputError(f"{str(path)!r} is not an ONNX model, or an empty one; it has no node")
+    return model
+
+
+def input_names(model: ModelProto) -> list[str]:
+    """Names of what the model has to be fed with: initializers may be listed as inputs too."""
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    return [value.name for value in model.graph.input if value.name not in fixed]
 
 
 def normalise(model: ModelProto) -> ModelProto:

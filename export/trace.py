@@ -89,6 +89,23 @@ def trace_generator(module: nn.Module, example: Mapping[str, Array]) -> ModelPro
     return model
 
 
+def export_module(
+    module: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str]
+) -> ModelProto:
+    """Export one of our own modules: positional tensors in and out, named as given, in normal form."""
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module.eval(), example, strict=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
+    if exported is None:  # torch's annotation allows it; with a program given it does not happen
+        raise ExportError("the exporter returned no model; update torch")
+    return normalise(_rename_interface(exported.model_proto, inputs, outputs))
+
+
+def input_names_of(module: nn.Module) -> list[str]:
+    """Names of forward's parameters: what a stream of inputs may hold."""
+    return list(inspect.signature(module.forward).parameters)
+
+
 def load_factory(reference: str) -> nn.Module:
     """Make a generator by calling ``MODULE:FACTORY``.
 

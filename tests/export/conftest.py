@@ -100,9 +100,7 @@ class Attention(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         patches = self.patches(image)
         tokens = patches.flatten(2).transpose(1, 2)
-        q, k, v = (
-            part.reshape(1, 64, 2, 8).transpose(1, 2) for part in self.qkv(self.norm_1(tokens)).chunk(3, dim=-1)
-        )
+        q, k, v = (part.reshape(1, 64, 2, 8).transpose(1, 2) for part in self.qkv(self.norm_1(tokens)).chunk(3, dim=-1))
         attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 64, 16)
         tokens = tokens + self.out(attended)
         tokens = tokens + self.mlp(self.norm_2(tokens))
