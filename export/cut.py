@@ -116,10 +116,9 @@ class CutCandidate:
     def to_record(self) -> dict[str, object]:
         """JSON-ready form for the manifest's ``cut.candidates``."""
         return {
-            "tensors": [
-                {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "label": label}
-                for spec, label in zip(self.tensors, self.labels, strict=True)
-            ],
+            "tensors": list(self.names),
+            "labels": list(self.labels),
+            "shapes": [list(spec.shape) for spec in self.tensors],
             "consumer_ms": round(self.consumer_ms, 4),
             "producer_ms": round(self.producer_ms, 4),
             "whole_ms": round(self.whole_ms, 4),

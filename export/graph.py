@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from ..engine.errors import ExportError, InputError
@@ -300,7 +301,9 @@ def extract(model: ModelProto, inputs: Sequence[str], outputs: Sequence[str]) ->
     missing = [name for name in index.inputs if name in needed and name not in inputs]
     if missing:
         raise ExportError(f"the outputs {list(outputs)} also need the inputs {missing}; add them to the inputs")
-    infos = {v.name: v for v in itertools.chain(model.graph.value_info, model.graph.input, model.graph.output)}
+    infos: dict[str, ValueInfoProto] = {
+        v.name: v for v in itertools.chain(model.graph.value_info, model.graph.input, model.graph.output)
+    }
 
     def info(name: str) -> ValueInfoProto:
         if name not in infos:

@@ -83,7 +83,7 @@ def test_shape_arithmetic_ties_no_side_to_the_other() -> None:
     model = normalise(
         onnx.parser.parse_model(
             """<ir_version: 10, opset_import: ["" : 20]>
-            g (float[1,4] x) => (float[1,4,1] y) 
+            g (float[1,4] x) => (float[1,4,1] y)
             <float[4,4] w = {1,0,0,1,0,1,0,0,2,0,1,0,0,0,3,1}, int64[1] one = {1}> {
               a = MatMul(x, w)
               b = Sin(a)
