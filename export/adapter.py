@@ -12,6 +12,7 @@ are clipped first, which gives the same values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -74,14 +75,27 @@ class ImageInput:
     channels: int
     height: int
     width: int
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class VectorInput:
-    """A generator input without rows and columns, flattened."""
+    """A generator input without rows and columns; the adapter flattens it.
+
+    Attributes:
+        name: Its name.
+        shape: Of one frame, [1, ...].
+        dtype: As the generator takes it.
+    """
 
     name: str
-    elements: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def elements(self) -> int:
+        """Numbers a frame."""
+        return math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -216,9 +230,7 @@ class WarpConsumer(nn.Module):
         trust = torch.sigmoid(planes[:, 2:3])
         return moved_image * trust + planes[:, 3:]
 
-    def _surface_motion(
-        self, atlas: Tensor, inputs: Mapping[str, Tensor], surface: Surface
-    ) -> tuple[Tensor, Tensor]:
+    def _surface_motion(self, atlas: Tensor, inputs: Mapping[str, Tensor], surface: Surface) -> tuple[Tensor, Tensor]:
         """Coarse backward flow [N, 2, h, w] in grid_sample units, and hint planes [N, 6, h, w]."""
         stride = self.config.stride
         name, first, last = surface.uv

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,27 +23,9 @@ from torch.nn import functional
 
 from ..engine.errors import ExportError
 from .adapter import CacheEncoder, WarpConsumer
+from .recording import Recording
 
-__all__ = ["Distillation", "DistillOptions", "Recording"]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What the generator did on the training frames; every leading axis is time.
-
-    Attributes:
-        inputs: Generator inputs, [T, ...].
-        taps: Cut tensors at the working resolution, [T, C, h, w], or [T, C] for vectors.
-        images: Every output, channels together, float32 [T, C, H, W].
-        atlas: Surface atlas, [T, 3, h, w], or None.
-        truth: Ground truth for `images`, or None.
-    """
-
-    inputs: Mapping[str, Tensor]
-    taps: tuple[Tensor, ...]
-    images: Tensor
-    atlas: Tensor | None = None
-    truth: Tensor | None = None
+__all__ = ["DistillOptions", "Distillation", "read_plan"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,9 @@ class Distillation:
         recording: The generator's frames.
         options: How to train.
         perceptual: A perceptual distance between two batches of images, scalar, or None.
-        identity: What the checkpoint must belong to (model, data, layout): another identity is refused.
+        identity: What the checkpoint must belong to (model, data): another identity is refused.
+        plan: What was decided before training and must be decided alike by a resumed run, JSON-ready; `read_plan`
+            gives it back.
     """
 
     def __init__(
@@ -93,6 +78,7 @@ class Distillation:
         *,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         identity: str = "",
+        plan: dict[str, Any] | None = None,
     ) -> None:
         frames = len(recording.images)
         if frames < 2:
@@ -101,6 +87,7 @@ class Distillation:
         self.recording, self.options, self.perceptual = recording, options, perceptual
         self.max_age = min(options.max_age, frames - 1)
         self._identity = json.dumps({"of": identity, "options": asdict(options)}, sort_keys=True)
+        self._plan = json.dumps(plan or {}, sort_keys=True)
         self._modules = nn.ModuleDict({"encoder": encoder, "consumer": consumer})
         self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = torch.optim.Adam(self._modules.parameters(), lr=options.peak_rate, betas=(0.9, 0.99))
@@ -120,6 +107,8 @@ class Distillation:
         """
         if checkpoint is not None and checkpoint.exists():
             self.load(checkpoint)
+        elif checkpoint is not None:
+            self.save(checkpoint)  # so that an early interrupt, too, leaves the plan
         self._modules.train()
         while self.step < self.options.steps:
             losses = self._train_step()
@@ -133,8 +122,8 @@ class Distillation:
     def answer(self, t: Tensor, s: Tensor) -> Tensor:
         """Answer frames `t` from the caches of frames `s` (both int64 [N]): [N, C, H, W]."""
         recording = self.recording
-        then = {name: array[s] for name, array in recording.inputs.items()}
-        now = {name: array[t] for name, array in recording.inputs.items()}
+        then = {name: recording.at(name, s) for name in recording.inputs}
+        now = {name: recording.at(name, t) for name in recording.inputs}
         image = recording.images[s]
         features = self.encoder([tap[s].float() for tap in recording.taps], then, image)
         atlas = None if recording.atlas is None else recording.atlas[s]
@@ -147,8 +136,11 @@ class Distillation:
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v.contiguous() for k, v in state.items()}
         partial = path.with_name(path.name + ".part")
-        save_file(tensors, partial, metadata={"identity": self._identity, "step": str(self.step)})
+        save_file(tensors, partial, metadata=self._metadata())
         os.replace(partial, path)
+
+    def _metadata(self) -> dict[str, str]:
+        return {"identity": self._identity, "plan": self._plan, "step": str(self.step)}
 
     def load(self, path: Path) -> None:
         """Resume from a checkpoint.
@@ -206,6 +198,22 @@ class Distillation:
         self._optimizer.step()
         self._schedule.step()
         return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan of the run that left a checkpoint.
+
+    Raises:
+        ExportError: If there is no checkpoint at `path`, or it is damaged.
+    """
+    if not path.exists():
+        raise ExportError(f"there is no checkpoint {str(path)!r} to resume from; leave --resume out")
+    try:
+        with safe_open(path, "pt") as file:
+            plan: dict[str, Any] = json.loads((file.metadata() or {})["plan"])
+    except (OSError, SafetensorError, KeyError, ValueError) as exc:
+        raise ExportError(f"the checkpoint {path} cannot be read ({exc}); delete it to start anew") from exc
+    return plan
 
 
 def _detail(a: Tensor, b: Tensor) -> Tensor:

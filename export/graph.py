@@ -1,4 +1,4 @@
-"""Small operations on ONNX graphs: index, normal form, extract, merge, and weights stored once.
+"""Small operations on ONNX graphs: index, normal form, extract and merge.
 
 All functions take and give `onnx.ModelProto` and leave their arguments as they are. Value names are the currency: a cut
 is a set of them. Subgraphs (If, Loop, Scan) are honoured as readers of the values that they capture.
@@ -7,12 +7,8 @@ is a set of them. Subgraphs (If, Loop, Scan) are honoured as readers of the valu
 from __future__ import annotations
 
 import ast
-import hashlib
 import itertools
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -21,6 +17,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import TensorSpec
+from .weights import shared_weights
 
 __all__ = [
     "GraphIndex",
@@ -38,25 +35,6 @@ __all__ = [
 ]
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
-WEIGHTS_FILE = "weights.safetensors"
-# Below this an initializer stays in its .onnx: an external entry costs about as much as it saves.
-SHARED_MIN_BYTES = 1024
-_ALIGNMENT = 64
-_SAFETENSORS_TYPES = {
-    TensorProto.FLOAT: "F32",
-    TensorProto.DOUBLE: "F64",
-    TensorProto.FLOAT16: "F16",
-    TensorProto.BFLOAT16: "BF16",
-    TensorProto.INT64: "I64",
-    TensorProto.INT32: "I32",
-    TensorProto.INT16: "I16",
-    TensorProto.INT8: "I8",
-    TensorProto.UINT64: "U64",
-    TensorProto.UINT32: "U32",
-    TensorProto.UINT16: "U16",
-    TensorProto.UINT8: "U8",
-    TensorProto.BOOL: "BOOL",
-}
 
 
 class GraphIndex:
@@ -427,65 +405,6 @@ def give_out(model: ModelProto, names: Iterable[str]) -> ModelProto:
     return model
 
 
-def shared_weights(models: Mapping[str, ModelProto], out_folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Write the large initializers of several models once into ``weights.safetensors``.
-
-    The file is a valid safetensors file; the returned models point into it as ONNX external data, so they must lie in
-    the same folder when they are loaded. Equal tensors (dtype, shape and bytes) are stored once, whatever their names.
-
-    Args:
-        models: Name -> model.
-        out_folder: Existing folder that receives the file; an existing one is replaced.
-
-    Returns:
-        Name -> serialised model.
-    """
-    payloads: dict[str, bytes] = {}  # tensor name in the file -> bytes
-    header: dict[str, dict[str, object]] = {}
-    stored: dict[str, str] = {}  # content hash -> tensor name in the file
-    copies = {name: _copy(model) for name, model in models.items()}
-    places: list[tuple[TensorProto, str]] = []
-    for model in copies.values():
-        for tensor in model.graph.initializer:
-            kind = _SAFETENSORS_TYPES.get(tensor.data_type)
-            if kind is None:
-                continue
-            data = _tensor_bytes(tensor)
-            if len(data) < SHARED_MIN_BYTES:
-                continue
-            digest = hashlib.sha256(f"{kind} {list(tensor.dims)} ".encode() + data).hexdigest()
-            if digest not in stored:
-                key = next(
-                    k
-                    for n in itertools.count(1)
-                    if (k := tensor.name if n == 1 else f"{tensor.name}.{n}") not in payloads
-                )
-                stored[digest] = key
-                payloads[key] = data
-                header[key] = {"dtype": kind, "shape": list(tensor.dims)}
-            places.append((tensor, stored[digest]))
-    # The format allows no holes, so sizes that keep the next tensor on the alignment come first.
-    order = sorted(
-        payloads, key=lambda key: (len(payloads[key]) % _ALIGNMENT != 0, -(len(payloads[key]) & -len(payloads[key])))
-    )
-    offsets: dict[str, int] = {}
-    position = 0
-    for key in order:
-        offsets[key] = position
-        header[key]["data_offsets"] = [position, position + len(payloads[key])]
-        position += len(payloads[key])
-    text = json.dumps({key: header[key] for key in order}, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    start = 8 + len(text)
-    with open(Path(out_folder) / WEIGHTS_FILE, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(payloads[key])
-    for tensor, key in places:
-        _make_external(tensor, start + offsets[key], len(payloads[key]))
-    return {name: model.SerializeToString(deterministic=True) for name, model in copies.items()}
-
-
 def _copy(model: ModelProto) -> ModelProto:
     fresh = ModelProto()
     fresh.CopyFrom(model)
@@ -684,18 +603,3 @@ def _merge_opsets(model: ModelProto, other: ModelProto) -> None:
             )
     del model.opset_import[:]
     model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in versions.items())
-
-
-def _tensor_bytes(tensor: TensorProto) -> bytes:
-    # raw_data is little-endian by ONNX's definition; the typed fields go through NumPy.
-    return tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).tobytes()
-
-
-def _make_external(tensor: TensorProto, offset: int, length: int) -> None:
-    name, dims, kind = tensor.name, list(tensor.dims), tensor.data_type
-    tensor.Clear()
-    tensor.name, tensor.data_type = name, kind
-    tensor.dims.extend(dims)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)

@@ -235,12 +235,11 @@ def compile_command(
     MODULE is a dotted module or a .py file, FACTORY a function in it that returns the torch.nn.Module.
     """
     _refuse_existing(out)
-    with _export_installed():
-        from .export.compile import compile_generator
+    from .compiling import compile_files
     from .progress import ProgressBar
 
-    with ProgressBar() as progress:
-        bundle = compile_generator(
+    with _export_installed(), ProgressBar() as progress:
+        bundle = compile_files(
             factory,
             weights=weights,
             inputs=inputs,
@@ -267,10 +266,11 @@ def compile_command(
 def split(model: Path, inputs: Path, cut: str, out: Path, json_path: Path | None) -> None:
     """Cut an ONNX model whose PyTorch source is not at hand; nothing is trained."""
     _refuse_existing(out)
-    with _export_installed():
-        from .export.compile import split_model
+    from .compiling import split_files
+    from .progress import ProgressBar
 
-    bundle = split_model(model, inputs=inputs, cut=cut, out=out)
+    with _export_installed(), ProgressBar() as progress:
+        bundle = split_files(model, inputs=inputs, cut=cut, out=out, progress=progress)
     _show_compiled(bundle, "split", json_path)
 
 

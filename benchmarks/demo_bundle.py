@@ -1,0 +1,115 @@
+"""Make the bundle that `warpcache demo` streams: draw the head, train the renderer on it, compile.
+
+    python -m benchmarks.demo_bundle --out warpcache/data/demo.warp
+
+Every stage keeps its result in the work folder and is skipped when that is there: the clips, the generator's weights
+and the training of the adapter (by its checkpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from warpcache.export.adapter import AdapterConfig, Surface
+from warpcache.export.compile import CompileOptions, compile_generator
+from warpcache.inputs import InputStream
+from warpcache.models.head import SyntheticHead
+from warpcache.models.renderer import DeferredNeuralRenderer
+from warpcache.models.training import train_renderer
+from warpcache.progress import ProgressBar, Report
+
+SIZE = 256
+FPS = 30.0
+# Takes of the head: the demo's own (warpcache.demo.DEMO_MOTION_SEED) is none of them.
+TRAIN_TAKE, TRAIN_FRAMES = 1, 600
+HOLDOUT_TAKE, HOLDOUT_FRAMES = 2, 120
+
+
+def demo_generator() -> DeferredNeuralRenderer:
+    """The demo's generator, untrained."""
+    model = DeferredNeuralRenderer(SIZE, widths=(24, 48, 96, 96, 128), texture_channels=8, texture_size=192)
+    model.surface = Surface("atlas", ("condition", 0, 2), ("condition", 5))
+    return model
+
+
+@click.command(epilog="Example:  python -m benchmarks.demo_bundle --out warpcache/data/demo.warp")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("--work", type=click.Path(path_type=Path), default="out/demo", show_default=True, help="Work folder.")
+@click.option("--generator-steps", type=int, default=2000, show_default=True)
+@click.option("--steps", type=int, default=2500, show_default=True, help="Training steps of the warp adapter.")
+@click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", help="Weights of LPIPS.")
+@click.option("--stage", type=click.Choice(["generator", "bundle"]), default="bundle", help="Where to stop.")
+def main(out: Path, work: Path, generator_steps: int, steps: int, lpips: Path | None, stage: str) -> None:
+    """Make the demo's bundle."""
+    work.mkdir(parents=True, exist_ok=True)
+    head = SyntheticHead(0, SIZE)
+    with ProgressBar() as progress:
+        train = _clip(head, TRAIN_TAKE, TRAIN_FRAMES, work / "train.npz", progress)
+        holdout = _clip(head, HOLDOUT_TAKE, HOLDOUT_FRAMES, work / "holdout.npz", progress)
+        model = _trained(train, work / "generator.safetensors", generator_steps, progress)
+        if stage == "generator":
+            return
+        compile_generator(
+            model,
+            _stream(train),
+            out,
+            holdout=_stream(holdout),
+            options=CompileOptions(
+                steps=steps,
+                max_age=8,
+                lpips=lpips,
+                resume=out.with_suffix(".checkpoint.safetensors").exists(),
+                adapter=AdapterConfig(width=32, blocks=2, features=32),
+                train={"truth_weight": 0.0},
+            ),
+            made_from={"recipe": "python -m benchmarks.demo_bundle", "steps": steps},
+            progress=progress,
+        )
+    print(f"wrote {out}")
+
+
+def _clip(head: SyntheticHead, take: int, frames: int, path: Path, progress: Report) -> dict[str, NDArray[np.float32]]:
+    """Draw a take, or load it where it was drawn before."""
+    if path.exists():
+        return dict(np.load(path))
+    kept: dict[str, list[NDArray[np.float32]]] = {"condition": [], "atlas": [], "truth": []}
+    for t, (inputs, truth) in enumerate(head.frames(head.motion(frames, FPS, seed=take))):
+        for name, array in inputs.items():
+            kept[name].append(array)
+        kept["truth"].append(truth[None])
+        progress(f"drawing take {take}", t + 1, frames)
+    clip = {name: np.concatenate(arrays) for name, arrays in kept.items()}
+    np.savez(path, **clip)  # type: ignore[arg-type]
+    return clip
+
+
+def _trained(
+    clip: Mapping[str, NDArray[np.float32]], path: Path, steps: int, progress: Report
+) -> DeferredNeuralRenderer:
+    """Train the generator, or load it where it was trained before."""
+    torch.manual_seed(0)
+    model = demo_generator()
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    train_renderer(
+        model, clip, steps=steps, on_step=lambda step, _: progress("training the generator", step + 1, steps)
+    )
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return model
+
+
+def _stream(clip: Mapping[str, NDArray[np.float32]]) -> InputStream:
+    arrays = {name: clip[name] for name in ("condition", "atlas")}
+    return InputStream.from_arrays(arrays, fps=FPS, truth=clip["truth"])
+
+
+if __name__ == "__main__":
+    main()

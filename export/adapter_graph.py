@@ -1,0 +1,211 @@
+"""The warp adapter as ONNX: its encoder joined to the producer, its consumer a module of its own, its size by budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from ..engine.errors import ExportError
+from ..engine.spec import Array
+from .adapter import (
+    CACHE_ATLAS,
+    CACHE_FEATURES,
+    CACHE_IMAGE,
+    AdapterConfig,
+    AdapterLayout,
+    CacheEncoder,
+    WarpConsumer,
+)
+from .graph import GraphIndex, give_out, merge, rename_values
+from .profile import time_model
+from .recording import working_tap
+from .split import SplitModels
+from .trace import export_module
+
+__all__ = ["LADDER", "choose_config", "consumer_graph", "producer_graph"]
+
+Progress = Callable[[str, int, int], None]
+
+# From the largest to the smallest; every step down saves about a fifth of the time.
+LADDER = (
+    AdapterConfig(width=96, blocks=4, features=64),
+    AdapterConfig(width=80, blocks=3, features=64),
+    AdapterConfig(width=64, blocks=3, features=48),
+    AdapterConfig(width=64, blocks=2, features=48),
+    AdapterConfig(width=48, blocks=2, features=48),
+    AdapterConfig(width=48, blocks=1, features=32),
+    AdapterConfig(width=32, blocks=2, features=32),
+    AdapterConfig(width=32, blocks=1, features=32),
+    AdapterConfig(width=24, blocks=1, features=24),
+    AdapterConfig(width=16, blocks=1, features=16),
+    AdapterConfig(width=16, blocks=0, features=16),
+)
+# Of the budget: what is measured here varies by some percent from run to run, and the promise is the budget itself.
+_BUDGET_MARGIN = 0.93
+
+
+def choose_config(
+    model: ModelProto,
+    layout: AdapterLayout,
+    budget: float,
+    feeds: Mapping[str, Array],
+    *,
+    ladder: Sequence[AdapterConfig] = LADDER,
+    progress: Progress,
+) -> AdapterConfig:
+    """The largest adapter whose consumer costs at most `budget` of the whole, both measured here on one thread.
+
+    Args:
+        model: The whole, in normal form.
+        layout: What the adapter reads and writes.
+        budget: The consumer's cost as a fraction of the generator's.
+        feeds: One frame's generator inputs.
+        ladder: Sizes to choose from, largest first.
+        progress: Told how far it is.
+
+    Raises:
+        ExportError: If even the smallest is over the budget; the message says what it costs.
+    """
+    low, high = 0, len(ladder) - 1  # cost falls along the ladder, so bisection finds the first that fits
+    ratios: dict[int, float] = {}
+    trials = 0
+
+    def fits(k: int) -> bool:
+        nonlocal trials
+        consumer = consumer_graph(WarpConsumer(layout, ladder[k]).eval(), layout, (-1.0, 1.0))
+        index = GraphIndex(consumer)
+        arrays = dict(feeds)
+        for name in index.inputs:
+            if name not in arrays:
+                arrays[name] = np.zeros(index.specs[name].shape, np.float32)
+        times = time_model({"whole": model, "consumer": consumer}, arrays, threads=1, repeats=15)
+        ratios[k] = times["consumer"].p50_ms / times["whole"].p50_ms
+        trials += 1
+        progress("fitting the adapter to the budget", trials, max(trials, len(ladder).bit_length()))
+        return ratios[k] <= budget * _BUDGET_MARGIN
+
+    while low < high:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle + 1
+    if low not in ratios and not fits(low):
+        raise ExportError(
+            f"the smallest warp adapter costs {ratios[low]:.1%} of this generator, over the budget of {budget:.1%}; "
+            f"give --budget {ratios[low] / _BUDGET_MARGIN:.2f} or more"
+        )
+    return ladder[low]
+
+
+def consumer_graph(consumer: WarpConsumer, layout: AdapterLayout, limits: tuple[float, float]) -> ModelProto:
+    """The consumer as a module: cache tensors and inputs of frame t -> the generator's outputs.
+
+    Args:
+        consumer: In evaluation mode.
+        layout: What it reads and writes.
+        limits: Least and greatest value that the generator's images were seen to take; answers are kept within.
+    """
+    config = consumer.config
+    rows, columns = layout.height // config.stride, layout.width // config.stride
+    names = [CACHE_FEATURES, CACHE_IMAGE]
+    example = [
+        torch.zeros(1, config.features, rows, columns),
+        torch.zeros(1, layout.channels, layout.height, layout.width),
+    ]
+    if layout.surface is not None:
+        names.append(CACHE_ATLAS)
+        example.append(torch.zeros(1, 3, *layout.atlas_size))
+    inputs = _input_examples(layout)
+    return export_module(
+        _ConsumerGraph(consumer, layout, list(inputs), limits),
+        (*example, *inputs.values()),
+        [*names, *inputs],
+        [name for name, _ in layout.outputs],
+    )
+
+
+def producer_graph(model: ModelProto, parts: SplitModels, encoder: CacheEncoder, layout: AdapterLayout) -> ModelProto:
+    """The producer: everything that belongs to frame s, for the plain and the warp consumer alike.
+
+    Args:
+        model: The whole, in normal form.
+        parts: Its halves; the plain consumer's cache tensors keep their names.
+        encoder: In evaluation mode.
+        layout: What the encoder reads.
+
+    Returns:
+        Generator inputs and the atlas -> the plain cache, then the warp consumer's.
+    """
+    index = GraphIndex(model)
+    origins = {origin: cache for cache, origin in parts.origins.items()}
+    inputs = _input_examples(layout)
+    taps = [torch.zeros(index.specs[name].shape) for name, *_ in layout.taps]
+    images = [torch.zeros(index.specs[name].shape) for name, _ in layout.outputs]
+    names = [f"tap.{k}" for k in range(len(taps))] + [f"image.{k}" for k in range(len(images))]
+    outputs = [CACHE_FEATURES, CACHE_IMAGE]
+    example = [*taps, *images, *inputs.values()]
+    links = {f"tap.{k}": name for k, (name, *_) in enumerate(layout.taps)}
+    links |= {f"image.{k}": name for k, (name, _) in enumerate(layout.outputs)}
+    all_names = [*names, *inputs]
+    if layout.surface is not None:
+        example.append(torch.zeros(1, 3, *layout.atlas_size))
+        all_names.append(layout.surface.atlas)
+        outputs.append(CACHE_ATLAS)
+    encoded = export_module(_EncoderGraph(encoder, layout, list(inputs)), tuple(example), all_names, outputs)
+    # An input that the trained encoder does not read has no link to make.
+    links = {target: source for target, source in links.items() if target in GraphIndex(encoded).inputs}
+    joined = merge(give_out(model, list(origins)), encoded, links, [*origins, *outputs])
+    return rename_values(joined, origins)
+
+
+class _ConsumerGraph(nn.Module):
+    """Positional tensors in, one tensor an output out, kept within the range of the generator's images."""
+
+    def __init__(
+        self, consumer: WarpConsumer, layout: AdapterLayout, inputs: Sequence[str], limits: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        self.consumer, self.layout, self.names, self.limits = consumer, layout, list(inputs), limits
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        features, image, *rest = tensors
+        atlas = rest.pop(0) if self.layout.surface is not None else None
+        answer = self.consumer(features, image, atlas, dict(zip(self.names, rest, strict=True)))
+        answer = answer.clamp(*self.limits)
+        if len(self.layout.outputs) == 1:
+            return (answer,)
+        return tuple(answer.split([channels for _, channels in self.layout.outputs], dim=1))
+
+
+class _EncoderGraph(nn.Module):
+    """Raw cut tensors, images, inputs and atlas of frame s in; the warp consumer's cache out."""
+
+    def __init__(self, encoder: CacheEncoder, layout: AdapterLayout, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder, self.layout, self.names = encoder, layout, list(inputs)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        layout = self.layout
+        taps = tensors[: len(layout.taps)]
+        images = tensors[len(taps) : len(taps) + len(layout.outputs)]
+        rest = tensors[len(taps) + len(images) :]
+        image = torch.cat(images, 1) if len(images) > 1 else images[0]
+        inputs = dict(zip(self.names, rest[: len(self.names)], strict=True))
+        features = self.encoder([working_tap(tap, self.encoder.grid) for tap in taps], inputs, image)
+        # A graph may not hand an input straight through.
+        out = [features, image.clone()]
+        if layout.surface is not None:
+            out.append(rest[-1].clone())
+        return tuple(out)
+
+
+def _input_examples(layout: AdapterLayout) -> dict[str, Tensor]:
+    """One zero tensor per generator input, by name."""
+    examples = {i.name: torch.zeros(1, i.channels, i.height, i.width, dtype=i.dtype) for i in layout.images}
+    examples |= {vector.name: torch.zeros(vector.shape, dtype=vector.dtype) for vector in layout.vectors}
+    return examples
