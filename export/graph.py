@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
