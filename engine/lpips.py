@@ -132,6 +132,10 @@ class Lpips:
             raise InputError(f"LPIPS weights {str(file)!r} cannot be read ({error}); copy the file again") from error
         return cls(weights)
 
+    def arrays(self) -> dict[str, Float32]:
+        """The weights by name, in the shapes that the file has."""
+        return {name: self._weights[name].reshape(shape) for name, shape in _expected_shapes().items()}
+
     def __call__(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
         """Distance of each pair.
 

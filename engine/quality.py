@@ -389,7 +389,7 @@ def _halve(x: Float32) -> Float32:
 def _flip(a: Float32, b: Float32) -> float:
     try:
         # At first use: the package is native code, and only those who measure FLIP should pay for it.
-        from flip_evaluator import evaluate  # type: ignore[import-untyped]
+        from flip_evaluator import evaluate
     except ImportError as error:
         raise BackendError(
             f'FLIP needs the package flip-evaluator ({error}); run "pip install flip-evaluator"'

@@ -1,13 +1,13 @@
 """The warp adapter: a cache encoder that belongs to frame s, and a shallow consumer that answers frame t.
 
-Everything that depends on frame s alone is encoded once by `CacheEncoder`, inside the producer and off the latency path.
+What depends on frame s alone is encoded once by `CacheEncoder`, inside the producer and off the latency path.
 `WarpConsumer` works at a quarter of the image's resolution: it moves the cached features along the surface's motion
 (where the inputs carry it), refines that motion with what it learned, and only then touches full resolution, three
 times: one backward warp of the last image, one blend, one learned residual through a pixel shuffle.
 
 The layout follows measurements with ONNX Runtime on CPUs: full-resolution convolutions, not channels, make a shallow
-network slow; `grid_sample` that pads with zeros is three times faster than one that clamps to the border, so coordinates
-are clipped first, which gives the same values.
+network slow; `grid_sample` that pads with zeros is three times faster than one that clamps to the border, so
+coordinates are clipped first, which gives the same values.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ class CacheEncoder(nn.Module):
         for tap, linear in zip(flat, self.vectors, strict=True):
             x = x + linear(tap)[:, :, None, None]
         x = self.block(functional.silu(x))
-        return self.out(functional.silu(x))
+        encoded: Tensor = self.out(functional.silu(x))
+        return encoded
 
 
 class WarpConsumer(nn.Module):
@@ -180,6 +181,9 @@ class WarpConsumer(nn.Module):
         layout: What it reads and writes.
         config: Its size.
     """
+
+    centres: Tensor
+    coarse_centres: Tensor
 
     def __init__(self, layout: AdapterLayout, config: AdapterConfig) -> None:
         super().__init__()
@@ -194,7 +198,7 @@ class WarpConsumer(nn.Module):
         nn.init.zeros_(self.head.weight)
         bias = torch.zeros(3 + layout.channels, config.stride**2)
         bias[2] = 3.0  # trust the moved image at first: sigmoid(3) = 0.95
-        self.head.bias.data.copy_(bias.flatten())
+        self.head.bias = nn.Parameter(bias.flatten())
         self.register_buffer("centres", _pixel_centres(layout.height, layout.width), persistent=False)
         self.register_buffer("coarse_centres", _pixel_centres(rows, columns), persistent=False)
 
@@ -290,10 +294,11 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(functional.silu(self.conv1(functional.silu(x))))
+        added: Tensor = self.conv2(functional.silu(self.conv1(functional.silu(x))))
+        return x + added
 
 
 def at_working_grid(tap: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -318,7 +323,7 @@ def _pixel_centres(rows: int, columns: int) -> Tensor:
     """[1, 2, rows, columns]: x and y of pixel centres in grid_sample coordinates (align_corners=False)."""
     x = (torch.arange(columns) + 0.5) * (2.0 / columns) - 1.0
     y = (torch.arange(rows) + 0.5) * (2.0 / rows) - 1.0
-    return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]))[None]
+    return torch.stack([x.expand(rows, columns), y[:, None].expand(rows, columns)])[None]
 
 
 def _sample(image: Tensor, grid: Tensor) -> Tensor:

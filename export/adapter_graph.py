@@ -1,4 +1,4 @@
-"""The warp adapter as ONNX: its encoder joined to the producer, its consumer a module of its own, its size by budget."""
+"""The warp adapter as ONNX: its encoder joined to the producer, its consumer a module, its size chosen by budget."""
 
 from __future__ import annotations
 

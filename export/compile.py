@@ -23,7 +23,7 @@ from torch import nn
 
 from .. import __version__
 from ..engine.bundle import Bundle, write_bundle
-from ..engine.errors import ExportError, InputError
+from ..engine.errors import InputError
 from ..engine.lpips import Lpips
 from ..engine.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from ..engine.spec import Array, TensorSpec
@@ -45,8 +45,6 @@ __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "sp
 DEFAULT_STEPS = 3000
 # Of the inputs, where no holdout is given: the part at the end that training does not see.
 HOLDOUT_SHARE = 0.25
-# Frames that cuts are tried on; more would not order them otherwise.
-SAMPLE_FRAMES = 24
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,10 +52,21 @@ Progress = Callable[[str, int, int], None]
 class Stream(Protocol):
     """A clip of inputs in memory: arrays by name [T, ...], and ground-truth images where there are some."""
 
-    arrays: dict[str, Array]
-    frames: int
-    fps: float | None
-    truth: Any
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Inputs and motion."""
+
+    @property
+    def frames(self) -> int:
+        """Their number."""
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second, where known."""
+
+    @property
+    def truth(self) -> Array | None:
+        """Images that the outputs should show, float32 [T, C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,8 @@ def _build(
     checkpoint = out.with_suffix(".checkpoint.safetensors")
     plan = read_plan(checkpoint) if options.resume and options.steps else None
     generator_inputs = GraphIndex(model).inputs
-    sample = {name: train.arrays[name][:SAMPLE_FRAMES] for name in generator_inputs}
+    # The whole stream: frames are tried all over it, as its beginning may hardly move.
+    sample = {name: train.arrays[name] for name in generator_inputs}
     cut, candidates = _choose(model, sample, plan["cut"] if plan else options.cut, progress)
     parts = split(model, cut)
     feeds = {name: array[:1] for name, array in sample.items()}
@@ -184,7 +194,7 @@ def _build(
         models |= {"producer": producer, "warp": warp}
         # The cut's tensors now leave a producer that does more: still the same bits.
         check_exact(model, dataclasses.replace(parts, producer=producer), _producer_feeds(producer, train))
-    consumers = {name: models[name] for name in ("plain", "warp") if name in models}
+    consumers = {name: model for name, model in models.items() if name in ("plain", "warp")}
     image_output = _image_output(model)
     calibration = None
     if image_output is not None:

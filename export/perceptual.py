@@ -8,11 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.errors import InputError
+from ..engine.lpips import Lpips
 
 __all__ = ["PerceptualLoss"]
 
@@ -34,26 +33,25 @@ class PerceptualLoss(nn.Module):
     """Mean LPIPS between two batches of images.
 
     Args:
-        weights: `.safetensors` with `features.N.*` (torchvision's squeezenet1_1) and `linK.weight`.
+        weights: As for `Lpips.load`: the file, its folder, or None for the environment variable.
 
     Raises:
         InputError: If the file is missing or does not hold these tensors.
     """
 
-    def __init__(self, weights: Path) -> None:
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
         self.features = nn.ModuleDict({"0": nn.Conv2d(3, 64, 3, 2)})
         for index, sizes in _FIRES.items():
             self.features[str(index)] = _Fire(*sizes)
         for k, channels in enumerate((64, 128, 256, 384, 384, 512, 512)):
             setattr(self, f"lin{k}", nn.Conv2d(channels, 1, 1, bias=False))
-        try:
-            self.load_state_dict(load_file(weights))
-        except (OSError, RuntimeError, ValueError) as exc:
-            raise InputError(
-                f"{weights} is not an LPIPS SqueezeNet weights file ({str(exc).splitlines()[0]}); "
-                "give the path of a .safetensors with features.N.* and linK.weight"
-            ) from exc
+        # The runtime's reader has the checks and the messages.
+        arrays = Lpips.load(weights).arrays()
+        self.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))

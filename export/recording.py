@@ -176,7 +176,7 @@ def _check_surface(surface: Surface, images: Mapping[str, ImageInput], atlas_sha
     name, first, last = surface.uv
     mask_name, channel = surface.mask
     for what, where, ok in (
-        ("uv", name, name in images and 0 <= first and last == first + 2 and last <= images[name].channels),
+        ("uv", name, name in images and first >= 0 and last == first + 2 and last <= images[name].channels),
         ("mask", mask_name, mask_name in images and 0 <= channel < images[mask_name].channels),
     ):
         if not ok:

@@ -162,7 +162,8 @@ def vertex_normals(vertices_px: Floats, triangles: Ints) -> Floats:
         for corner in range(3):
             normals[:, axis] += np.bincount(triangles[:, corner], faces[:, axis], len(vertices_px))
     length = np.linalg.norm(normals, axis=1, keepdims=True)
-    return (normals / np.maximum(length, 1e-12)).astype(np.float32)
+    unit: Floats = normals / np.maximum(length, 1e-12)
+    return unit.astype(np.float32)
 
 
 def condition_raster(

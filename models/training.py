@@ -53,7 +53,7 @@ def train_renderer(
             image = model(x)
         loss = functional.l1_loss(image.float(), y)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

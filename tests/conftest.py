@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
+
 from warpcache.engine.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.spec import TensorSpec
 

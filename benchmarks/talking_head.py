@@ -1,0 +1,283 @@
+"""Neural caching of real talking heads: train the reference generator, compile it, measure every promised figure.
+
+    python -m benchmarks.talking_head --data CLIPS --lpips squeeze_v0.1.safetensors --json talking_head.json
+
+For each clip: the deferred renderer is trained on the earlier part of it at 128x128, `warpcache compile` makes a
+bundle (in a process of its own, whose time and memory are figures too), and the later part is measured. Every stage
+keeps its result in the work folder and is skipped where that is there. Ratios are within one run, medians of
+interleaved rounds; quality is measured on every frame of the test part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from benchmarks.clips import TalkingHead, load_talking_head
+from benchmarks.measuring import (
+    BareModule,
+    Figure,
+    answers,
+    interleaved_ms,
+    means,
+    print_figures,
+    ratio_of_medians,
+)
+from benchmarks.talking_head_model import generator
+from warpcache.engine import Engine
+from warpcache.engine.bundle import Bundle
+from warpcache.engine.lpips import Lpips
+from warpcache.engine.policy import Policy
+from warpcache.export.graph import load_model
+from warpcache.export.run import open_session, run_session
+from warpcache.export.split import split
+from warpcache.models.training import train_renderer
+from warpcache.progress import ProgressBar
+from warpcache.report import environment
+
+AGES = (1, 2, 3, 4)
+METRICS = ("psnr_db", "ssim", "flip", "lpips")
+ROUNDS = 300
+
+
+@click.command(epilog="Example:  python -m benchmarks.talking_head --data clips --lpips squeeze_v0.1.safetensors")
+@click.option("--data", type=click.Path(path_type=Path), envvar="WARPCACHE_CLIPS", required=True, help="The clips.")
+@click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", required=True)
+@click.option("--clip", "clips", multiple=True, default=("d6", "d3"), show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default="out/talking_head", show_default=True)
+@click.option("--generator-steps", type=int, default=1500, show_default=True)
+@click.option("--steps", type=int, help="Training steps of the warp adapter; default: that of `warpcache compile`.")
+@click.option("--budget", type=float, default=0.1, show_default=True)
+@click.option(
+    "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(
+    data: Path,
+    lpips: Path,
+    clips: tuple[str, ...],
+    work: Path,
+    generator_steps: int,
+    steps: int | None,
+    budget: float,
+    stage: str,
+    json_path: Path | None,
+) -> None:
+    """Train, compile and measure the reference generator on real clips."""
+    work.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"schema": 1, "command": "talking_head", "environment": environment(), "clips": {}}
+    for name in clips:
+        clip = load_talking_head(data, name)
+        weights = train_generator(clip, work / f"{name}.safetensors", generator_steps)
+        if stage == "generator":
+            continue
+        bundle = compile_clip(clip, weights, work, lpips, steps, budget)
+        if stage == "bundle":
+            continue
+        figures, tables = measure_clip(clip, bundle, work, Lpips.load(lpips))
+        console = Console(width=150, highlight=False)
+        for table in tables:
+            console.print(table)
+        print_figures(console, f"{name}: figures", figures)
+        report["clips"][name] = {"figures": [figure.to_record() for figure in figures]}
+    if json_path is not None and stage == "measure":
+        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def train_generator(clip: TalkingHead, path: Path, steps: int) -> Path:
+    """Train the reference generator on the clip's earlier part."""
+    if not path.exists():
+        torch.manual_seed(0)
+        model = generator()
+        with ProgressBar() as progress:
+            stage = f"{clip.name}: training the generator"
+            train_renderer(model, clip.train, steps=steps, on_step=lambda step, _: progress(stage, step + 1, steps))
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+def compile_clip(clip: TalkingHead, weights: Path, work: Path, lpips: Path, steps: int | None, budget: float) -> Bundle:
+    """Run `warpcache compile` as a user would, and note what it took."""
+    out = work / f"{clip.name}.warp"
+    if out.exists():
+        return Bundle.open(out)
+    inputs, holdout = work / f"{clip.name}.train.npz", work / f"{clip.name}.test.npz"
+    np.savez(inputs, **clip.train, fps=clip.fps)  # type: ignore[arg-type]
+    np.savez(holdout, **clip.test, fps=clip.fps)  # type: ignore[arg-type]
+    command = [sys.executable, "-m", "warpcache", "compile", "benchmarks.talking_head_model:generator"]
+    command += ["--weights", str(weights), "--inputs", str(inputs), "--holdout", str(holdout), "--out", str(out)]
+    command += ["--budget", str(budget), "--lpips", str(lpips)]
+    if out.with_suffix(".checkpoint.safetensors").exists():
+        command += ["--resume"]
+    if steps is not None:
+        command += ["--steps", str(steps)]
+    begin = time.perf_counter()
+    subprocess.run(command, check=True)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    taken = {
+        "minutes": round((time.perf_counter() - begin) / 60, 2),
+        "peak_gb": round(usage.ru_maxrss / 1e6, 2),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+    (work / f"{clip.name}.compile.json").write_text(json.dumps(taken), encoding="utf-8")
+    return Bundle.open(out)
+
+
+def measure_clip(clip: TalkingHead, bundle: Bundle, work: Path, lpips: Lpips) -> tuple[list[Figure], list[Table]]:
+    """Every figure of one clip, from its test part."""
+    arrays = {record.spec.name: clip.test[record.spec.name] for record in bundle.manifest.inputs}
+    truth = clip.test["truth"]
+    figures = _latency(bundle, arrays) + _streaming(bundle, arrays, clip.fps)
+    whole = np.stack(list(answers(bundle, arrays, policy=Policy("full")).values()))
+    table = Table(title=f"{clip.name}: test part, {len(whole)} frames", title_justify="left")
+    for column in ("answer", "age", *(f"{m} / truth" for m in METRICS), *(f"{m} / whole" for m in METRICS)):
+        table.add_column(column, justify="left" if column == "answer" else "right")
+    best = means(whole, truth, METRICS, lpips)
+    table.add_row("whole generator", "0", *(f"{best[m]:.4f}" for m in METRICS), *("-" for _ in METRICS))
+    first = max(AGES)  # the same frames for every age
+    best = means(whole[first:], truth[first:], METRICS, lpips)
+    for age in AGES:
+        shown = answers(bundle, arrays, policy=Policy.lockstep(age))
+        warp = np.stack([shown[t] for t in range(first, len(whole))])
+        frozen = whole[first - age : len(whole) - age]
+        of_truth = {n: means(a, truth[first:], METRICS, lpips) for n, a in (("warp", warp), ("frozen", frozen))}
+        of_whole = {n: means(a, whole[first:], METRICS, lpips) for n, a in (("warp", warp), ("frozen", frozen))}
+        for label, key in (("consumer", "warp"), ("last frame again", "frozen")):
+            row = [f"{of_truth[key][m]:.4f}" for m in METRICS] + [f"{of_whole[key][m]:.4f}" for m in METRICS]
+            table.add_row(label, str(age), *row)
+        if age in (1, 3):
+            limit, lpips_limit = (0.5, 0.003) if age == 1 else (2.0, 0.008)
+            for metric in ("psnr_db", "ssim"):
+                lost = 100 * (1 - of_truth["warp"][metric] / best[metric])
+                figures.append(Figure(f"{metric} lost against truth, age {age}", lost, limit, "%"))
+            lost = of_truth["warp"]["lpips"] - best["lpips"]
+            figures.append(Figure(f"lpips lost against truth, age {age}", lost, lpips_limit))
+        for metric in ("lpips", "flip"):
+            ratio = of_whole["warp"][metric] / of_whole["frozen"][metric]
+            figures.append(Figure(f"{metric} against whole, consumer / last frame again, age {age}", ratio, 0.7))
+        if age == 2:
+            reuse_figures, rows = _against_plain_reuse(bundle, arrays, whole, of_whole["warp"], first, lpips)
+            figures += reuse_figures
+            for row in rows:
+                table.add_row(*row)
+    taken = work / f"{clip.name}.compile.json"
+    if taken.exists():
+        record = json.loads(taken.read_text(encoding="utf-8"))
+        figures.append(Figure("compile time", record["minutes"], 20, "min"))
+        figures.append(Figure("compile peak memory", record["peak_gb"], 4, "GB"))
+    return figures, [table]
+
+
+def _latency(bundle: Bundle, arrays: Mapping[str, NDArray[Any]]) -> list[Figure]:
+    """Consumer against whole generator, bare, and what the engine adds to a bare consumer."""
+    figures = []
+    cache = BareModule(bundle, "producer", 1).run({name: array[:1] for name, array in arrays.items()})
+    feeds = {**{name: array[1:2] for name, array in arrays.items()}, **cache}
+    for threads in (1, 2):
+        bare = {"whole": BareModule(bundle, "generator", threads), "warp": BareModule(bundle, "warp", threads)}
+        times = interleaved_ms({name: partial(module.run, feeds) for name, module in bare.items()}, ROUNDS // 2)
+        figures.append(
+            Figure(f"consumer p50 / whole p50, {threads} thread{'s'[: threads - 1]}", ratio_of_medians(times), 0.10)
+        )
+        figures.append(
+            Figure(f"whole p50, {threads} thread{'s'[: threads - 1]}", float(np.median(times["whole"])), None, "ms")
+        )
+    # The same work on both sides: a producer between two answers, so that both find equally cold CPU caches.
+    frames = min(ROUNDS, len(next(iter(arrays.values()))))
+    called: list[float] = []
+    answered: list[float] = []
+    with Engine(bundle, age=1, threads=1) as engine:
+        producer, consumer = BareModule(bundle, "producer", 1), BareModule(bundle, "warp", 1)
+        stream = engine.session().render({name: array[:frames] for name, array in arrays.items()})
+        cache = producer.run({name: array[:1] for name, array in arrays.items()})
+        for t, frame in enumerate(stream):
+            feeds = {name: array[t : t + 1] for name, array in arrays.items()}
+            begin = time.perf_counter()
+            consumer.run({**feeds, **cache})
+            called.append((time.perf_counter() - begin) * 1000)
+            cache = producer.run(feeds)
+            if frame.route == "warp":
+                answered.append(frame.latency_ms)
+    base, ours = float(np.median(called[1:])), float(np.median(answered))
+    figures.append(Figure("engine overhead over a bare call", ours - base, max(0.2, 0.03 * base), "ms"))
+    return figures
+
+
+def _streaming(bundle: Bundle, arrays: Mapping[str, NDArray[Any]], fps: float) -> list[Figure]:
+    """Latency under `async` with producers running, paced as the clip is."""
+    latency: list[float] = []
+    ages: list[int] = []
+    with Engine(bundle, policy="async") as engine:
+        for frame in engine.session().render(arrays, fps=fps):
+            if frame.index > 2:  # the first frame waits for the first cache
+                latency.append(frame.latency_ms)
+                ages.append(frame.age)
+    p50, p99 = (float(q) for q in np.quantile(latency, [0.5, 0.99]))
+    return [
+        Figure("async p99 / p50", p99 / p50, 1.5),
+        Figure("async p50", p50, None, "ms"),
+        Figure("async mean cache age", float(np.mean(ages)), None, "frames"),
+    ]
+
+
+def _against_plain_reuse(
+    bundle: Bundle,
+    arrays: Mapping[str, NDArray[Any]],
+    whole: NDArray[np.float32],
+    warp: Mapping[str, float],
+    first: int,
+    lpips: Lpips,
+) -> tuple[list[Figure], list[Sequence[str]]]:
+    """Quality at age 2 against plain reuse of the cache by a consumer that costs at least as much."""
+    cost = bundle.manifest.exit("warp").cost_ratio
+    dearer = [c for c in bundle.manifest.cut.candidates if c["cost_ratio"] >= cost]
+    chosen = sorted(dearer, key=lambda c: c["cost_ratio"])
+    rivals = chosen[:1] + [c for c in chosen[1:] if c["reads_input"]][:1]
+    model = load_model(bundle.file("generator.onnx"))
+    figures: list[Figure] = []
+    rows: list[Sequence[str]] = []
+    names = [spec.name for spec in bundle.manifest.generator_inputs]
+    for rival in rivals:
+        parts = split(model, rival["tensors"])
+        producer, plain = open_session(parts.producer), open_session(parts.plain)
+        image = bundle.manifest.image_output or bundle.manifest.outputs[0].name
+        shown = []
+        for t in range(first, len(whole)):
+            cache = run_session(producer, {name: arrays[name][t - 2 : t - 1] for name in names})
+            feeds = {name: arrays[name][t : t + 1] for name in names}
+            shown.append(run_session(plain, {**feeds, **cache}, [image])[image][0])
+        quality = means(np.stack(shown), whole[first:], METRICS, lpips)
+        label = f"plain reuse, {rival['cost_ratio']:.0%} of the whole ({', '.join(rival['labels'])})"
+        rows.append((label, "2", *("-" for _ in METRICS), *(f"{quality[m]:.4f}" for m in METRICS)))
+        for metric in METRICS:
+            better = warp[metric] - quality[metric] if metric in ("psnr_db", "ssim") else quality[metric] - warp[metric]
+            figures.append(
+                Figure(
+                    f"{metric} gained over plain reuse at {rival['cost_ratio']:.1%} of the cost, age 2",
+                    better,
+                    0.0,
+                    at_least=True,
+                )
+            )
+    return figures, rows
+
+
+if __name__ == "__main__":
+    main()
