@@ -266,9 +266,11 @@ class InputEncoder(nn.Module):
         self.grid = _working_grid(layout, config)
         self.images = nn.ModuleList()
         for image in layout.images:
-            stride = max(1, image.height // self.grid[0])
-            kernel = stride if stride > 1 else 3
-            self.images.append(nn.Conv2d(image.channels, out, kernel, stride, padding=0 if stride > 1 else 1))
+            # Each axis has a stride of its own: an input need not have the image's proportions.
+            strides = tuple(max(1, n // k) for n, k in zip((image.height, image.width), self.grid, strict=True))
+            kernel = tuple(stride if stride > 1 else 3 for stride in strides)
+            padding = tuple(0 if stride > 1 else 1 for stride in strides)
+            self.images.append(nn.Conv2d(image.channels, out, kernel, strides, padding=padding))
         self.vectors = nn.ModuleList(nn.Linear(vector.elements, out) for vector in layout.vectors)
         self.bias = nn.Parameter(torch.zeros(1, out, 1, 1))
 
@@ -282,7 +284,9 @@ class InputEncoder(nn.Module):
                 x = functional.interpolate(x, size=(rows, columns), mode="bilinear")
             total = total + x
         for vector, linear in zip(self.layout.vectors, self.vectors, strict=True):
-            total = total + linear(inputs[vector.name].float().flatten(1))[:, :, None, None]
+            # Not flatten(1): an input of one number a frame, e.g. an id, has no further axis.
+            flat = inputs[vector.name].float().reshape(-1, vector.elements)
+            total = total + linear(flat)[:, :, None, None]
         return total
 
 

@@ -27,6 +27,9 @@ from .recording import Recording
 
 __all__ = ["DistillOptions", "Distillation", "read_plan"]
 
+# Side of the square that the perceptual loss looks at, in pixels.
+_CROP = 128
+
 
 @dataclass(frozen=True)
 class DistillOptions:
@@ -91,8 +94,9 @@ class Distillation:
         self._modules = nn.ModuleDict({"encoder": encoder, "consumer": consumer})
         self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = torch.optim.Adam(self._modules.parameters(), lr=options.peak_rate, betas=(0.9, 0.99))
+        # At least 20 steps: OneCycleLR divides by the length of its rise less one step, which is 0 for a cycle of 10.
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, max_lr=options.peak_rate, total_steps=max(options.steps, 2), pct_start=0.1
+            self._optimizer, max_lr=options.peak_rate, total_steps=max(options.steps, 20), pct_start=0.1
         )
         self.step = 0
 
@@ -131,13 +135,25 @@ class Distillation:
         return answer
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint beside `path`, then rename it there."""
+        """Write a checkpoint beside `path`, then rename it there; missing parent folders are made.
+
+        Raises:
+            ExportError: If it cannot be written, e.g. on a full disk; what stood at `path` still stands.
+        """
         tensors = {f"model.{k}": v.contiguous() for k, v in self._modules.state_dict().items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v.contiguous() for k, v in state.items()}
         partial = path.with_name(path.name + ".part")
-        save_file(tensors, partial, metadata=self._metadata())
-        os.replace(partial, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, metadata=self._metadata())
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as exc:  # a full disk is a SafetensorError here
+            raise ExportError(
+                f"the checkpoint {path} cannot be written ({exc}); make room, or choose another place"
+            ) from exc
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _metadata(self) -> dict[str, str]:
         return {"identity": self._identity, "plan": self._plan, "step": str(self.step)}
@@ -190,7 +206,7 @@ class Distillation:
                 losses["truth"] = functional.l1_loss(answer, recording.truth[t])
                 total = total + options.truth_weight * losses["truth"]
             if self.perceptual is not None and options.perceptual_weight:
-                losses["perceptual"] = self.perceptual(answer, target)
+                losses["perceptual"] = self.perceptual(*_crops(answer, target, random))
                 total = total + options.perceptual_weight * losses["perceptual"]
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
@@ -198,6 +214,15 @@ class Distillation:
         self._optimizer.step()
         self._schedule.step()
         return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _crops(a: Tensor, b: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The same random square of both, at most `_CROP` pixels a side: larger ones cost more than they teach."""
+    height, width = min(_CROP, a.shape[2]), min(_CROP, a.shape[3])
+    top = int(random.integers(0, a.shape[2] - height + 1))
+    left = int(random.integers(0, a.shape[3] - width + 1))
+    window = (..., slice(top, top + height), slice(left, left + width))
+    return a[window], b[window]
 
 
 def read_plan(path: Path) -> dict[str, Any]:
