@@ -267,10 +267,10 @@ class InputEncoder(nn.Module):
         self.images = nn.ModuleList()
         for image in layout.images:
             # Each axis has a stride of its own: an input need not have the image's proportions.
-            strides = tuple(max(1, n // k) for n, k in zip((image.height, image.width), self.grid, strict=True))
-            kernel = tuple(stride if stride > 1 else 3 for stride in strides)
-            padding = tuple(0 if stride > 1 else 1 for stride in strides)
-            self.images.append(nn.Conv2d(image.channels, out, kernel, strides, padding=padding))
+            down, across = max(1, image.height // self.grid[0]), max(1, image.width // self.grid[1])
+            kernel = (down if down > 1 else 3, across if across > 1 else 3)
+            padding = (0 if down > 1 else 1, 0 if across > 1 else 1)
+            self.images.append(nn.Conv2d(image.channels, out, kernel, (down, across), padding=padding))
         self.vectors = nn.ModuleList(nn.Linear(vector.elements, out) for vector in layout.vectors)
         self.bias = nn.Parameter(torch.zeros(1, out, 1, 1))
 

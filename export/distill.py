@@ -174,14 +174,19 @@ class Distillation:
             raise ExportError(
                 f"the checkpoint {path} belongs to another model, clip or options; delete it to start anew"
             )
-        self._modules.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         state = self._optimizer.state_dict()
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, index, name = key.split(".")
-                state["state"].setdefault(int(index), {})[name] = value
-        self._optimizer.load_state_dict(state)
-        self.step = int(metadata["step"])
+        try:
+            self._modules.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+            for key, value in tensors.items():
+                if key.startswith("adam."):
+                    _, index, name = key.split(".")
+                    state["state"].setdefault(int(index), {})[name] = value
+            self._optimizer.load_state_dict(state)
+            self.step = int(metadata["step"])
+        except (KeyError, RuntimeError, ValueError) as exc:  # the right identity, but not what `save` writes
+            raise ExportError(
+                f"the checkpoint {path} lacks what it should hold ({exc}); delete it to start anew"
+            ) from exc
         # The schedule is a function of the step alone.
         self._schedule.last_epoch = self.step - 1
         self._schedule.step()
