@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .products import product
 
 __all__ = ["LPIPS_VARIABLE", "SMALLEST_SIDE", "Lpips"]
 
@@ -243,7 +244,7 @@ class Lpips:
             _, height, width, _, _ = windows.shape
             # [C, h, w, k, k] -> [C * k * k, h * w], the order of the weights' columns
             columns = windows.transpose(0, 3, 4, 1, 2).reshape(channels * side * side, height * width)
-        out = weight @ columns
+        out = product(weight, columns)
         out += bias[:, None]
         np.maximum(out, np.float32(0), out=out)
         return out.reshape(-1, height, width)
