@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -96,9 +97,13 @@ def choose_config(
         else:
             low = middle + 1
     if low not in ratios and not fits(low):
+        least = math.ceil(100 * ratios[low] / _BUDGET_MARGIN) / 100
+        remedy = (
+            f"give --budget {least:.2f} or more" if least <= 1 else "compile with --steps 0 to cut without training"
+        )
         raise ExportError(
             f"the smallest warp adapter costs {ratios[low]:.1%} of this generator, over the budget of {budget:.1%}; "
-            f"give --budget {ratios[low] / _BUDGET_MARGIN:.2f} or more"
+            f"{remedy}"
         )
     return ladder[low]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,15 +21,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from onnx import ModelProto
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
 from ..engine.bundle import Bundle, write_bundle
-from ..engine.errors import InputError
-from ..engine.lpips import Lpips
+from ..engine.errors import BundleError, InputError
+from ..engine.lpips import SMALLEST_SIDE, Lpips
 from ..engine.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from ..engine.spec import Array, TensorSpec
-from .adapter import AdapterConfig, CacheEncoder, Surface, WarpConsumer
+from .adapter import AdapterConfig, AdapterLayout, CacheEncoder, Surface, WarpConsumer
 from .adapter_graph import choose_config, consumer_graph, producer_graph
 from .calibrate import calibrate
 from .cut import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
@@ -47,6 +49,8 @@ DEFAULT_STEPS = 3000
 HOLDOUT_SHARE = 0.25
 
 Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
@@ -83,6 +87,9 @@ class CompileOptions:
         resume: Go on from the checkpoint of an interrupted compile of the same bundle.
         adapter: The adapter's size, instead of the largest that the budget allows.
         train: What else the training takes, see `DistillOptions`.
+
+    Raises:
+        InputError: If a number is out of its range.
     """
 
     cut: str = AUTO
@@ -94,6 +101,15 @@ class CompileOptions:
     resume: bool = False
     adapter: AdapterConfig | None = None
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, ok, range_ in (
+            ("budget", self.budget, 0 < self.budget <= 1, "above 0 and at most 1"),
+            ("steps", self.steps, self.steps >= 0, "0 or more"),
+            ("max_age", self.max_age, self.max_age >= 1, "1 or more"),
+        ):
+            if not ok:
+                raise InputError(f"{name} is {value}; it must be {range_}")
 
 
 def compile_generator(
@@ -125,6 +141,7 @@ def compile_generator(
         ExportError: If it cannot be traced, cut or trained as asked.
         BundleError: If the bundle cannot be written.
     """
+    _refuse_out(out)
     surface: Surface | None = getattr(module, "surface", None) if options.steps else None
     motion = {surface.atlas} if surface is not None else set()
     names = set(input_names_of(module))
@@ -132,7 +149,7 @@ def compile_generator(
     # A stream made for training serves `--steps 0` as well; what the cut alone does not need is left out.
     spare = {declared.atlas} if declared is not None and not options.steps else set()
     arrays = {name: array for name, array in stream.arrays.items() if name not in spare}
-    train, held = _parts(_with_arrays(stream, arrays), holdout, need=2 if options.steps else 1)
+    train, held = _parts(_with_arrays(stream, arrays), holdout, training=options.steps > 0)
     example = {name: train.arrays[name][:1] for name in train.arrays if name not in motion or name in names}
     progress("tracing the generator", 0, 1)
     model = trace_generator(module, example)
@@ -156,6 +173,7 @@ def split_model(
     Raises:
         As `compile_generator`.
     """
+    _refuse_out(out)
     known = input_names(model)
     _check_names(set(stream.arrays), known)
     shapes = {name: (1, *stream.arrays[name].shape[1:]) for name in known}
@@ -175,12 +193,14 @@ def _build(
     progress: Progress,
 ) -> Bundle:
     """Everything after the graph is at hand."""
+    image_output = _image_output(model)
+    _check_fit(model, train, held, surface, image_output, training=options.steps > 0)
     checkpoint = out.with_suffix(".checkpoint.safetensors")
     plan = read_plan(checkpoint) if options.resume and options.steps else None
     generator_inputs = GraphIndex(model).inputs
     # The whole stream: frames are tried all over it, as its beginning may hardly move.
     sample = {name: train.arrays[name] for name in generator_inputs}
-    cut, candidates = _choose(model, sample, plan["cut"] if plan else options.cut, progress)
+    cut, candidates = _choose(model, sample, plan["cut"] if plan else options.cut, image_output, progress)
     parts = split(model, cut)
     feeds = {name: array[:1] for name, array in sample.items()}
     check_exact(model, parts, feeds)
@@ -195,7 +215,6 @@ def _build(
         # The cut's tensors now leave a producer that does more: still the same bits.
         check_exact(model, dataclasses.replace(parts, producer=producer), _producer_feeds(producer, train))
     consumers = {name: model for name, model in models.items() if name in ("plain", "warp")}
-    image_output = _image_output(model)
     calibration = None
     if image_output is not None:
         calibration = calibrate(
@@ -217,7 +236,12 @@ def _build(
     )
     progress("writing the bundle", 0, 1)
     with tempfile.TemporaryDirectory() as folder:
-        graphs = shared_weights(models, folder)
+        try:
+            graphs = shared_weights(models, folder)
+        except OSError as exc:
+            raise BundleError(
+                f"the weights cannot be put together in {folder}: {exc}; make room there, or set TMPDIR"
+            ) from exc
         files: dict[str, Path | bytes] = {f"{name}.onnx": data for name, data in graphs.items()}
         files["weights.safetensors"] = Path(folder) / "weights.safetensors"
         bundle = write_bundle(out, manifest, files)
@@ -227,15 +251,17 @@ def _build(
 
 
 def _choose(
-    model: ModelProto, sample: Mapping[str, Array], spec: str, progress: Progress
+    model: ModelProto, sample: Mapping[str, Array], spec: str, image_output: str | None, progress: Progress
 ) -> tuple[CutCandidate, list[CutCandidate]]:
     """The cut, and the candidates that it was ranked among (it alone, where it was named)."""
     progress("choosing the cut", 0, 2)
     feeds = {name: array[-1:] for name, array in sample.items()}
     frames = max(len(array) for array in sample.values())
+    # Where no output is a picture, what reuse is worth is still measured on one.
+    measured_on = image_output or _first_float(model)
     # A typing mistake in a cut's name is found before anything is measured.
     if spec != AUTO:
-        cut = choose_cut(model, spec, sample)
+        cut = choose_cut(model, spec, sample, measured_on)
         progress("choosing the cut", 2, 2)
         return cut, [cut]
     if frames < 2:
@@ -244,7 +270,7 @@ def _choose(
         )
     costs = profile_nodes(model, feeds)
     progress("choosing the cut", 1, 2)
-    ranked = rank_cuts(enumerate_cuts(model, costs), model, sample)
+    ranked = rank_cuts(enumerate_cuts(model, costs), model, sample, measured_on)
     progress("choosing the cut", 2, 2)
     return ranked[0], ranked
 
@@ -275,8 +301,8 @@ def _train(
         consumer,
         recording,
         train_options,
-        perceptual=_perceptual(options.lpips, layout.channels),
-        identity=_identity(model, train),
+        perceptual=_perceptual(options.lpips, layout),
+        identity=_identity(model, train, options.lpips is not None),
         plan={"cut": ",".join(cut.names), "adapter": config.to_record()},
     )
     if not options.resume:
@@ -290,17 +316,29 @@ def _train(
     return producer, warp, {"adapter": config.to_record(), **dataclasses.asdict(train_options)}
 
 
-def _perceptual(weights: Path | None, channels: int) -> PerceptualLoss | None:
-    # LPIPS compares RGB images.
-    return PerceptualLoss(weights) if weights is not None and channels == 3 else None
+def _perceptual(weights: Path | None, layout: AdapterLayout) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """LPIPS on the first RGB output; None without weights."""
+    if weights is None:
+        return None
+    loss = PerceptualLoss(weights)
+    first = 0
+    for _, channels in layout.outputs:
+        if channels == 3 and min(layout.height, layout.width) >= SMALLEST_SIDE:
+            rgb = slice(first, first + 3)
+            return lambda a, b: loss(a[:, rgb], b[:, rgb])
+        first += channels
+    logger.warning("no output is an RGB image of %d pixels or more, so LPIPS is no part of the training", SMALLEST_SIDE)
+    return None
 
 
-def _identity(model: ModelProto, train: Stream) -> str:
-    """What a checkpoint belongs to: this generator and these frames."""
+def _identity(model: ModelProto, train: Stream, perceptual: bool) -> str:
+    """What a checkpoint belongs to: this generator, these frames and this loss."""
     digest = hashlib.sha256(model.SerializeToString(deterministic=True))
-    for name in sorted(train.arrays):
-        array = train.arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape} {float(np.sum(array, dtype=np.float64))!r}".encode())
+    arrays = dict(train.arrays) if train.truth is None else {**train.arrays, "the truth": train.truth}
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    digest.update(f"perceptual {perceptual}".encode())
     return digest.hexdigest()
 
 
@@ -319,11 +357,11 @@ def _with_arrays(stream: Stream, arrays: dict[str, Array]) -> _Part:
     return _Part(arrays, stream.frames, stream.fps, stream.truth)
 
 
-def _parts(stream: _Part, holdout: Stream | None, need: int) -> tuple[_Part, _Part]:
+def _parts(stream: _Part, holdout: Stream | None, *, training: bool) -> tuple[_Part, _Part]:
     """Training frames and held-back frames."""
     if holdout is not None:
-        if set(holdout.arrays) < set(stream.arrays):
-            lacking = sorted(set(stream.arrays) - set(holdout.arrays))
+        lacking = sorted(set(stream.arrays) - set(holdout.arrays))
+        if lacking:
             raise InputError(f"the holdout lacks {lacking[0]!r}, which the training inputs have; add it")
         for name, array in stream.arrays.items():
             other = holdout.arrays[name]
@@ -332,17 +370,16 @@ def _parts(stream: _Part, holdout: Stream | None, need: int) -> tuple[_Part, _Pa
                     f"holdout array {name!r} is {other.dtype} {other.shape[1:]} a frame, the training inputs' is "
                     f"{array.dtype} {array.shape[1:]}; make them alike"
                 )
-        if stream.frames < need:
-            raise InputError(f"training needs at least {need} frames, the inputs hold {stream.frames}")
+        if training and stream.frames < 2:
+            raise InputError(f"training needs at least 2 frames, the inputs hold {stream.frames}; give a longer clip")
         held = _Part({n: holdout.arrays[n] for n in stream.arrays}, holdout.frames, holdout.fps, holdout.truth)
         return stream, held
     cut = stream.frames - max(2, int(stream.frames * HOLDOUT_SHARE))
-    if cut < need:
-        if need == 1:  # nothing is trained, so nothing needs to be kept back
+    if cut < 2:
+        if not training:  # nothing needs to be kept back, and choosing a cut takes 2 frames
             return stream, stream
         raise InputError(
-            f"the inputs hold {stream.frames} frames; training and calibration need at least {need + 2}, "
-            "or give --holdout"
+            f"the inputs hold {stream.frames} frames; training and calibration need at least 4, or give --holdout"
         )
     return _slice(stream, 0, cut), _slice(stream, cut, stream.frames)
 
@@ -362,6 +399,36 @@ def _producer_feeds(producer: ModelProto, stream: Stream) -> dict[str, Array]:
     return {name: stream.arrays[name][:1] for name in names if name in stream.arrays}
 
 
+def _refuse_out(out: Path) -> None:
+    """Refuse, before any work is done, a place that the bundle cannot be written to."""
+    if out.suffix != ".warp":
+        raise BundleError(f"a bundle's name ends in .warp, but {str(out)!r} was given; call it e.g. 'head.warp'")
+    if os.path.lexists(out):
+        raise BundleError(f"{out} exists already; remove it or choose another name")
+
+
+def _check_fit(
+    model: ModelProto, train: Stream, held: Stream, surface: Surface | None, image_output: str | None, *, training: bool
+) -> None:
+    """Refuse, before the cut is searched for, what could not be trained or compared in the end."""
+    specs = GraphIndex(model).specs
+    for stream in (train, held):
+        if stream.truth is None:
+            continue
+        if image_output is None:
+            raise InputError("the inputs hold a truth, but no output is an image to compare with it; leave it out")
+        if stream.truth.shape[1:] != specs[image_output].shape[1:]:
+            raise InputError(
+                f"the truth is {list(stream.truth.shape[1:])} a frame, but output {image_output!r} is "
+                f"{list(specs[image_output].shape[1:])}; make them alike, or leave it out"
+            )
+    if training:
+        atlas = None if surface is None else train.arrays.get(surface.atlas)
+        layout_of(model, (), surface, None if atlas is None else atlas.shape)
+        if surface is not None and atlas is not None and atlas.dtype != np.float32:
+            raise InputError(f"the atlas {surface.atlas!r} has dtype {atlas.dtype}; convert it to float32")
+
+
 def _check_names(given: set[str], known: list[str]) -> None:
     missing, unexpected = sorted(set(known) - given), sorted(given - set(known))
     if missing or unexpected:
@@ -378,6 +445,12 @@ def _image_output(model: ModelProto) -> str | None:
         if spec.dtype == "float32" and len(spec.shape) == 4 and spec.shape[1] in (1, 3) and min(spec.shape[2:]) > 1:
             return name
     return None
+
+
+def _first_float(model: ModelProto) -> str | None:
+    """The first floating-point output."""
+    index = GraphIndex(model)
+    return next((name for name in index.outputs if index.specs[name].dtype.startswith("float")), None)
 
 
 def _exits(models: Mapping[str, ModelProto], stream: Stream) -> tuple[ExitRecord, ...]:

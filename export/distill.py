@@ -7,6 +7,7 @@ images and cut tensors were recorded once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -153,7 +154,8 @@ class Distillation:
                 f"the checkpoint {path} cannot be written ({exc}); make room, or choose another place"
             ) from exc
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     def _metadata(self) -> dict[str, str]:
         return {"identity": self._identity, "plan": self._plan, "step": str(self.step)}
