@@ -83,8 +83,9 @@ def rasterize(vertices_px: Floats, triangles: Ints, height: int, width: int) -> 
         Fragments of the frame.
     """
     corners = np.asarray(vertices_px, np.float32)[triangles]
-    x, y = corners[..., 0], corners[..., 1]
-    z = corners[..., 2] if corners.shape[-1] > 2 else np.zeros_like(x)
+    # Edges in float64: in float32 the two sides of a sliver's edge disagree by more than the tolerance.
+    x, y = corners[..., 0].astype(np.float64), corners[..., 1].astype(np.float64)
+    z = corners[..., 2] if corners.shape[-1] > 2 else np.zeros_like(corners[..., 0])
     area = (x[:, 1] - x[:, 0]) * (y[:, 2] - y[:, 0]) - (x[:, 2] - x[:, 0]) * (y[:, 1] - y[:, 0])
     flat = np.abs(area) < 1e-9
     inverse = 1.0 / np.where(flat, 1.0, area)
@@ -100,8 +101,7 @@ def rasterize(vertices_px: Floats, triangles: Ints, height: int, width: int) -> 
     within = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
     row_in_box, column_in_box = np.divmod(within, columns[owner])
     px, py = left[owner] + column_in_box, top[owner] + row_in_box
-    dx = (px + 0.5 - x[owner, 0]).astype(np.float32)
-    dy = (py + 0.5 - y[owner, 0]).astype(np.float32)
+    dx, dy = px + 0.5 - x[owner, 0], py + 0.5 - y[owner, 0]
     b1 = (dx * (y[:, 2] - y[:, 0])[owner] - dy * (x[:, 2] - x[:, 0])[owner]) * inverse[owner]
     b2 = (dy * (x[:, 1] - x[:, 0])[owner] - dx * (y[:, 1] - y[:, 0])[owner]) * inverse[owner]
     b0 = 1.0 - b1 - b2
