@@ -54,6 +54,8 @@ from warpcache.report import environment
 AGES = (1, 2, 3, 4)
 METRICS = ("psnr_db", "ssim", "flip", "lpips")
 ROUNDS = 300
+GENERATOR_STEPS = 1500
+BUDGET = 0.1
 
 
 @click.command(epilog="Example:  python -m benchmarks.talking_head --data clips --lpips squeeze_v0.1.safetensors")
@@ -61,9 +63,9 @@ ROUNDS = 300
 @click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", required=True)
 @click.option("--clip", "clips", multiple=True, default=("d6", "d3"), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default="out/talking_head", show_default=True)
-@click.option("--generator-steps", type=int, default=1500, show_default=True)
+@click.option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)
 @click.option("--steps", type=int, help="Training steps of the warp adapter; default: that of `warpcache compile`.")
-@click.option("--budget", type=float, default=0.1, show_default=True)
+@click.option("--budget", type=float, default=BUDGET, show_default=True)
 @click.option(
     "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
 )

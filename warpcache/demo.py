@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,8 +114,8 @@ def demo_inputs(bundle: Bundle, frames: int, progress: Report = silent) -> DemoI
 
 def _moment(motion: HeadMotion, index: int) -> HeadMotion:
     """One frame of a clip of parameters, as a clip."""
-    arrays = {name: value[index : index + 1] for name, value in vars(motion).items() if isinstance(value, np.ndarray)}
-    return replace(motion, **arrays)
+    values: dict[str, Any] = vars(motion)
+    return replace(motion, **{name: v[index : index + 1] for name, v in values.items() if isinstance(v, np.ndarray)})
 
 
 def run_demo(

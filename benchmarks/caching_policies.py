@@ -1,0 +1,213 @@
+"""What to do with a generator that is too slow: its own speed, frame reuse, layer caching, and a trained consumer.
+
+    python -m benchmarks.caching_policies --data CLIPS --lpips squeeze_v0.1.safetensors --json caching_policies.json
+
+The same generator and the same frames (the test part of a clip that `benchmarks.talking_head` trains and compiles)
+under:
+
+- the whole generator, every frame;
+- frame reuse: the generator on every N-th frame, and its last image shown again in between;
+- plain reuse of the cache, which is what layer-caching methods do: the deep part on every N-th frame, the generator's
+  own remaining layers on every frame; cut where those layers cost what this project's consumer does, or just above;
+- this project's consumer on the same schedule, and with producers running beside it, paced as the clip is.
+
+Quality is that of the frames that were answered. A frame that is only shown again took no time, and counts so.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.clips import TalkingHead, load_talking_head
+from benchmarks.talking_head import BUDGET, GENERATOR_STEPS, compile_clip, train_generator
+from warpcache.bench import ExitName, Recording, record, result_of
+from warpcache.engine.bundle import Bundle
+from warpcache.engine.lpips import Lpips
+from warpcache.engine.policy import Policy
+from warpcache.export.compile import split_model
+from warpcache.export.graph import load_model
+from warpcache.inputs import InputStream
+from warpcache.progress import ProgressBar, Report, silent
+from warpcache.report import print_table, row, write_json
+
+__all__ = ["compare_policies", "frame_reuse", "plain_bundle"]
+
+SHOWN_AGAIN = "shown again"
+CHECKED_FRAMES = 8
+
+
+@click.command(epilog="Example:  python -m benchmarks.caching_policies --data clips --lpips squeeze_v0.1.safetensors")
+@click.option("--data", type=click.Path(path_type=Path), envvar="WARPCACHE_CLIPS", required=True, help="The clips.")
+@click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", required=True)
+@click.option("--clip", "clip_name", default="d6", show_default=True)
+@click.option("--every", type=click.IntRange(min=2), default=3, show_default=True, help="N of the schedules.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: the cores of this process.")
+@click.option("--work", type=click.Path(path_type=Path), default="out/talking_head", show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(
+    data: Path, lpips: Path, clip_name: str, every: int, threads: int | None, work: Path, json_path: Path | None
+) -> None:
+    """Measure one generator under every way of caching."""
+    clip = load_talking_head(data, clip_name)
+    bundle = bundle_of(clip, work, lpips)
+    arrays = {known.spec.name: clip.test[known.spec.name] for known in bundle.manifest.inputs}
+    with ProgressBar() as progress, tempfile.TemporaryDirectory() as scratch:
+        rows = compare_policies(
+            bundle,
+            plain_bundle(bundle, arrays, Path(scratch) / "plain.warp", progress),
+            arrays,
+            clip.test["truth"],
+            every=every,
+            fps=clip.fps,
+            lpips=Lpips.load(lpips),
+            threads=threads,
+            progress=progress,
+        )
+    caption = (
+        f"{len(clip.test['truth'])} frames; every {every}: the deep part, or the whole, runs on one frame in {every}; "
+        f"async is paced at {clip.fps:g} frames per second. Latency from arrival to answer."
+    )
+    print_table(rows, title=f"{clip_name}: ways of caching", caption=caption)
+    if json_path is not None:
+        write_json(json_path, "caching_policies", rows)
+
+
+def bundle_of(clip: TalkingHead, work: Path, lpips: Path) -> Bundle:
+    """The bundle that `benchmarks.talking_head` leaves in its work folder, made where it is not there."""
+    path = work / f"{clip.name}.warp"
+    if path.exists():
+        return Bundle.open(path)
+    work.mkdir(parents=True, exist_ok=True)
+    weights = train_generator(clip, work / f"{clip.name}.safetensors", GENERATOR_STEPS)
+    return compile_clip(clip, weights, work, lpips, None, BUDGET)
+
+
+def plain_bundle(bundle: Bundle, arrays: Mapping[str, NDArray[Any]], out: Path, progress: Report = silent) -> Bundle:
+    """Cut the same generator for plain reuse alone, at the cost of the bundle's own consumer.
+
+    A bundle with a trained consumer has a producer that does more than the deep part, which plain reuse need not pay
+    for; and its cut is chosen for another consumer.
+
+    Args:
+        bundle: Holds the generator, and the candidates that its cut was chosen among.
+        arrays: Some frames, on which the cut is checked.
+        out: Where to write.
+        progress: Told how far it is.
+
+    Returns:
+        A bundle with the exit ``plain``: the cheapest candidate that costs no less than the exit ``warp``.
+    """
+    manifest = bundle.manifest
+    cost = manifest.exit("warp").cost_ratio
+    dearer = [candidate for candidate in manifest.cut.candidates if candidate["cost_ratio"] >= cost]
+    chosen = min(dearer, key=lambda c: c["cost_ratio"])["tensors"] if dearer else manifest.cut.tensors
+    names = [spec.name for spec in manifest.generator_inputs]
+    sample = InputStream.from_arrays({name: arrays[name][:CHECKED_FRAMES] for name in names})
+    model = load_model(bundle.file("generator.onnx"))
+    return split_model(model, sample, out, cut=",".join(chosen), made_from={}, progress=progress)
+
+
+def compare_policies(
+    bundle: Bundle,
+    plain: Bundle,
+    arrays: Mapping[str, NDArray[Any]],
+    truth: NDArray[np.float32],
+    *,
+    every: int,
+    fps: float,
+    lpips: Lpips | None = None,
+    threads: int | None = None,
+    progress: Report = silent,
+) -> list[dict[str, Any]]:
+    """Stream the frames under every policy and compare the answers.
+
+    Args:
+        bundle: Holds the exit ``warp``.
+        plain: The same generator, cut for plain reuse (`plain_bundle`).
+        arrays: Inputs by name, leading axis time.
+        truth: The images to be answered, float32 [T, 3, H, W].
+        every: N of the schedules.
+        fps: Pace under `async`.
+        lpips: Loaded LPIPS; without it LPIPS is left out.
+        threads: CPU threads; default: the cores of this process.
+        progress: Told how far it is.
+
+    Returns:
+        One row a policy, as `warpcache bench` writes them: quality against the whole generator, and against truth.
+    """
+
+    def run(
+        label: str,
+        policy: Policy,
+        exit_name: ExitName | None = None,
+        *,
+        of: Bundle = bundle,
+        clip: Mapping[str, NDArray[Any]] = arrays,
+        fps: float | None = None,
+    ) -> Recording:
+        known = {spec.spec.name for spec in of.manifest.inputs}
+        recording = record(
+            of,
+            {name: array for name, array in clip.items() if name in known},
+            policy=policy,
+            exit_name=exit_name,
+            fps=fps,
+            threads=threads,
+            keep=lambda index: True,
+            progress=lambda _, done, total: progress(label, done, total),
+        )
+        recording.policy = label
+        return recording
+
+    schedule = Policy("every", period=every)
+    asked = {name: array if len(array) == 1 else array[::every] for name, array in arrays.items()}
+    whole = run("whole generator", Policy("full"))
+    recordings = [
+        whole,
+        frame_reuse(run(f"frame reuse every {every}", Policy("full"), clip=asked), len(truth), every),
+        run(f"plain every {every}", schedule, "plain", of=plain),
+        run(f"warp every {every}", schedule, "warp"),
+        run("warp async", Policy("async"), "warp", fps=fps),
+    ]
+    references = {"whole generator": whole.images, "truth": dict(enumerate(truth))}
+    return [row(result_of(r, references, lpips=lpips, progress=progress)) for r in recordings]
+
+
+def frame_reuse(asked: Recording, frames: int, every: int) -> Recording:
+    """The whole generator on every N-th frame, and its last image again on the frames between.
+
+    Args:
+        asked: What the generator answered when it was given every N-th frame of the clip only.
+        frames: Frames of the clip.
+        every: N.
+
+    Returns:
+        All frames of the clip: one that is shown again has latency 0 and the age of its image.
+
+    Raises:
+        ValueError: If `asked` is not the answer to every N-th of `frames` frames.
+    """
+    needed = -(-frames // every)
+    if asked.indices != list(range(needed)):
+        raise ValueError(f"every {every} of {frames} frames is {needed}, but {len(asked.indices)} were answered")
+    ages = [t % every for t in range(frames)]
+    return Recording(
+        policy=asked.policy,
+        latency_ms=[0.0 if age else asked.latency_ms[t // every] for t, age in enumerate(ages)],
+        indices=list(range(frames)),
+        ages=ages,
+        routes=[SHOWN_AGAIN if age else asked.routes[t // every] for t, age in enumerate(ages)],
+        seconds=asked.seconds,
+        images={t: asked.images[t // every] for t in range(frames)},
+    )
+
+
+if __name__ == "__main__":
+    main()
