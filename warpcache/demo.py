@@ -114,8 +114,8 @@ def demo_inputs(bundle: Bundle, frames: int, progress: Report = silent) -> DemoI
 
 def _moment(motion: HeadMotion, index: int) -> HeadMotion:
     """One frame of a clip of parameters, as a clip."""
-    values: dict[str, Any] = vars(motion)
-    return replace(motion, **{name: v[index : index + 1] for name, v in values.items() if isinstance(v, np.ndarray)})
+    arrays: dict[str, Any] = {name: v[index : index + 1] for name, v in vars(motion).items() if np.ndim(v)}
+    return replace(motion, **arrays)
 
 
 def run_demo(
