@@ -192,6 +192,7 @@ class WarpConsumer(nn.Module):
         self.inputs = InputEncoder(layout, config, config.width)
         motion_channels = 6 if layout.surface else 0
         self.merge = nn.Conv2d(config.features + config.width + motion_channels, config.width, 3, padding=1)
+        self.context = Context(config.width)
         self.blocks = nn.ModuleList(Residual(config.width) for _ in range(config.blocks))
         # For every image pixel: 2 of flow, 1 of how far to trust the moved image, and a residual for every channel.
         self.head = nn.Conv2d(config.width, (3 + layout.channels) * config.stride**2, 3, padding=1)
@@ -224,6 +225,7 @@ class WarpConsumer(nn.Module):
             grid = (self.coarse_centres + motion).permute(0, 2, 3, 1)
             moved = _sample(features, grid)
             x = self.merge(torch.cat([moved, encoded, hints], 1))
+        x = self.context(x)
         for block in self.blocks:
             x = block(x)
         planes = functional.pixel_shuffle(self.head(functional.silu(x)), stride)
@@ -290,6 +292,28 @@ class InputEncoder(nn.Module):
         return total
 
 
+class Context(nn.Module):
+    """Add what only a wide view tells: where things beyond the surface move, and what changes everywhere at once.
+
+    A generator that normalises over the image (GroupNorm, InstanceNorm) shifts every pixel a little with every frame;
+    no stack of a few 3x3 convolutions can see that. A quarter of the working resolution makes a wide view cheap.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.whole = nn.Conv2d(width, width, 1)
+        for last in (self.conv2, self.whole):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        coarse = functional.silu(self.conv1(functional.silu(_pool(x, 4))))
+        wide = self.conv2(coarse) + self.whole(coarse.mean((2, 3), keepdim=True))
+        return x + functional.interpolate(wide, size=(x.shape[2], x.shape[3]), mode="bilinear")
+
+
 class Residual(nn.Module):
     """x + conv(silu(conv(silu(x)))), 3x3, without normalisation: it would cost more than a convolution here."""
 
@@ -342,12 +366,14 @@ def _sample(image: Tensor, grid: Tensor) -> Tensor:
 
 
 def _spread(planes: Tensor) -> Tensor:
-    """Blur [N, 3, h, w] widely, with a kernel that falls off, by averaging at two coarser scales."""
-    rows, columns = planes.shape[2], planes.shape[3]
-    near = functional.avg_pool2d(planes, 5, 1, 2, count_include_pad=True)
-    far = functional.avg_pool2d(planes, 4, 4) if rows % 4 == 0 and columns % 4 == 0 else planes
-    far = functional.avg_pool2d(far, 3, 1, 1, count_include_pad=True)
-    if far.shape[2:] != planes.shape[2:]:
-        far = functional.interpolate(far, size=(rows, columns), mode="bilinear")
-    whole = planes.mean((2, 3), keepdim=True)
-    return near + 0.1 * far + 0.01 * whole
+    """Blur [N, C, h, w] widely, with a kernel that falls off, by averaging at coarser and coarser scales."""
+    near = functional.avg_pool2d(_pool(planes, 2), 3, 1, 1)
+    far = functional.avg_pool2d(_pool(planes, 8), 3, 1, 1)
+    size = (planes.shape[2], planes.shape[3])
+    near, far = (functional.interpolate(coarse, size=size, mode="bilinear") for coarse in (near, far))
+    return near + 0.1 * far + 0.01 * planes.mean((2, 3), keepdim=True)
+
+
+def _pool(planes: Tensor, factor: int) -> Tensor:
+    """Area average by `factor`; a last partial cell counts what it has."""
+    return functional.avg_pool2d(planes, factor, factor, ceil_mode=True, count_include_pad=False)

@@ -55,7 +55,7 @@ class DistillOptions:
     max_age: int = 4
     peak_rate: float = 1e-3
     seed: int = 0
-    truth_weight: float = 0.5
+    truth_weight: float = 0.3
     perceptual_weight: float = 0.3
     detail_weight: float = 0.5
     checkpoint_every: int = 200
