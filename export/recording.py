@@ -10,7 +10,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from ..engine.errors import ExportError
+from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array, TensorSpec
 from .adapter import AdapterConfig, AdapterLayout, ImageInput, Surface, VectorInput, at_working_grid
 from .graph import GraphIndex, give_out
@@ -30,7 +30,7 @@ class Recording:
         taps: Cut tensors at the working resolution, bfloat16 [T, C, h, w], or [T, C] for vectors.
         images: Every output, channels together, float32 [T, C, H, W].
         atlas: Surface atlas, float32 [T, 3, h, w], or None.
-        truth: Ground truth for `images`, float32 [T, C, H, W], or None.
+        truth: Ground truth for `images`, float32 [T, C, H, W], or None; outputs without truth hold the generator's.
     """
 
     inputs: Mapping[str, Tensor]
@@ -76,7 +76,7 @@ def layout_of(
         else:
             vectors.append(VectorInput(name, spec.shape, dtype))
     if surface is not None:
-        _check_surface(surface, {image.name: image for image in images}, atlas_shape)
+        _check_surface(surface, {image.name: image for image in images}, atlas_shape, outputs[0].shape[2:])
     taps = []
     for name in cut:
         shape = index.specs[name].shape
@@ -112,11 +112,14 @@ def record(
         layout: From `layout_of`.
         config: Says the working resolution.
         arrays: The stream, name -> [T, ...]: generator inputs, and the atlas where the layout has a surface.
-        truth: Ground truth of the outputs, float32 [T, C, H, W], or None.
+        truth: Ground truth of one output, float32 [T, C, H, W], or None.
         progress: Told how far it is.
 
     Returns:
         The recording.
+
+    Raises:
+        InputError: If the truth has no output's shape.
     """
     names = [tap[0] for tap in layout.taps]
     session = open_session(give_out(model, names))
@@ -137,8 +140,7 @@ def record(
         taps=tuple(torch.cat(kept) for kept in taps),
         images=torch.from_numpy(images),
         atlas=None if atlas is None else atlas.expand(frames, -1, -1, -1),
-        # Truth of other channels than the outputs' cannot be compared with them.
-        truth=None if truth is None or truth.shape != images.shape else torch.from_numpy(truth),
+        truth=None if truth is None else torch.from_numpy(_whole_truth(truth, images, layout)),
     )
 
 
@@ -161,11 +163,31 @@ def working_tap(tap: Tensor, grid: tuple[int, int]) -> Tensor:
     return tap.reshape(1, -1)
 
 
+def _whole_truth(truth: Array, images: Array, layout: AdapterLayout) -> Array:
+    """Truth of every output: given for the first that it fits, for the others what the generator made of them."""
+    first = 0
+    for _, channels in layout.outputs:
+        if truth.shape == (len(images), channels, layout.height, layout.width):
+            if channels == layout.channels:
+                return truth
+            whole = images.copy()
+            whole[:, first : first + channels] = truth
+            return whole
+        first += channels
+    raise InputError(
+        f"the truth has shape {truth.shape}, which is that of no output: "
+        f"{', '.join(f'{name} ({channels} channels)' for name, channels in layout.outputs)} of "
+        f"{layout.height}x{layout.width} in {len(images)} frames; make them alike, or leave it out"
+    )
+
+
 def _vector_channels(shape: tuple[int, ...]) -> int:
     return shape[2] if len(shape) == 3 else int(np.prod(shape[1:], dtype=np.int64))
 
 
-def _check_surface(surface: Surface, images: Mapping[str, ImageInput], atlas_shape: tuple[int, ...] | None) -> None:
+def _check_surface(
+    surface: Surface, images: Mapping[str, ImageInput], atlas_shape: tuple[int, ...] | None, size: tuple[int, ...]
+) -> None:
     if atlas_shape is None:
         raise ExportError(
             f"the generator declares a surface, but the inputs hold no array {surface.atlas!r}; add the atlas "
@@ -183,6 +205,12 @@ def _check_surface(surface: Surface, images: Mapping[str, ImageInput], atlas_sha
             raise ExportError(
                 f"the generator's surface says that {what} is in input {where!r}, which has no such channels; "
                 f"its image inputs are {', '.join(f'{i.name} ({i.channels} channels)' for i in images.values())}"
+            )
+        if (images[where].height, images[where].width) != size:
+            raise ExportError(
+                f"the generator's surface has its {what} in input {where!r} of {images[where].height}x"
+                f"{images[where].width}, but its images are {size[0]}x{size[1]}; rasterise at the size of the images, "
+                "or remove the declaration"
             )
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from warpcache.export.adapter import Surface
 from warpcache.export.graph import GraphIndex
 from warpcache.export.trace import trace_generator
+from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, rasterize
 
 FRAMES = 6
 
@@ -139,6 +141,59 @@ class ManyInputsOutputs(nn.Module):
         }
 
 
+class Portrait(nn.Module):
+    """A generator with a surface: two images of 32x48 from a raster, a pose and an integer id.
+
+    On its way lie cut tensors of every kind: a feature map (`deep`), tokens (`mix`) and a vector (`style`).
+    """
+
+    surface = Surface("atlas", ("condition", 0, 2), ("condition", 5))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = Block(6, 8)
+        self.people = nn.Embedding(5, 8)
+        self.pose = nn.Linear(5, 8)
+        self.deep = Block(8, 8)
+        self.mix = nn.Linear(8, 8)
+        self.style = nn.Linear(8, 8)
+        self.image = nn.Conv2d(16, 3, 3, padding=1)
+        self.matte = nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, condition: Tensor, pose: Tensor, person: Tensor) -> dict[str, Tensor]:
+        start = self.start(condition)
+        x = self.deep(functional.avg_pool2d(start, 4) + self.people(person)[:, :, None, None])
+        tokens = self.mix(x.flatten(2).transpose(1, 2))
+        style = self.style(x.mean((2, 3)) + self.pose(pose))
+        x = tokens.transpose(1, 2).reshape(1, 8, 8, 12) * style[:, :, None, None]
+        wide = torch.cat([functional.interpolate(x, scale_factor=4.0), start], 1)
+        return {"image": torch.tanh(self.image(wide)), "matte": torch.sigmoid(self.matte(wide))}
+
+
+def _portrait_stream() -> dict[str, np.ndarray]:
+    """A square sheet that slides and bends over FRAMES frames, as raster and surface atlas; a pose; a constant id."""
+    y, x = np.meshgrid(np.linspace(6, 26, 6), np.linspace(10, 34, 6), indexing="ij")
+    number = np.arange(36).reshape(6, 6)
+    first = np.stack([number[:-1, :-1], number[1:, :-1], number[:-1, 1:]], -1).reshape(-1, 3)
+    second = np.stack([number[:-1, 1:], number[1:, :-1], number[1:, 1:]], -1).reshape(-1, 3)
+    uv = np.stack([(x - 10) / 24, (y - 6) / 20], -1).reshape(-1, 2) * 0.8 + 0.1
+    mesh = Mesh(np.concatenate([first, second]).astype(np.int32), uv.astype(np.float32))
+    surface = SurfaceAtlas(mesh, 24)
+    conditions, atlases = [], []
+    for t in range(FRAMES):
+        bent = np.stack([x + 1.5 * t, y + np.sin(x / 8 + t / 2), 4 * np.cos(y / 9)], -1).reshape(-1, 3)
+        vertices = bent.astype(np.float32)
+        fragments = rasterize(vertices, mesh.triangles, 32, 48)
+        conditions.append(condition_raster(vertices, mesh, 32, 48, fragments))
+        atlases.append(surface.positions(vertices, fragments))
+    return {
+        "condition": np.stack(conditions),
+        "pose": np.random.default_rng(8).standard_normal((FRAMES, 5)).astype(np.float32),
+        "person": np.array([3], np.int64),
+        "atlas": np.stack(atlases),
+    }
+
+
 def _images(rng: np.random.Generator, size: int) -> np.ndarray:
     """A drifting pattern, float32 [FRAMES, 3, size, size] in [-1, 1]."""
     coarse = rng.uniform(-1, 1, (3, size // 4 + 4, size // 4 + 4))
@@ -197,6 +252,13 @@ class Traced:
         return {value.name: tensor.numpy() for value, tensor in zip(self.model.graph.output, tensors, strict=True)}
 
 
+def costs_of(model: onnx.ModelProto) -> dict[str, float]:
+    """Made-up costs, the same on every machine."""
+    index = GraphIndex(model)
+    heavy = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+    return {name: 10.0 if node.op_type in heavy else 0.5 for name, node in zip(index.names, index.nodes, strict=True)}
+
+
 _TRACED: dict[str, Traced] = {}
 
 
@@ -206,13 +268,7 @@ def _trace(name: str) -> Traced:
         torch.manual_seed(3)
         module = make().eval()
         model = trace_generator(module, {key: array[:1] for key, array in stream.items()})
-        index = GraphIndex(model)
-        heavy = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-        costs = {
-            node_name: 10.0 if node.op_type in heavy else 0.5
-            for node_name, node in zip(index.names, index.nodes, strict=True)
-        }
-        _TRACED[name] = Traced(name, module, stream, model, costs)
+        _TRACED[name] = Traced(name, module, stream, model, costs_of(model))
     return _TRACED[name]
 
 
@@ -226,3 +282,13 @@ def traced(request: pytest.FixtureRequest) -> Traced:
 def trace() -> Callable[[str], Traced]:
     """One generator by name."""
     return _trace
+
+
+@pytest.fixture(scope="session")
+def portrait() -> Traced:
+    """The generator with a surface; its stream holds the atlas too."""
+    torch.manual_seed(4)
+    module = Portrait().eval()
+    stream = _portrait_stream()
+    model = trace_generator(module, {name: stream[name][:1] for name in ("condition", "pose", "person")})
+    return Traced("portrait", module, stream, model, costs_of(model))
