@@ -63,11 +63,10 @@ def main(out: Path, work: Path, generator_steps: int, steps: int, lpips: Path | 
             holdout=_stream(holdout),
             options=CompileOptions(
                 steps=steps,
-                max_age=8,
+                max_age=6,
                 lpips=lpips,
                 resume=out.with_suffix(".checkpoint.safetensors").exists(),
                 adapter=AdapterConfig(width=32, blocks=2, features=32),
-                train={"truth_weight": 0.0},
             ),
             made_from={"recipe": "python -m benchmarks.demo_bundle", "steps": steps},
             progress=progress,
