@@ -303,7 +303,8 @@ def _psnr(a: Float32, b: Float32) -> float:
 
 def _ssim(a: Float32, b: Float32) -> float:
     similarity, _ = _similarity(a * np.float32(0.5), b * np.float32(0.5))
-    return float(similarity.mean(dtype=np.float64))
+    # Rounding can leave two identical images a few 1e-10 above 1.
+    return min(1.0, float(similarity.mean(dtype=np.float64)))
 
 
 def _ms_ssim(a: Float32, b: Float32) -> float:
@@ -317,7 +318,7 @@ def _ms_ssim(a: Float32, b: Float32) -> float:
         last = scale == len(_SCALE_WEIGHTS) - 1
         term = (similarity if last else structure).mean(axis=(1, 2), dtype=np.float64)
         product *= np.maximum(term, 0) ** weight
-    return float(product.mean())
+    return min(1.0, float(product.mean()))
 
 
 def _similarity(x: Float32, y: Float32) -> tuple[Float32, Float32]:

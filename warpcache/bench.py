@@ -219,7 +219,7 @@ def _compare(
     values: dict[str, list[float]] = {metric: [] for metric in metrics}
     itself: dict[str, float] | None = None
     for done, index in enumerate(frames, start=1):
-        # One after the other on purpose: FLIP holds the interpreter's lock, and NumPy's own threads take the cores.
+        # One after the other: FLIP takes most of the time, holds the interpreter's lock and has threads of its own.
         if recording.images[index] is images[index]:
             # The reference against itself: what any image gives against itself, so once is enough.
             itself = itself or measure(images[index], images[index], metrics, lpips=lpips)
