@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -193,7 +194,10 @@ class Distillation:
             ) from exc
         # The schedule is a function of the step alone.
         self._schedule.last_epoch = self.step - 1
-        self._schedule.step()
+        with warnings.catch_warnings():
+            # It takes a first step before the optimiser's for a mistake; here the optimiser's was in another process.
+            warnings.simplefilter("ignore", UserWarning)
+            self._schedule.step()
 
     def _train_step(self) -> dict[str, float]:
         options, recording = self.options, self.recording

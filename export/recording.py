@@ -120,6 +120,7 @@ def record(
 
     Raises:
         InputError: If the truth has no output's shape.
+        ExportError: If the generator gives NaN or Inf.
     """
     names = [tap[0] for tap in layout.taps]
     session = open_session(give_out(model, names))
@@ -131,6 +132,8 @@ def record(
     for t, feeds in enumerate(frames_of(arrays, inputs)):
         got = run_session(session, feeds)
         images[t] = np.concatenate([got[name] for name, _ in layout.outputs], axis=1)[0]
+        if not np.isfinite(images[t]).all():
+            raise ExportError(f"the generator gives NaN or Inf for frame {t}; nothing can be learnt from that")
         for kept, name in zip(taps, names, strict=True):
             kept.append(working_tap(torch.from_numpy(got[name]), grid).bfloat16())
         progress("recording the generator", t + 1, frames)

@@ -182,6 +182,14 @@ def test_truth_of_one_output_stands_beside_the_generators_own_others(portrait: A
             recorded(wrong)
 
 
+def test_a_generator_that_gives_nan_is_refused(portrait: Any) -> None:
+    layout = layout_of(portrait.model, (), None, None)
+    pose = portrait.stream["pose"].copy()
+    pose[4, 0] = np.inf
+    with pytest.raises(ExportError, match=r"^the generator gives NaN or Inf for frame 4"):
+        record(portrait.model, layout, CONFIG, {**portrait.stream, "pose": pose}, progress=silent)
+
+
 def test_frames_of_a_stream() -> None:
     arrays = {"a": np.arange(3), "b": np.array([7]), "c": np.zeros((3, 2))}
     frames = list(frames_of(arrays, ["b", "a"]))
