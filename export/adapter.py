@@ -194,11 +194,11 @@ class WarpConsumer(nn.Module):
         self.merge = nn.Conv2d(config.features + config.width + motion_channels, config.width, 3, padding=1)
         self.context = Context(config.width)
         self.blocks = nn.ModuleList(Residual(config.width) for _ in range(config.blocks))
-        # For every image pixel: 2 of flow, 1 of how far to trust the moved image, and a residual for every channel.
+        # For every image pixel: 2 of flow, 1 of how far to doubt the moved image, and a residual for every channel.
         self.head = nn.Conv2d(config.width, (3 + layout.channels) * config.stride**2, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         bias = torch.zeros(3 + layout.channels, config.stride**2)
-        bias[2] = 3.0  # trust the moved image at first: sigmoid(3) = 0.95
+        bias[2] = 0.02  # off the flat part of the clamp, so that doubt can be learned
         self.head.bias = nn.Parameter(bias.flatten())
         self.register_buffer("centres", _pixel_centres(layout.height, layout.width), persistent=False)
         self.register_buffer("coarse_centres", _pixel_centres(rows, columns), persistent=False)
@@ -233,8 +233,9 @@ class WarpConsumer(nn.Module):
         if motion is not None:
             flow = flow + functional.interpolate(motion, scale_factor=float(stride), mode="bilinear")
         moved_image = _sample(image, (self.centres + flow).permute(0, 2, 3, 1))
-        trust = torch.sigmoid(planes[:, 2:3])
-        return moved_image * trust + planes[:, 3:]
+        # A clamp and no sigmoid: where nothing is new the moved image passes whole, to the last digit.
+        doubt = planes[:, 2:3].clamp(0.0, 1.0)
+        return moved_image - moved_image * doubt + planes[:, 3:]
 
     def _surface_motion(self, atlas: Tensor, inputs: Mapping[str, Tensor], surface: Surface) -> tuple[Tensor, Tensor]:
         """Coarse backward flow [N, 2, h, w] in grid_sample units, and hint planes [N, 6, h, w]."""

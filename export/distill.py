@@ -56,7 +56,7 @@ class DistillOptions:
     max_age: int = 4
     peak_rate: float = 1e-3
     seed: int = 0
-    truth_weight: float = 0.3
+    truth_weight: float = 0.2
     perceptual_weight: float = 0.3
     detail_weight: float = 0.5
     checkpoint_every: int = 200
@@ -203,9 +203,12 @@ class Distillation:
         options, recording = self.options, self.recording
         # Seeded by the step, so that a resumed run draws the same frames as one that was never stopped.
         random = np.random.default_rng([options.seed, self.step])
-        ages = 1 + np.floor(self.max_age * random.random(options.batch) ** 1.5).astype(np.int64)
-        t = torch.from_numpy(ages + random.integers(0, len(recording.images) - ages))
-        s = t - torch.from_numpy(ages)
+        ages = 1 + np.floor(self.max_age * random.random(options.batch) ** 2.2).astype(np.int64)
+        later = ages + random.integers(0, len(recording.images) - ages)
+        # A third of the pairs run backwards: just as natural a motion, and one that was not seen before.
+        backwards = random.random(options.batch) < 1 / 3
+        t = torch.from_numpy(np.where(backwards, later - ages, later))
+        s = torch.from_numpy(np.where(backwards, later, later - ages))
         # bfloat16 is 3 to 4 times faster than float32 on CPUs that have it; flow stays float32 in the consumer.
         with torch.autocast("cpu", torch.bfloat16):
             answer = self.answer(t, s).float()
