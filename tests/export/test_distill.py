@@ -244,7 +244,7 @@ def test_frames_that_never_change_are_learnt_by_heart() -> None:
     assert all(np.isfinite(list(losses.values())).all() for losses in told)
     with torch.no_grad():
         answer = run.answer(torch.tensor([2]), torch.tensor([1]))
-    # It begins 5 % off (it does not fully trust the moved image); what is left is noise of the last steps.
+    # It begins some percent off (it does not fully trust the moved image); what is left is noise of the last steps.
     assert (answer - data.images[2]).abs().mean() < 0.02
 
 
@@ -266,18 +266,20 @@ def drawn(frames: int, options: DistillOptions) -> list[tuple[int, int]]:
 def test_every_age_is_drawn_and_none_leaves_the_clip() -> None:
     pairs = drawn(7, DistillOptions(steps=12, batch=16, max_age=3))
     assert len(pairs) == 12 * 16
-    assert all(0 <= s < t < 7 for t, s in pairs)
-    ages = [t - s for t, s in pairs]
+    assert all(0 <= s < 7 and 0 <= t < 7 and s != t for t, s in pairs)
+    # Most pairs are as they will be answered, from an older frame; some run backwards.
+    assert sum(s < t for t, s in pairs) > 0.5 * len(pairs)
+    ages = [abs(t - s) for t, s in pairs]
     assert {1, 2, 3} <= set(ages)
     assert max(ages) <= 6
     # Young caches are what is answered from most of the time.
     assert ages.count(1) > ages.count(2) > ages.count(3)
-    assert {t for t, _ in pairs} == {1, 2, 3, 4, 5, 6}
+    assert {t for t, _ in pairs} >= {1, 2, 3, 4, 5, 6}
     assert {s for _, s in pairs} >= {0, 1, 2, 3, 4, 5}
 
 
 def test_a_clip_shorter_than_the_oldest_age() -> None:
-    assert set(drawn(2, DistillOptions(steps=2, batch=4, max_age=9))) == {(1, 0)}
+    assert (1, 0) in set(drawn(2, DistillOptions(steps=2, batch=4, max_age=9))) <= {(1, 0), (0, 1)}
     with pytest.raises(ExportError, match=r"^training needs at least 2 frames, the inputs hold 1"):
         distillation(recording(1))
 
