@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_plain_reuse_has_a_bundle_of_its_own_that_does_only_the_deep_part(
     assert {record_.name for record_ in plain.manifest.exits} == {"whole", "plain"}
     assert len(plain.manifest.cache) == 1  # and not the last image, which only the trained consumer takes
     np.testing.assert_array_equal(whole(plain, clip).images[2], whole(bundle, clip).images[2])
+
+
+def test_plain_reuse_prefers_the_cheapest_cut_that_reads_the_new_inputs(
+    bundle: Bundle, clip: dict[str, NDArray[np.float32]], tmp_path: Path
+) -> None:
+    def candidate(tensor: str, cost_ratio: float, reads_input: bool) -> dict[str, Any]:
+        return {"tensors": [tensor], "cost_ratio": cost_ratio, "reads_input": reads_input}
+
+    candidates = (
+        candidate("image", 0.05, True),  # cheaper than the consumer (0.1): no fair rival
+        candidate("c2", 0.2, False),
+        candidate("h", 0.6, True),
+        candidate("c1", 0.7, True),
+    )
+    manifest = replace(bundle.manifest, cut=replace(bundle.manifest.cut, candidates=candidates))
+    plain = plain_bundle(Bundle(bundle.path, manifest), clip, tmp_path / "plain.warp")
+    assert plain.manifest.cut.tensors == ("h",)
 
 
 def test_every_way_is_measured_on_the_same_frames(
