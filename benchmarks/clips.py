@@ -17,7 +17,7 @@ from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, ra
 __all__ = ["TalkingHead", "load_talking_head"]
 
 TRAIN_SHARE = 0.75
-# The landmarks put y up in UV and the mesh's front faces clockwise in our convention; the loader turns both.
+# The topology's v points up; the loader turns it.
 
 
 @dataclass(frozen=True)
