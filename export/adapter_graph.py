@@ -20,6 +20,7 @@ from .adapter import (
     AdapterLayout,
     CacheEncoder,
     WarpConsumer,
+    image_planes,
 )
 from .graph import GraphIndex, give_out, merge, rename_values
 from .profile import time_model
@@ -121,7 +122,7 @@ def consumer_graph(consumer: WarpConsumer, layout: AdapterLayout, limits: tuple[
     names = [CACHE_FEATURES, CACHE_IMAGE]
     example = [
         torch.zeros(1, config.features, rows, columns),
-        torch.zeros(1, layout.channels, layout.height, layout.width),
+        torch.zeros(1, 3 * layout.channels, layout.height, layout.width),
     ]
     if layout.surface is not None:
         names.append(CACHE_ATLAS)
@@ -179,9 +180,9 @@ class _ConsumerGraph(nn.Module):
         self.consumer, self.layout, self.names, self.limits = consumer, layout, list(inputs), limits
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        features, image, *rest = tensors
+        features, planes, *rest = tensors
         atlas = rest.pop(0) if self.layout.surface is not None else None
-        answer = self.consumer(features, image, atlas, dict(zip(self.names, rest, strict=True)))
+        answer = self.consumer(features, planes, atlas, dict(zip(self.names, rest, strict=True)))
         answer = answer.clamp(*self.limits)
         if len(self.layout.outputs) == 1:
             return (answer,)
@@ -203,10 +204,9 @@ class _EncoderGraph(nn.Module):
         image = torch.cat(images, 1) if len(images) > 1 else images[0]
         inputs = dict(zip(self.names, rest[: len(self.names)], strict=True))
         features = self.encoder([working_tap(tap, self.encoder.grid) for tap in taps], inputs, image)
-        # A graph may not hand an input straight through.
-        out = [features, image.clone()]
+        out = [features, image_planes(image)]
         if layout.surface is not None:
-            out.append(rest[-1].clone())
+            out.append(rest[-1].clone())  # a graph may not hand an input straight through
         return tuple(out)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine.errors import ExportError
-from .adapter import CacheEncoder, WarpConsumer
+from .adapter import CacheEncoder, WarpConsumer, image_planes
 from .recording import Recording
 
 __all__ = ["DistillOptions", "Distillation", "read_plan"]
@@ -56,7 +56,7 @@ class DistillOptions:
     max_age: int = 4
     peak_rate: float = 1e-3
     seed: int = 0
-    truth_weight: float = 0.2
+    truth_weight: float = 0.4
     perceptual_weight: float = 0.3
     detail_weight: float = 0.5
     checkpoint_every: int = 200
@@ -135,7 +135,7 @@ class Distillation:
         image = recording.images[s]
         features = self.encoder([tap[s].float() for tap in recording.taps], then, image)
         atlas = None if recording.atlas is None else recording.atlas[s]
-        answer: Tensor = self.consumer(features, image, atlas, now)
+        answer: Tensor = self.consumer(features, image_planes(image), atlas, now)
         return answer
 
     def save(self, path: Path) -> None:
