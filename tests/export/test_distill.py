@@ -244,7 +244,7 @@ def test_frames_that_never_change_are_learnt_by_heart() -> None:
     assert all(np.isfinite(list(losses.values())).all() for losses in told)
     with torch.no_grad():
         answer = run.answer(torch.tensor([2]), torch.tensor([1]))
-    # It begins some percent off (it does not fully trust the moved image); what is left is noise of the last steps.
+    # It begins 2 % off (it does not fully trust the moved image); what is left is noise of the last steps.
     assert (answer - data.images[2]).abs().mean() < 0.02
 
 
