@@ -45,7 +45,7 @@ class DistillOptions:
         max_age: Ages 1..max_age are promised; young ones are drawn more often, and a few beyond (`AGE_MARGIN`).
         peak_rate: Learning rate at the top of its one cycle; at 2e-3 some runs diverged.
         seed: Of initial weights and of the frames drawn.
-        truth_weight: Of the L1 to ground truth, beside 1 for the L1 to the generator.
+        truth_weight: Of the error against ground truth, beside 1 for the L1 to the generator.
         perceptual_weight: Of the perceptual loss to the generator, where there is one.
         detail_weight: Of the L1 between horizontal and vertical differences, which keeps edges sharp.
         checkpoint_every: Steps between checkpoints.
@@ -56,7 +56,7 @@ class DistillOptions:
     max_age: int = 4
     peak_rate: float = 1e-3
     seed: int = 0
-    truth_weight: float = 0.4
+    truth_weight: float = 0.35
     perceptual_weight: float = 0.3
     detail_weight: float = 0.5
     checkpoint_every: int = 200
@@ -203,7 +203,7 @@ class Distillation:
         options, recording = self.options, self.recording
         # Seeded by the step, so that a resumed run draws the same frames as one that was never stopped.
         random = np.random.default_rng([options.seed, self.step])
-        ages = 1 + np.floor(self.max_age * random.random(options.batch) ** 2.2).astype(np.int64)
+        ages = 1 + np.floor(self.max_age * random.random(options.batch) ** 1.8).astype(np.int64)
         later = ages + random.integers(0, len(recording.images) - ages)
         # A third of the pairs run backwards: just as natural a motion, and one that was not seen before.
         backwards = random.random(options.batch) < 1 / 3
@@ -219,7 +219,9 @@ class Distillation:
                 losses["detail"] = _detail(answer, target)
                 total = total + options.detail_weight * losses["detail"]
             if recording.truth is not None and options.truth_weight:
-                losses["truth"] = functional.l1_loss(answer, recording.truth[t])
+                truth = recording.truth[t]
+                # The square minds large errors, at edges out of place, and lets the generator rule the small ones.
+                losses["truth"] = functional.l1_loss(answer, truth) + 5.0 * functional.mse_loss(answer, truth)
                 total = total + options.truth_weight * losses["truth"]
             if self.perceptual is not None and options.perceptual_weight:
                 losses["perceptual"] = self.perceptual(*_crops(answer, target, random))
