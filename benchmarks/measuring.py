@@ -19,7 +19,16 @@ from warpcache.engine.lpips import Lpips
 from warpcache.engine.policy import Policy
 from warpcache.engine.quality import measure_frames
 
-__all__ = ["BareModule", "Figure", "answers", "interleaved_ms", "means", "print_figures", "ratio_of_medians"]
+__all__ = [
+    "BareModule",
+    "Figure",
+    "answers",
+    "in_blocks_ms",
+    "interleaved_ms",
+    "means",
+    "print_figures",
+    "ratio_of_medians",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,32 @@ def interleaved_ms(calls: Mapping[str, Callable[[], object]], rounds: int, warmu
             call()
             if turn >= 0:
                 times[name].append((time.perf_counter() - begin) * 1000)
+    return times
+
+
+def in_blocks_ms(
+    load: Mapping[str, Callable[[], BareModule]],
+    feeds: Mapping[str, NDArray[Any]],
+    *,
+    blocks: int = 6,
+    calls: int = 20,
+    warmup: int = 5,
+) -> dict[str, list[float]]:
+    """Time modules in alternating blocks, one loaded at a time.
+
+    Two modules with several threads each may not be loaded together: the idle threads of one keep a core busy waiting
+    for work while the other is timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in load}
+    for _ in range(blocks):
+        for name, make in load.items():
+            module = make()
+            for call in range(-warmup, calls):
+                begin = time.perf_counter()
+                module.run(feeds)
+                if call >= 0:
+                    times[name].append((time.perf_counter() - begin) * 1000)
+            del module
     return times
 
 

@@ -238,7 +238,7 @@ def compile_command(
     from .compiling import compile_files
     from .progress import ProgressBar
 
-    with _export_installed(), ProgressBar() as progress:
+    with _checkpoint_named(out.with_suffix(".checkpoint.safetensors")), _export_installed(), ProgressBar() as progress:
         bundle = compile_files(
             factory,
             weights=weights,
@@ -406,6 +406,20 @@ def _refuse_existing(out: Path) -> None:
     """Refuse, before any work is done, to write a bundle over something that stands there."""
     if out.exists() or out.is_symlink():
         raise InputError(f"{str(out)!r} already exists; remove it or choose another --out")
+
+
+@contextmanager
+def _checkpoint_named(checkpoint: Path) -> Iterator[None]:
+    """Say of an interrupted compile what it left and how to go on from it."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        if checkpoint.exists():
+            raise Failure(
+                f"interrupted; no bundle was written, the training so far is in {str(checkpoint)!r}: "
+                "go on from it with --resume"
+            ) from exc
+        raise
 
 
 @contextmanager

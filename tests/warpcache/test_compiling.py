@@ -21,6 +21,7 @@ from warpcache.cli import cli
 from warpcache.engine.bundle import Bundle
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig
+from warpcache.export.distill import Distillation
 from warpcache.export.trace import trace_generator
 
 MODEL = '''
@@ -303,6 +304,21 @@ def test_an_interrupt_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(compile_module, "trace_generator", interrupted)
     assert_failed(compile_(folder, *STEPS_0), "interrupted", folder)
+
+
+def test_an_interrupted_training_names_its_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    small = AdapterConfig(width=8, blocks=0, features=8, encoder_width=8)
+    monkeypatch.setattr(compile_module, "choose_config", lambda *_, **__: small)
+    monkeypatch.setattr(Distillation, "_train_step", interrupted)
+    result = compile_(folder, "--steps", "3", "--cut", "deep")
+    assert result.exit_code == 1
+    assert "the training so far is in" in result.stderr
+    assert "--resume" in result.stderr
+    assert list(folder.glob("*.checkpoint.safetensors"))
+    assert not list(folder.glob("*.warp"))
 
 
 def test_split_cuts_a_model_of_unknown_sizes(folder: Path) -> None:
