@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .products import product
 
-__all__ = ["LPIPS_VARIABLE", "SMALLEST_SIDE", "Lpips"]
+__all__ = ["FIRE_CHANNELS", "LPIPS_VARIABLE", "POOLS", "SMALLEST_SIDE", "TAPS", "TAP_CHANNELS", "Lpips"]
 
 Float32 = NDArray[np.float32]
 Features = Sequence[Float32]
@@ -35,7 +35,7 @@ SMALLEST_SIDE = 17
 
 _MEAN = np.array([-0.030, -0.088, -0.188], np.float32)[:, None, None]
 _DEVIATION = np.array([0.458, 0.448, 0.450], np.float32)[:, None, None]
-_FIRE_CHANNELS = {  # index in features -> (in, squeeze, expand)
+FIRE_CHANNELS = {  # index in features -> (in, squeeze, expand)
     3: (64, 16, 64),
     4: (128, 16, 64),
     6: (128, 32, 128),
@@ -45,15 +45,15 @@ _FIRE_CHANNELS = {  # index in features -> (in, squeeze, expand)
     11: (384, 64, 256),
     12: (512, 64, 256),
 }
-_POOLS = (2, 5, 8)
-_TAPS = (1, 4, 7, 9, 10, 11, 12)
-_TAP_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
+POOLS = (2, 5, 8)
+TAPS = (1, 4, 7, 9, 10, 11, 12)
+TAP_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
 _EPSILON = np.float32(1e-10)
 
 
 def _expected_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"features.0.weight": (64, 3, 3, 3), "features.0.bias": (64,)}
-    for index, (channels, squeeze, expand) in _FIRE_CHANNELS.items():
+    for index, (channels, squeeze, expand) in FIRE_CHANNELS.items():
         for part, shape in (
             ("squeeze", (squeeze, channels, 1, 1)),
             ("expand1x1", (expand, squeeze, 1, 1)),
@@ -61,7 +61,7 @@ def _expected_shapes() -> dict[str, tuple[int, ...]]:
         ):
             shapes[f"features.{index}.{part}.weight"] = shape
             shapes[f"features.{index}.{part}.bias"] = shape[:1]
-    for tap, channels in enumerate(_TAP_CHANNELS):
+    for tap, channels in enumerate(TAP_CHANNELS):
         shapes[f"lin{tap}.weight"] = (1, channels, 1, 1)
     return shapes
 
@@ -192,8 +192,8 @@ class Lpips:
         Raises:
             InputError: If the images had different sizes or their numbers do not fit.
         """
-        if len(a) != len(_TAPS) or len(b) != len(_TAPS):
-            raise InputError(f"LPIPS compares {len(_TAPS)} feature arrays, got {len(a)} and {len(b)}")
+        if len(a) != len(TAPS) or len(b) != len(TAPS):
+            raise InputError(f"LPIPS compares {len(TAPS)} feature arrays, got {len(a)} and {len(b)}")
         total: NDArray[np.float64] | None = None
         for tap, (x, y) in enumerate(zip(a, b, strict=True)):
             fits = x.ndim == y.ndim == 3 and x.shape[1:] == y.shape[1:]
@@ -212,10 +212,10 @@ class Lpips:
         x = (image - _MEAN) / _DEVIATION
         maps: list[Float32] = []
         x = self._convolve(x, "features.0", stride=2)
-        for index in range(1, _TAPS[-1] + 1):
-            if index in _POOLS:
+        for index in range(1, TAPS[-1] + 1):
+            if index in POOLS:
                 x = _max_pool(x)
-            elif index in _FIRE_CHANNELS:
+            elif index in FIRE_CHANNELS:
                 squeezed = self._convolve(x, f"features.{index}.squeeze")
                 # [2 * expand, h, w]
                 x = np.concatenate(
@@ -224,7 +224,7 @@ class Lpips:
                         self._convolve(squeezed, f"features.{index}.expand3x3", padding=1),
                     ]
                 )
-            if index in _TAPS:  # index 1 is the first ReLU, which _convolve has done
+            if index in TAPS:  # index 1 is the first ReLU, which _convolve has done
                 flat = x.reshape(x.shape[0], -1)
                 length = np.sqrt(np.einsum("cp,cp->p", flat, flat))
                 maps.append(flat / (length + _EPSILON))

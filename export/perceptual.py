@@ -11,22 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.lpips import Lpips
+from ..engine.lpips import FIRE_CHANNELS, POOLS, TAP_CHANNELS, TAPS, Lpips
 
 __all__ = ["PerceptualLoss"]
-
-_FIRES = {
-    3: (64, 16, 64),
-    4: (128, 16, 64),
-    6: (128, 32, 128),
-    7: (256, 32, 128),
-    9: (256, 48, 192),
-    10: (384, 48, 192),
-    11: (384, 64, 256),
-    12: (512, 64, 256),
-}
-_POOLS = (2, 5, 8)
-_OUTPUTS = (1, 4, 7, 9, 10, 11, 12)
 
 
 class PerceptualLoss(nn.Module):
@@ -45,9 +32,9 @@ class PerceptualLoss(nn.Module):
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
         self.features = nn.ModuleDict({"0": nn.Conv2d(3, 64, 3, 2)})
-        for index, sizes in _FIRES.items():
+        for index, sizes in FIRE_CHANNELS.items():
             self.features[str(index)] = _Fire(*sizes)
-        for k, channels in enumerate((64, 128, 256, 384, 384, 512, 512)):
+        for k, channels in enumerate(TAP_CHANNELS):
             setattr(self, f"lin{k}", nn.Conv2d(channels, 1, 1, bias=False))
         # The runtime's reader has the checks and the messages.
         arrays = Lpips.load(weights).arrays()
@@ -83,11 +70,11 @@ class PerceptualLoss(nn.Module):
         for index in range(13):
             if index == 1:
                 x = functional.relu(x)
-            elif index in _POOLS:
+            elif index in POOLS:
                 x = functional.max_pool2d(x, 3, 2, ceil_mode=True)
             else:
                 x = self.features[str(index)](x)
-            if index in _OUTPUTS:
+            if index in TAPS:
                 kept.append(x)
         return kept
 
