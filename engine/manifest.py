@@ -30,6 +30,7 @@ from .strict_json import (
 )
 
 __all__ = [
+    "CACHE_PREFIX",
     "FILE_NAME",
     "FORMAT",
     "Cut",

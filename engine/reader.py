@@ -32,7 +32,7 @@ class Reader:
     @property
     def exhausted(self) -> bool:
         """Whether no more frame will arrive."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of reader says it; none of its own is ever made
 
     def feed(self) -> float | None:
         """Hand in the frames that are due; returns when the next one is, None where no time is set for it."""

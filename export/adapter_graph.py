@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,13 +24,11 @@ from .adapter import (
 )
 from .graph import GraphIndex, give_out, merge, rename_values
 from .profile import time_model
-from .recording import working_tap
+from .recording import Progress, working_tap
 from .split import SplitModels
 from .trace import export_module
 
 __all__ = ["LADDER", "choose_config", "consumer_graph", "producer_graph"]
-
-Progress = Callable[[str, int, int], None]
 
 # From the largest to the smallest; every step down saves about a fifth of the time.
 LADDER = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,10 @@ from ..engine.lpips import Lpips
 from ..engine.quality import available_metrics, measure_frames
 from ..engine.spec import Array
 from .graph import GraphIndex
-from .recording import frames_of
+from .recording import Progress, frames_of
 from .run import open_session, run_session
 
 __all__ = ["FROZEN", "calibrate"]
-
-Progress = Callable[[str, int, int], None]
 
 FROZEN = "frozen"
 """The answer that costs nothing: the last image shown again. Every exit has to beat it."""

@@ -37,8 +37,8 @@ from .distill import Distillation, DistillOptions, read_plan
 from .graph import GraphIndex, fix_input_shapes, input_names, normalise, shared_weights
 from .perceptual import PerceptualLoss
 from .profile import profile_nodes, time_model
-from .recording import layout_of, record, spec_of
-from .run import open_session, run_session
+from .recording import Progress, layout_of, record, spec_of
+from .run import frame_at, open_session, run_session
 from .split import SplitModels, check_exact, split
 from .trace import input_names_of, trace_generator
 
@@ -47,8 +47,6 @@ __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "sp
 DEFAULT_STEPS = 3000
 # Of the inputs, where no holdout is given: the part at the end that training does not see.
 HOLDOUT_SHARE = 0.25
-
-Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +211,7 @@ def _build(
         )
         models |= {"producer": producer, "warp": warp}
         # The cut's tensors now leave a producer that does more: still the same bits.
-        check_exact(model, dataclasses.replace(parts, producer=producer), _producer_feeds(producer, train))
+        check_exact(model, dataclasses.replace(parts, producer=producer), frame_at(train.arrays, 0))
     consumers = {name: model for name, model in models.items() if name in ("plain", "warp")}
     calibration = None
     if image_output is not None:
@@ -221,7 +219,7 @@ def _build(
             model,
             models["producer"],
             consumers,
-            {name: held.arrays[name] for name in _stream_names(model, surface)},
+            held.arrays,
             image_output=image_output,
             max_age=options.max_age,
             truth=held.truth,
@@ -387,16 +385,6 @@ def _parts(stream: _Part, holdout: Stream | None, *, training: bool) -> tuple[_P
 def _slice(stream: _Part, first: int, last: int) -> _Part:
     arrays = {name: array if len(array) == 1 else array[first:last] for name, array in stream.arrays.items()}
     return _Part(arrays, last - first, stream.fps, None if stream.truth is None else stream.truth[first:last])
-
-
-def _stream_names(model: ModelProto, surface: Surface | None) -> list[str]:
-    names = list(GraphIndex(model).inputs)
-    return names if surface is None else [*names, surface.atlas]
-
-
-def _producer_feeds(producer: ModelProto, stream: Stream) -> dict[str, Array]:
-    names = {*GraphIndex(producer).inputs, *stream.arrays}
-    return {name: stream.arrays[name][:1] for name in names if name in stream.arrays}
 
 
 def _refuse_out(out: Path) -> None:

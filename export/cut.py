@@ -27,7 +27,7 @@ from ..engine.spec import Array, TensorSpec
 from .fusion import find_fusions
 from .graph import GraphIndex, give_out
 from .profile import profile_nodes, time_model
-from .run import open_session, run_session
+from .run import frame_at, open_session, run_session
 from .split import SplitModels, check_exact, split
 
 __all__ = ["AUTO", "CutCandidate", "choose_cut", "enumerate_cuts", "rank_cuts"]
@@ -249,7 +249,7 @@ def rank_cuts(
         for candidate, part, psnr in zip(finalists, parts, quality, strict=True)
     ]
     measured.sort(key=lambda pair: _order(pair[0]))
-    feeds = _frame(sample_stream, frames - 1)
+    feeds = frame_at(sample_stream, frames - 1)
     exact: list[tuple[CutCandidate, SplitModels]] = []
     for candidate, part in measured:
         if len(exact) == keep:
@@ -308,7 +308,7 @@ def choose_cut(
     # Names first: a typing mistake should not cost a profile.
     named = None if spec.strip() == AUTO else _resolve(index, spec)
     frames = _stream_length(index, sample_stream)
-    feeds = _frame(sample_stream, frames - 1)
+    feeds = frame_at(sample_stream, frames - 1)
     if named is None:
         if ranked is None:
             costs = profile_nodes(model, feeds, threads=threads) if costs is None else costs
@@ -548,11 +548,6 @@ def _stream_length(index: GraphIndex, stream: Mapping[str, Array]) -> int:
     return frames
 
 
-def _frame(stream: Mapping[str, Array], t: int) -> dict[str, Array]:
-    """Inputs of frame t; an array of leading extent 1 serves every frame."""
-    return {name: array if array.shape[0] == 1 else array[t : t + 1] for name, array in stream.items()}
-
-
 def _pareto_fronts(candidates: Sequence[CutCandidate], limit: int) -> list[CutCandidate]:
     """Best by consumer cost and cache bytes, front after front; a front that is too long is thinned evenly."""
     left: list[CutCandidate] = []
@@ -600,10 +595,10 @@ def _reuse_psnr(
     totals: list[dict[int, list[float]]] = [{age: [] for age in ages} for _ in parts]
     first = min(max(ages), frames - 1)
     for t in sorted({round(k) for k in np.linspace(first, frames - 1, targets)}):
-        feeds = _frame(stream, t)
+        feeds = frame_at(stream, t)
         truth = run_session(source, feeds, [image])[image]
         for age in ages:
-            old = run_session(source, _frame(stream, t - age), wanted)
+            old = run_session(source, frame_at(stream, t - age), wanted)
             for part, consumer, total in zip(parts, consumers, totals, strict=True):
                 cache = {name: old[origin] for name, origin in part.origins.items()}
                 got = run_session(consumer, {**feeds, **cache}, [image])[image]

@@ -14,11 +14,12 @@ from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array, TensorSpec
 from .adapter import AdapterConfig, AdapterLayout, ImageInput, Surface, VectorInput, at_working_grid
 from .graph import GraphIndex, give_out
-from .run import open_session, run_session
+from .run import frame_at, open_session, run_session
 
-__all__ = ["Recording", "frames_of", "layout_of", "record"]
+__all__ = ["Progress", "Recording", "frames_of", "layout_of", "record"]
 
 Progress = Callable[[str, int, int], None]
+"""What long work calls to say how far it is: stage, done, total."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,9 @@ def record(
 def frames_of(arrays: Mapping[str, Array], names: Sequence[str]) -> Iterator[dict[str, Array]]:
     """Inputs of every frame, by name; an array of leading extent 1 serves all."""
     frames = max(len(array) for array in arrays.values())
+    wanted = {name: arrays[name] for name in names}
     for t in range(frames):
-        yield {name: arrays[name] if len(arrays[name]) == 1 else arrays[name][t : t + 1] for name in names}
+        yield frame_at(wanted, t)
 
 
 def working_tap(tap: Tensor, grid: tuple[int, int]) -> Tensor:

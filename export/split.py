@@ -15,6 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from ..engine.errors import ExportError, InputError
+from ..engine.manifest import CACHE_PREFIX
 from ..engine.spec import Array, TensorSpec
 from .graph import GraphIndex, extract, rename_values
 from .run import open_session, run_session
@@ -22,9 +23,8 @@ from .run import open_session, run_session
 if TYPE_CHECKING:
     from .cut import CutCandidate
 
-__all__ = ["CACHE_PREFIX", "SplitModels", "check_exact", "split"]
+__all__ = ["SplitModels", "check_exact", "split"]
 
-CACHE_PREFIX = "cache."
 ORIGIN_KEY = "warpcache.cache."
 
 
