@@ -5,6 +5,7 @@
     ├── BundleError       the bundle on disk is damaged, altered, foreign or of another version
     ├── ExportError       the model cannot be traced, cut or compiled as asked
     ├── BackendError      an executor (ONNX Runtime, TensorRT) is missing, or failed in a module
+    │   └── DeviceError   a GPU, its driver or its memory: missing, too old, used up, or failed in a call
     ├── DeadlineError     a frame was not answered in time
     └── ClosedError       the engine or session was used after close()
 
@@ -13,23 +14,18 @@ Every message is one sentence: what was wrong, with which value, and what to do.
 
 from __future__ import annotations
 
+from ..kernels.errors import BackendError, DeviceError, InputError, WarpcacheError
+
 __all__ = [
     "BackendError",
     "BundleError",
     "ClosedError",
     "DeadlineError",
+    "DeviceError",
     "ExportError",
     "InputError",
     "WarpcacheError",
 ]
-
-
-class WarpcacheError(Exception):
-    """Base class of every error this project raises on purpose."""
-
-
-class InputError(WarpcacheError, ValueError):
-    """The data or an argument is wrong: names, dtype, shape, NaN, an empty clip, an unknown policy."""
 
 
 class BundleError(WarpcacheError):
@@ -38,10 +34,6 @@ class BundleError(WarpcacheError):
 
 class ExportError(WarpcacheError):
     """The model cannot be traced, cut or compiled as asked."""
-
-
-class BackendError(WarpcacheError):
-    """An executor is missing, refused a module, or failed while running one."""
 
 
 class DeadlineError(WarpcacheError):

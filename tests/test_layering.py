@@ -20,7 +20,7 @@ OURS: dict[str, set[str]] = {
     "kernels": set(),
     "engine": {"kernels"},
     "export": {"engine"},
-    "models": {"engine"},
+    "models": {"engine", "kernels"},
     "warpcache": {"engine"},
 }
 # What the face may import besides, inside functions: a command pays for what it uses.
