@@ -90,7 +90,7 @@ class DeviceArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self.shape[0])
 
     def __getitem__(self, rows: slice) -> DeviceArray:
         """A view of some rows of the leading axis: ``a[2:3]``; steps are not supported."""
