@@ -1,51 +1,23 @@
-"""A bundle loaded on a device: its modules and streams. Frames go through sessions, which own what changes."""
+"""A bundle loaded on a device. Frames go through sessions, which own what changes."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, cast
+from typing import Literal
 
 from .bundle import Bundle, Manifest
-from .device import CoreShare, CpuDevice, Stream
+from .cpu_placement import Backend, CpuPlacement
 from .errors import ClosedError, InputError
-from .module import Module
+from .placement import Placement, Workspace
 from .policy import Policy
 from .scheduler import OnStale, Route, Scheduler
 from .session import Clock, Session
-from .spec import TensorSpec
 
 __all__ = ["Backend", "Engine"]
-
-
-class Backend(Protocol):
-    """What loads a graph: `OnnxRuntimeModule`, or a test's fake."""
-
-    def __call__(
-        self,
-        path: Path,
-        *,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        threads: int,
-        spinning: bool,
-    ) -> Module: ...
-
-
-@dataclass(frozen=True)
-class LoadedModule:
-    """A module, the stream it was loaded for, and which of its inputs come from the frame and which from the cache."""
-
-    module: Module
-    stream: Stream
-    frame_inputs: tuple[str, ...]
-    cache_inputs: tuple[str, ...]
 
 
 class Engine:
@@ -97,20 +69,18 @@ class Engine:
         self._producer_count = 1 if self.policy.foreground else producers
         self._closed = False
         self._closing = threading.Lock()
-        self._loading = threading.Lock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._exits: dict[Route, LoadedModule] = {}
-        self._producers: tuple[LoadedModule, ...] = ()
         self._check_options(exit, producers)
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self._aged_exit = _choose_aged_exit(self.manifest, exit)
-        self._load = _onnx_runtime() if backend is None else backend
-        self._planned = self._plan_exits()
-        self.required_inputs = self._find_required_inputs()
-        self._device = CpuDevice(threads)
+        self._placement: Placement = CpuPlacement(
+            self._bundle, policy=self.policy, producers=self._producer_count, threads=threads, backend=backend
+        )
+        planned = self._plan_exits()
+        self.required_inputs = self._find_required_inputs(planned)
         with ExitStack() as undo:
-            undo.callback(self._release)
-            self._load_planned()
+            undo.callback(self._placement.close)
+            self._placement.load(planned)
             undo.pop_all()
 
     @property
@@ -133,6 +103,10 @@ class Engine:
             self._sessions.add(session)
             return session
 
+    def synchronize(self) -> None:
+        """Wait until every producer that was started has ended; what they raised is in their sessions' statistics."""
+        self._placement.synchronize()
+
     def close(self) -> None:
         """Close the sessions, wait for the producers that run, and unload the modules. Safe to call twice."""
         with self._closing:
@@ -142,7 +116,7 @@ class Engine:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
-        self._release()
+        self._placement.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -154,11 +128,6 @@ class Engine:
 
     # What sessions need of the engine.
 
-    @property
-    def cache_specs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that a cache slot holds; none where no producer runs."""
-        return () if self.policy.kind == "full" else self.manifest.cache
-
     def new_scheduler(self) -> Scheduler:
         """A scheduler for one session. A producer stream with cores of its own counts as a device."""
         return Scheduler(
@@ -169,19 +138,9 @@ class Engine:
             on_stale=self._on_stale,
         )
 
-    def exit_module(self, route: Route) -> LoadedModule:
-        """The module of an exit. The whole generator as a mere fallback is loaded when it is first needed."""
-        loaded = self._exits.get(route)
-        if loaded is None:
-            with self._loading:
-                self._require_open()
-                loaded = self._exits.get(route) or self._load_exit(route)
-                self._exits[route] = loaded
-        return loaded
-
-    def producer_module(self, device: int) -> LoadedModule:
-        """The producer on `device`, loaded on its stream."""
-        return self._producers[device]
+    def workspace(self, slots: int) -> Workspace:
+        """Memory and lanes of one session on the device."""
+        return self._placement.workspace(slots)
 
     # Loading
 
@@ -207,14 +166,15 @@ class Engine:
         if self._aged_exit == "warp" and self.policy.oldest_planned_age != 0:
             exits.append("warp")
         # Asked for by an age limit, so part of the plan; otherwise only a failing producer needs it.
-        if self._max_age is not None and self._on_stale == "whole" and not self.policy.foreground:
+        asked_for = self._max_age is not None and not self.policy.foreground
+        if self._on_stale == "whole" and (asked_for or self._placement.loads_ahead):
             exits.append("whole")
         return tuple(exits)
 
-    def _find_required_inputs(self) -> frozenset[str]:
+    def _find_required_inputs(self, planned: tuple[Route, ...]) -> frozenset[str]:
         """The generator's inputs, and motion where a module that is going to run takes it."""
         manifest = self.manifest
-        names = [manifest.exit(route).module for route in self._planned]
+        names = [manifest.exit(route).module for route in planned]
         if self.policy.kind != "full":
             names.append("producer")
         taken = {spec.name for name in names for spec in manifest.modules[name].inputs}
@@ -223,61 +183,9 @@ class Engine:
             + [spec.name for spec in manifest.motion_inputs if spec.name in taken]
         )
 
-    def _load_planned(self) -> None:
-        if self.policy.foreground:
-            # One thing at a time, so that everything has all cores.
-            share = self._device.share(0)
-            self._exit_share = share
-            inline = self._device.inline(cores=share.consumer_cores)
-            if self.policy.kind != "full":
-                # Its executor's threads must not spin on while a consumer wants the cores.
-                self._producers = (self._load_module("producer", inline, share.consumer_threads, spinning=False),)
-        else:
-            share = self._device.share(self._producer_count)
-            self._exit_share = share
-            self._producers = tuple(self._load_producer(share, index) for index in range(self._producer_count))
-        for route in self._planned:
-            self._exits[route] = self._load_exit(route)
-
-    def _load_producer(self, share: CoreShare, index: int) -> LoadedModule:
-        # In the background even on cores of its own: the thread that answers frames is the caller's, which is not
-        # pinned, and where it lands on a producer's core it goes first.
-        stream = self._device.stream(f"warpcache-producer-{index}", cores=share.producer_cores[index], background=True)
-        return self._load_module("producer", stream, share.producer_threads[index], spinning=not share.shared)
-
-    def _load_exit(self, route: Route) -> LoadedModule:
-        share = self._exit_share
-        inline = self._device.inline(cores=share.consumer_cores)
-        name = self.manifest.exit(route).module
-        return self._load_module(name, inline, share.consumer_threads, spinning=not share.shared)
-
-    def _load_module(self, name: str, stream: Stream, threads: int, *, spinning: bool) -> LoadedModule:
-        record = self.manifest.modules[name]
-        path = self._bundle.file(record.file)
-
-        def load() -> Module:
-            return self._load(
-                path, name=name, inputs=record.inputs, outputs=record.outputs, threads=threads, spinning=spinning
-            )
-
-        cache = {spec.name for spec in self.manifest.cache}
-        return LoadedModule(
-            # On the stream's own thread and cores, which the executor's threads inherit.
-            module=stream.call(load),
-            stream=stream,
-            frame_inputs=tuple(spec.name for spec in record.inputs if spec.name not in cache),
-            cache_inputs=tuple(spec.name for spec in record.inputs if spec.name in cache),
-        )
-
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError("the engine is closed; open a new one")
-
-    def _release(self) -> None:
-        # Streams first: a producer that runs still needs its module.
-        self._device.close()
-        for loaded in (*self._producers, *self._exits.values()):
-            loaded.module.close()
 
 
 def _choose_aged_exit(manifest: Manifest, exit_: Literal["plain", "warp"] | None) -> Literal["plain", "warp"]:
@@ -285,10 +193,3 @@ def _choose_aged_exit(manifest: Manifest, exit_: Literal["plain", "warp"] | None
         return "warp" if any(record.name == "warp" for record in manifest.exits) else "plain"
     manifest.exit(exit_)
     return exit_
-
-
-def _onnx_runtime() -> Backend:
-    # ONNX Runtime itself is imported only when the first module is loaded.
-    from .onnxruntime_backend import OnnxRuntimeModule
-
-    return cast("Callable[..., Module]", OnnxRuntimeModule)

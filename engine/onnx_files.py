@@ -11,14 +11,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .errors import BundleError
 
-__all__ = ["ExternalTensor", "external_tensors"]
+__all__ = ["CHILDREN", "ExternalTensor", "Field", "external_reference", "external_tensors", "fields"]
 
 # message -> field -> message of that field. Everything else (names, shapes, raw data) is stepped over.
-_CHILDREN: dict[str, dict[int, str]] = {
+CHILDREN: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
     "Function": {7: "Node", 11: "Attribute"},
@@ -70,15 +70,22 @@ def _walk(data: memoryview, start: int, end: int, message: str, depth: int) -> I
     if depth > _MAX_DEPTH:
         raise BundleError(f"its graphs are nested more than {_MAX_DEPTH} messages deep")
     if message == "Tensor":
-        yield from _external(data, start, end)
+        tensor = external_reference(data, start, end)
+        if tensor is not None:
+            yield tensor
         return
-    children = _CHILDREN[message]
+    children = CHILDREN[message]
     for number, first, last in _fields(data, start, end):
         if number in children:
             yield from _walk(data, first, last, children[number], depth + 1)
 
 
-def _external(data: memoryview, start: int, end: int) -> Iterator[ExternalTensor]:
+def external_reference(data: memoryview, start: int, end: int) -> ExternalTensor | None:
+    """What the tensor message at these bytes refers to in another file; None where it refers to none.
+
+    Raises:
+        BundleError: As `external_tensors`.
+    """
     name = ""
     entries: dict[str, str] = {}
     for number, first, last in _fields(data, start, end):
@@ -88,9 +95,9 @@ def _external(data: memoryview, start: int, end: int) -> Iterator[ExternalTensor
             pair = {key: _text(data, a, b) for key, a, b in _fields(data, first, last)}
             entries[pair.get(_ENTRY_KEY, "")] = pair.get(_ENTRY_VALUE, "")
     if not entries:
-        return
+        return None
     size = entries.get("length")
-    yield ExternalTensor(
+    return ExternalTensor(
         name,
         entries.get("location", ""),
         _count(entries.get("offset", "0"), name),
@@ -98,12 +105,26 @@ def _external(data: memoryview, start: int, end: int) -> Iterator[ExternalTensor
     )
 
 
-def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The length-delimited fields of one message, as (number, first byte, byte after the last); others are skipped."""
+class Field(NamedTuple):
+    """One field of a message: its number and wire type, and the bytes of its value [first, last)."""
+
+    number: int
+    wire_type: int
+    first: int
+    last: int
+
+
+def fields(data: memoryview, start: int, end: int) -> Iterator[Field]:
+    """Every field of the message at bytes [start, end), in order.
+
+    Raises:
+        BundleError: If it is no well-formed message.
+    """
     position = start
     while position < end:
         tag, position = _varint(data, position, end)
         number, wire_type = tag >> 3, tag & 7
+        first = position
         if wire_type == 0:
             _, position = _varint(data, position, end)
         elif wire_type == 1:
@@ -111,16 +132,21 @@ def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, 
         elif wire_type == 5:
             position += 4
         elif wire_type == 2:
-            size, position = _varint(data, position, end)
-            if position + size > end:
-                raise _malformed(position)
-            yield number, position, position + size
-            position += size
+            size, first = _varint(data, position, end)
+            position = first + size
         else:
             # Groups (3 and 4) are not used by ONNX, 6 and 7 do not exist.
             raise _malformed(position)
         if position > end:
-            raise _malformed(position)
+            raise _malformed(first)
+        yield Field(number, wire_type, first, position)
+
+
+def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The length-delimited fields of one message, as (number, first byte, byte after the last); others are skipped."""
+    for field in fields(data, start, end):
+        if field.wire_type == 2:
+            yield field.number, field.first, field.last
 
 
 def _varint(data: memoryview, position: int, end: int) -> tuple[int, int]:

@@ -59,13 +59,11 @@ class Rendering(Reader):
 
     def __init__(self, session: Session, inputs: Mapping[str, Array], fps: float | None) -> None:
         super().__init__(session)
-        session.check_names(inputs)
+        inputs = session.adopt(inputs)
         self._length = _check_lengths(session, inputs)
         # What never changes is checked once, here; what does, frame by frame.
         self._constant = {
-            name: np.ascontiguousarray(session.check_frame(name, array))
-            for name, array in inputs.items()
-            if array.shape[0] == 1
+            name: session.take_input(name, array, keep=False) for name, array in inputs.items() if array.shape[0] == 1
         }
         self._moving = {name: array for name, array in inputs.items() if array.shape[0] != 1}
         self._position = 0
@@ -112,7 +110,7 @@ class Rendering(Reader):
         inputs = dict(self._constant)
         try:
             for name, array in self._moving.items():
-                inputs[name] = np.ascontiguousarray(session.check_frame(name, array[position : position + 1]))
+                inputs[name] = session.take_input(name, array[position : position + 1], keep=False)
         except InputError as exc:
             raise InputError(f"frame {position}: {exc}") from exc
         session.prepared((session.now() - started) * 1e3)

@@ -19,13 +19,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
-from .device import Event, InlineStream
+from .device import Event
 from .errors import ClosedError, DeadlineError, InputError
-from .outputs import OutputPool
 from .reader import Reader, Rendering, Submitted
 from .scheduler import (
     ConsumerDone,
@@ -40,7 +37,6 @@ from .scheduler import (
     StartConsumer,
     StartProducer,
 )
-from .slots import SlotBuffers
 from .spec import Array, TensorSpec
 from .telemetry import SessionStatistics, Telemetry
 
@@ -121,10 +117,8 @@ class Session:
     def __init__(self, engine: Engine, *, clock: Clock | None = None) -> None:
         self._engine = engine
         self._clock: Clock = MonotonicClock() if clock is None else clock
-        self._inline = InlineStream()
         self._scheduler = engine.new_scheduler()
-        self._buffers = SlotBuffers(engine.cache_specs, self._scheduler.slots)
-        self._outputs = OutputPool(engine.manifest.outputs)
+        self._workspace = engine.workspace(self._scheduler.slots)
         self._specs: dict[str, TensorSpec] = {record.spec.name: record.spec for record in engine.manifest.inputs}
         self._telemetry = Telemetry()
         self._condition = threading.Condition(threading.RLock())
@@ -191,8 +185,8 @@ class Session:
         arrived = self._clock.now()
         self._require_open()
         try:
-            self.check_names(inputs)
-            taken = {name: self.check_frame(name, array).copy() for name, array in inputs.items()}
+            adopted = self.adopt(inputs)
+            taken = {name: self.take_input(name, array, keep=True) for name, array in adopted.items()}
         except InputError:
             self._telemetry.rejected()
             raise
@@ -267,8 +261,12 @@ class Session:
         with self._condition:
             return self._scheduler.has_room
 
-    def check_names(self, inputs: Mapping[str, Array]) -> None:
-        """Raise `InputError` unless `inputs` has exactly the inputs that the engine's modules take."""
+    def adopt(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See the caller's inputs as arrays that the device can take, without a copy.
+
+        Raises:
+            InputError: If `inputs` has not exactly the inputs that the engine's modules take, or one is no array.
+        """
         known = list(self._specs)
         for name in inputs:
             if name not in self._specs:
@@ -279,14 +277,11 @@ class Session:
         if missing:
             given = _listed(list(inputs)) if inputs else "none"
             raise InputError(f"input {_listed(missing)} is missing; the inputs given are {given}")
-        for name, array in inputs.items():
-            if not isinstance(array, np.ndarray):
-                raise InputError(f"input {name!r} is a {type(array).__name__}; give a NumPy array")
+        return {name: self._workspace.adopt(self._specs[name], array) for name, array in inputs.items()}
 
-    def check_frame(self, name: str, array: Array) -> Array:
-        """Check one input of one frame and return it."""
-        self._specs[name].check(array, finite=self._engine.validate)
-        return array
+    def take_input(self, name: str, array: Any, *, keep: bool) -> Any:
+        """Check one input of one frame, and make of it what the device takes; `keep` copies it."""
+        return self._workspace.take_input(self._specs[name], array, finite=self._engine.validate, keep=keep)
 
     def spec(self, name: str) -> TensorSpec:
         """The spec of one input."""
@@ -329,7 +324,7 @@ class Session:
             while True:
                 if not self._work:
                     # Nothing waits yet, so this is off every frame's latency.
-                    self._outputs.reserve()
+                    self._workspace.reserve()
                     reader.prepare_ahead()
                 due = reader.feed()
                 work = self._take(due, reader)
@@ -417,16 +412,10 @@ class Session:
         """Run a frame's exit here and now."""
         started = self._clock.now()
         try:
-            exit_ = self._engine.exit_module(action.route)
-            outputs = self._outputs.take()
-            bindings = {name: arrival.inputs[name] for name in exit_.frame_inputs}
-            if action.slot is not None:
-                cache = self._buffers[action.slot]
-                for name in exit_.cache_inputs:
-                    bindings[name] = cache[name]
-            bindings.update(outputs)
+            lane = self._workspace.exit(action.route)
+            outputs = self._workspace.take_outputs()
             with self._engine.turn:
-                exit_.module.enqueue(bindings, self._inline).wait()
+                lane.enqueue(arrival.inputs, action.slot, outputs).wait()
         except BaseException:
             self._telemetry.failed()
             self._ended = ConsumerFailed(action.frame, self._clock.now())
@@ -447,11 +436,10 @@ class Session:
 
     def _produce(self, action: StartProducer, arrival: _Arrival) -> None:
         """Run a producer in the foreground."""
-        producer = self._engine.producer_module(action.device)
         started = self._clock.now()
         try:
             with self._engine.turn:
-                producer.module.enqueue(self._producer_bindings(action, arrival), self._inline).wait()
+                self._workspace.producer(action.device).enqueue(arrival.inputs, action.slot, {}).wait()
         except Exception as exc:
             self._producer_ended(action, started, exc)
         except BaseException as exc:
@@ -463,22 +451,17 @@ class Session:
 
     def _start_producer(self, action: StartProducer, arrival: _Arrival) -> None:
         """Queue a producer on its stream; never blocks."""
-        producer = self._engine.producer_module(action.device)
         started = self._clock.now()
 
         def ended(event: Event) -> None:
             self._producer_ended(action, started, event.error)
 
         try:
-            event = producer.module.enqueue(self._producer_bindings(action, arrival), producer.stream)
+            event = self._workspace.producer(action.device).enqueue(arrival.inputs, action.slot, {})
         except Exception as exc:
             self._producer_ended(action, started, exc)
         else:
             event.add_done_callback(ended)
-
-    def _producer_bindings(self, action: StartProducer, arrival: _Arrival) -> dict[str, Array]:
-        frame_inputs = self._engine.producer_module(action.device).frame_inputs
-        return {**{name: arrival.inputs[name] for name in frame_inputs}, **self._buffers[action.slot]}
 
     def _producer_ended(self, action: StartProducer, started: float, error: BaseException | None) -> None:
         """Count a producer's end and tell the scheduler; any thread."""

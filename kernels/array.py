@@ -87,7 +87,7 @@ class DeviceArray:
     @property
     def size_bytes(self) -> int:
         """Bytes of its elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return int(math.prod(self.shape) * self.dtype.itemsize)
 
     def __len__(self) -> int:
         return int(self.shape[0])

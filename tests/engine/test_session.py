@@ -133,7 +133,7 @@ def fail(message: str = "no memory left") -> None:
 def producers_settled(engine: Engine) -> None:
     """Wait until the producer that runs and the one that its end starts have ended and have been heard."""
     for _ in range(2):
-        engine.producer_module(0).stream.synchronize()
+        engine.synchronize()
 
 
 def ages(frames: Iterator[Frame]) -> list[int]:

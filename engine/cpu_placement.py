@@ -1,0 +1,214 @@
+"""Modules on the CPU: which cores the consumer and the producers have, and lanes that bind the caller's arrays."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from .bundle import Bundle
+from .device import CoreShare, CpuDevice, Event, Stream
+from .errors import ClosedError, InputError
+from .module import Module
+from .outputs import OutputPool
+from .placement import Lane, LoadedModule
+from .policy import Policy
+from .scheduler import Route
+from .slots import SlotBuffers
+from .spec import Array, TensorSpec
+
+__all__ = ["Backend", "CpuPlacement", "CpuWorkspace", "DirectLane"]
+
+
+class Backend(Protocol):
+    """What loads a graph on the CPU: `OnnxRuntimeModule`, or a test's fake."""
+
+    def __call__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        threads: int,
+        spinning: bool,
+    ) -> Module: ...
+
+
+class CpuPlacement:
+    """A bundle's modules on the cores of this process.
+
+    Args:
+        bundle: What to load.
+        policy: Under ``async`` the consumer has cores of its own and producers the rest; otherwise one thing runs at a
+            time and has them all.
+        producers: Producer streams under ``async``.
+        threads: Cores to use; None uses all that the process may.
+        backend: What loads the graphs; None is ONNX Runtime.
+
+    Raises:
+        InputError: If `threads` is out of range.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, policy: Policy, producers: int, threads: int | None, backend: Backend | None
+    ) -> None:
+        self.loads_ahead = False
+        self._bundle = bundle
+        self._policy = policy
+        self._producer_count = producers
+        self._backend = _onnx_runtime() if backend is None else backend
+        self.name = "cpu/onnxruntime" if backend is None else "cpu/custom"
+        self._loading = threading.Lock()
+        self._closed = False
+        self._exits: dict[Route, LoadedModule] = {}
+        self._producers: tuple[LoadedModule, ...] = ()
+        self._device = CpuDevice(threads)
+        self._share = self._device.share(0 if policy.foreground else producers)
+
+    def load(self, exits: Iterable[Route]) -> None:
+        """Load the producers that the policy needs, and these exits."""
+        share = self._share
+        if not self._policy.foreground:
+            self._producers = tuple(self._load_producer(share, index) for index in range(self._producer_count))
+        elif self._policy.kind != "full":
+            inline = self._device.inline(cores=share.consumer_cores)
+            # Its executor's threads must not spin on while a consumer wants the cores.
+            self._producers = (self._load_module("producer", inline, share.consumer_threads, spinning=False),)
+        for route in exits:
+            self._exits[route] = self._load_exit(route)
+
+    def exit(self, route: Route) -> LoadedModule:
+        """The module of an exit, loaded when it is first needed."""
+        loaded = self._exits.get(route)
+        if loaded is None:
+            with self._loading:
+                if self._closed:
+                    raise ClosedError("the engine is closed; open a new one")
+                loaded = self._exits.get(route) or self._load_exit(route)
+                self._exits[route] = loaded
+        return loaded
+
+    def producer(self, index: int) -> LoadedModule:
+        """The producer of that number, loaded on its stream."""
+        return self._producers[index]
+
+    def workspace(self, slots: int) -> CpuWorkspace:
+        """Memory and lanes for one session with so many cache slots."""
+        cache = () if self._policy.kind == "full" else self._bundle.manifest.cache
+        return CpuWorkspace(self, SlotBuffers(cache, slots), OutputPool(self._bundle.manifest.outputs))
+
+    def synchronize(self) -> None:
+        """Wait until every producer that was started has ended."""
+        for loaded in self._producers:
+            loaded.stream.synchronize()
+
+    def close(self) -> None:
+        """Wait for what runs and unload the modules; safe to call twice."""
+        self._closed = True
+        # Streams first: a producer that runs still needs its module.
+        self._device.close()
+        for loaded in (*self._producers, *self._exits.values()):
+            loaded.module.close()
+
+    def _load_producer(self, share: CoreShare, index: int) -> LoadedModule:
+        # In the background even on cores of its own: the thread that answers frames is the caller's, which is not
+        # pinned, and where it lands on a producer's core it goes first.
+        stream = self._device.stream(f"warpcache-producer-{index}", cores=share.producer_cores[index], background=True)
+        return self._load_module("producer", stream, share.producer_threads[index], spinning=not share.shared)
+
+    def _load_exit(self, route: Route) -> LoadedModule:
+        share = self._share
+        inline = self._device.inline(cores=share.consumer_cores)
+        name = self._bundle.manifest.exit(route).module
+        return self._load_module(name, inline, share.consumer_threads, spinning=not share.shared)
+
+    def _load_module(self, name: str, stream: Stream, threads: int, *, spinning: bool) -> LoadedModule:
+        record = self._bundle.manifest.modules[name]
+        path = self._bundle.file(record.file)
+
+        def load() -> Module:
+            return self._backend(
+                path, name=name, inputs=record.inputs, outputs=record.outputs, threads=threads, spinning=spinning
+            )
+
+        # On the stream's own thread and cores, which the executor's threads inherit.
+        return LoadedModule.of(stream.call(load), stream, self._bundle.manifest)
+
+
+class CpuWorkspace:
+    """A session's memory on the CPU. Lanes bind it as it is: nothing is copied.
+
+    Args:
+        placement: Where the modules are.
+        slots: The cache slots' memory.
+        outputs: Where answers' memory comes from.
+    """
+
+    def __init__(self, placement: CpuPlacement, slots: SlotBuffers, outputs: OutputPool) -> None:
+        self.graphs = 0
+        self.take_outputs = outputs.take
+        self.reserve = outputs.reserve
+        self._placement = placement
+        self._slots = slots
+        self._exits: dict[Route, DirectLane] = {}
+        self._producers: dict[int, DirectLane] = {}
+
+    def adopt(self, spec: TensorSpec, array: Any) -> Array:
+        """What the caller gave, which must be a NumPy array."""
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"input {spec.name!r} is a {type(array).__name__}; give a NumPy array")
+        return array
+
+    def take_input(self, spec: TensorSpec, array: Any, *, finite: bool, keep: bool) -> Array:
+        """Check one input of a frame (see `Workspace.take_input`)."""
+        spec.check(array, finite=finite)
+        return array.copy() if keep else np.ascontiguousarray(array)
+
+    def exit(self, route: Route) -> Lane:
+        """The lane of an exit."""
+        lane = self._exits.get(route)
+        if lane is None:
+            lane = self._exits[route] = DirectLane(self._placement.exit(route), self._slots)
+        return lane
+
+    def producer(self, index: int) -> Lane:
+        """The lane of a producer."""
+        lane = self._producers.get(index)
+        if lane is None:
+            lane = self._producers[index] = DirectLane(self._placement.producer(index), self._slots)
+        return lane
+
+    def close(self) -> None:
+        """Nothing is held that is not freed by being forgotten."""
+
+
+class DirectLane:
+    """A module whose buffers are the caller's arrays themselves (see `Lane`)."""
+
+    def __init__(self, loaded: LoadedModule, slots: SlotBuffers) -> None:
+        self._loaded = loaded
+        self._slots = slots
+        # A producer's outputs are the cache tensors, an exit's are the answer.
+        self._fills_slot = loaded.module.name == "producer"
+
+    def enqueue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any]) -> Event:
+        """Run the module on its stream."""
+        loaded = self._loaded
+        bindings = {name: inputs[name] for name in loaded.frame_inputs}
+        if slot is not None:
+            cache = self._slots[slot]
+            for name in cache if self._fills_slot else loaded.cache_inputs:
+                bindings[name] = cache[name]
+        bindings.update(outputs)
+        return loaded.module.enqueue(bindings, loaded.stream)
+
+
+def _onnx_runtime() -> Backend:
+    # ONNX Runtime itself is imported only when the first module is loaded.
+    from .onnxruntime_backend import OnnxRuntimeModule
+
+    return cast("Callable[..., Module]", OnnxRuntimeModule)
