@@ -7,15 +7,19 @@ import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from .bundle import Bundle, Manifest
 from .cpu_placement import Backend, CpuPlacement
+from .cuda_options import CUDA_BACKENDS, CudaOptions, parse_device
 from .errors import ClosedError, InputError
 from .placement import Placement, Workspace
 from .policy import Policy
 from .scheduler import OnStale, Route, Scheduler
 from .session import Clock, Session
+
+if TYPE_CHECKING:
+    from .cuda_placement import CudaBackend
 
 __all__ = ["Backend", "Engine"]
 
@@ -39,12 +43,17 @@ class Engine:
             `DeadlineError` for the frame.
         validate: Refuse NaN and Inf in every frame's inputs. Names, dtypes and shapes are always checked.
         producers: Producer streams under ``async``, each with a copy of the producer's weights.
-        backend: What loads the graphs; None is ONNX Runtime on the CPU.
+        device: ``"cpu"``, or a GPU: ``"cuda:0"``.
+        backend: What executes the graphs: ``"onnxruntime"``, and on a GPU ``"tensorrt"`` or ``"tensorrt-rtx"``. What is
+            asked for runs, or an error says why not. Or an object of one's own: a `Backend` on the CPU, a
+            `CudaBackend` on a GPU.
+        cuda: Options of a GPU; goes with such a device only.
 
     Raises:
         InputError: If an option is wrong, or two of them exclude each other.
         BundleError: If the bundle is damaged or foreign; nothing of it was executed.
         BackendError: If there is no executor, or it refuses a graph.
+        DeviceError: If the GPU or its driver is missing, too old, or out of memory.
     """
 
     def __init__(
@@ -59,13 +68,22 @@ class Engine:
         on_stale: OnStale = "whole",
         validate: bool = True,
         producers: int = 1,
-        backend: Backend | None = None,
+        device: str = "cpu",
+        backend: str | Backend | CudaBackend = "onnxruntime",
+        cuda: CudaOptions | None = None,
     ) -> None:
         self.policy = Policy.choose(policy, age)
         self.validate = validate
         self.turn = threading.Lock()
         self._max_age = max_age
         self._on_stale: OnStale = on_stale
+        ordinal = parse_device(device)
+        options = CudaOptions() if cuda is None else cuda
+        if ordinal is None and cuda is not None:
+            raise InputError("options for a GPU were given for device 'cpu'; leave them out, or choose e.g. 'cuda:0'")
+        if ordinal is not None and threads is not None:
+            raise InputError(f"threads are the CPU's, but the device is {device!r}; leave them out")
+        producers = max(producers, len(options.producer_ordinals))
         self._producer_count = 1 if self.policy.foreground else producers
         self._closed = False
         self._closing = threading.Lock()
@@ -73,15 +91,18 @@ class Engine:
         self._check_options(exit, producers)
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self._aged_exit = _choose_aged_exit(self.manifest, exit)
-        self._placement: Placement = CpuPlacement(
-            self._bundle, policy=self.policy, producers=self._producer_count, threads=threads, backend=backend
-        )
+        self._placement = self._place(ordinal, threads, backend, options)
         planned = self._plan_exits()
         self.required_inputs = self._find_required_inputs(planned)
         with ExitStack() as undo:
             undo.callback(self._placement.close)
             self._placement.load(planned)
             undo.pop_all()
+
+    @property
+    def placement(self) -> str:
+        """Where it runs and by what: ``cpu/onnxruntime``, ``cuda:0/tensorrt-rtx``."""
+        return self._placement.name
 
     @property
     def manifest(self) -> Manifest:
@@ -143,6 +164,35 @@ class Engine:
         return self._placement.workspace(slots)
 
     # Loading
+
+    def _place(
+        self, ordinal: int | None, threads: int | None, backend: str | Backend | CudaBackend, options: CudaOptions
+    ) -> Placement:
+        """What the bundle is going to run on; nothing is loaded yet."""
+        if ordinal is None:
+            if isinstance(backend, str) and backend != "onnxruntime":
+                known = "choose device='cuda:0'" if backend in CUDA_BACKENDS else "choose 'onnxruntime'"
+                raise InputError(f"backend {backend!r} does not run on the CPU; {known}")
+            return CpuPlacement(
+                self._bundle,
+                policy=self.policy,
+                producers=self._producer_count,
+                threads=threads,
+                backend=None if isinstance(backend, str) else cast(Backend, backend),
+            )
+        # CUDA is imported only where it is asked for.
+        from .cuda_backends import choose_backend
+        from .cuda_placement import CudaPlacement
+
+        return CudaPlacement(
+            self._bundle,
+            policy=self.policy,
+            producers=self._producer_count,
+            ordinal=ordinal,
+            backend=choose_backend(backend, options) if isinstance(backend, str) else cast("CudaBackend", backend),
+            options=options,
+            turn=self.turn,
+        )
 
     def _check_options(self, exit_: str | None, producers: int) -> None:
         """Validate without touching a device or a file."""

@@ -120,7 +120,7 @@ class Session:
         self._scheduler = engine.new_scheduler()
         self._workspace = engine.workspace(self._scheduler.slots)
         self._specs: dict[str, TensorSpec] = {record.spec.name: record.spec for record in engine.manifest.inputs}
-        self._telemetry = Telemetry()
+        self._telemetry = Telemetry(graphs=self._workspace.graphs)
         self._condition = threading.Condition(threading.RLock())
         self._reading = threading.Lock()
         # Everything below is guarded by the condition.
@@ -228,6 +228,8 @@ class Session:
             self._work.clear()
             self._arrivals.clear()
             self._condition.notify_all()
+        # Not under the condition: a producer that is waited for posts its end there.
+        self._workspace.close()
 
     def __enter__(self) -> Session:
         return self

@@ -37,6 +37,17 @@ class TensorSpec:
             size *= extent
         return size
 
+    def check_form(self, array: Any) -> None:
+        """Check dtype and shape of anything that has them.
+
+        Raises:
+            InputError: If one differs.
+        """
+        if array.dtype != np.dtype(self.dtype):
+            raise InputError(f"input {self.name!r} has dtype {array.dtype}, expected {self.dtype}; convert it first")
+        if tuple(array.shape) != self.shape:
+            raise InputError(f"input {self.name!r} has shape {tuple(array.shape)}, expected {self.shape}")
+
     def check(self, array: Array, *, finite: bool = True) -> None:
         """Check that `array` fits this spec.
 
@@ -47,10 +58,7 @@ class TensorSpec:
         Raises:
             InputError: If dtype or shape differ, or a value is not finite where `finite` asks for it.
         """
-        if array.dtype != np.dtype(self.dtype):
-            raise InputError(f"input {self.name!r} has dtype {array.dtype}, expected {self.dtype}; convert it first")
-        if tuple(array.shape) != self.shape:
-            raise InputError(f"input {self.name!r} has shape {tuple(array.shape)}, expected {self.shape}")
+        self.check_form(array)
         # The sum is one pass without a temporary; only when it is not finite is it worth looking closer.
         if finite and array.dtype.kind == "f" and not np.isfinite(array.sum()) and not np.isfinite(array).all():
             raise InputError(f"input {self.name!r} holds NaN or Inf; replace those values before rendering")

@@ -128,6 +128,7 @@ class SessionStatistics:
         age_max: Highest cache age in frames.
         latency_ms: From a frame's arrival to its answer.
         stages_ms: Time by stage, see `STAGES`.
+        graphs: CUDA graphs that are replayed instead of issuing call by call; 0 on the CPU.
     """
 
     frames: int = 0
@@ -144,12 +145,18 @@ class SessionStatistics:
     age_max: int = 0
     latency_ms: LatencySummary = field(default_factory=LatencySummary)
     stages_ms: Mapping[str, LatencySummary] = field(default_factory=dict)
+    graphs: int = 0
 
 
 class Telemetry:
-    """Collects what `SessionStatistics` shows; every method may be called from any thread."""
+    """Collects what `SessionStatistics` shows; every method may be called from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        graphs: CUDA graphs of the session, which are there from the start.
+    """
+
+    def __init__(self, *, graphs: int = 0) -> None:
+        self._graphs = graphs
         self._lock = threading.Lock()
         self._latency = LatencyHistogram()
         self._stages = {stage: LatencyHistogram() for stage in STAGES}
@@ -233,6 +240,7 @@ class Telemetry:
                 age_max=self._age_max,
                 latency_ms=self._latency.summary(),
                 stages_ms={stage: histogram.summary() for stage, histogram in self._stages.items()},
+                graphs=self._graphs,
             )
 
     def _count(self, name: str) -> None:

@@ -146,6 +146,17 @@ class Context:
         return f"sm_{major}{minor}"
 
     @property
+    def handle(self) -> Any:
+        """The driver's handle of the context."""
+        return self._handle
+
+    def can_access(self, other: Context) -> bool:
+        """Whether this GPU can read and write the other's memory directly."""
+        return bool(
+            check(self._cuda.cuDeviceCanAccessPeer(self._device, other._device), f"comparing {self} and {other}")
+        )
+
+    @property
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the GPU's memory."""
         self.make_current()
