@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .bundle import Bundle, write_bundle
+from .cuda_options import CudaOptions
 from .engine import Engine
 from .errors import (
     BackendError,
     BundleError,
     ClosedError,
     DeadlineError,
+    DeviceError,
     ExportError,
     InputError,
     WarpcacheError,
@@ -25,7 +27,9 @@ __all__ = [
     "Bundle",
     "BundleError",
     "ClosedError",
+    "CudaOptions",
     "DeadlineError",
+    "DeviceError",
     "Engine",
     "ExportError",
     "Frame",
