@@ -1,13 +1,17 @@
-"""Which other files an ``.onnx`` file reads, found without the onnx package and without running anything.
+"""Which other files an ``.onnx`` file reads, and where its nodes come from, without onnx and without running anything.
 
 An ONNX tensor may lie in another file (external data), named by a path inside the ``.onnx`` file: content that a hash
 cannot vouch for. So the protocol buffer is walked here, down to every tensor that can hold such a path (initializers,
 attributes, sub-graphs, functions), before an executor sees the file. The wire format is four cases: see
 https://protobuf.dev/programming-guides/encoding/; field numbers are those of onnx.proto.
+
+Nodes that torch exported say which module of the user's model they come from; messages about a node want to say so too.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +33,10 @@ CHILDREN: dict[str, dict[int, str]] = {
 }
 _TENSOR_NAME, _TENSOR_EXTERNAL_DATA = 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_MODEL_GRAPH, _GRAPH_NODE = 7, 1
+_NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_METADATA = 2, 3, 4, 9
+# What torch.onnx writes: the list of module paths from the outermost in, the exported program's own name last.
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 # protobuf itself stops at 100 nested messages, and so do the executors that use it.
 _MAX_DEPTH = 100
 
@@ -50,6 +58,42 @@ class ExternalTensor:
     size_bytes: int | None
 
 
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of a model's main graph, as far as messages name it.
+
+    Attributes:
+        name: The node's name; may be empty.
+        op_type: Its operator.
+        outputs: The values that it makes.
+        path: Where in the user's model it comes from, e.g. ``"enc.0.c1.conv2d"``; empty where the graph does not say.
+    """
+
+    name: str
+    op_type: str
+    outputs: tuple[str, ...]
+    path: str
+
+
+def graph_nodes(file: BinaryIO) -> list[GraphNode]:
+    """The nodes of an ONNX model's main graph, in the file's order.
+
+    Args:
+        file: The model, open for reading; mapped into memory rather than read.
+
+    Raises:
+        BundleError: If the file is no well-formed protocol buffer.
+    """
+    with _mapped(file) as data:
+        return [
+            _node(data, *node)
+            for number, *graph in _fields(data, 0, len(data))
+            if number == _MODEL_GRAPH
+            for number_, *node in _fields(data, *graph)
+            if number_ == _GRAPH_NODE
+        ]
+
+
 def external_tensors(file: BinaryIO) -> list[ExternalTensor]:
     """Every tensor of an ONNX model that refers to another file.
 
@@ -59,11 +103,45 @@ def external_tensors(file: BinaryIO) -> list[ExternalTensor]:
     Raises:
         BundleError: If the file is no well-formed protocol buffer, or a reference holds no usable numbers.
     """
+    with _mapped(file) as data:
+        return list(_walk(data, 0, len(data), "Model", 0))
+
+
+@contextlib.contextmanager
+def _mapped(file: BinaryIO) -> Iterator[memoryview]:
     file.seek(0, 2)
     if file.tell() == 0:
         raise BundleError("it is empty, not an ONNX model")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-        return list(_walk(data, 0, len(data), "Model", 0))
+        yield data
+
+
+def _node(data: memoryview, start: int, end: int) -> GraphNode:
+    name = op_type = path = ""
+    outputs = []
+    for number, first, last in _fields(data, start, end):
+        if number == _NODE_NAME:
+            name = _text(data, first, last)
+        elif number == _NODE_OP_TYPE:
+            op_type = _text(data, first, last)
+        elif number == _NODE_OUTPUT:
+            outputs.append(_text(data, first, last))
+        elif number == _NODE_METADATA:
+            pair = {key: _text(data, a, b) for key, a, b in _fields(data, first, last)}
+            if pair.get(_ENTRY_KEY) == _SCOPES_KEY:
+                path = _path(pair.get(_ENTRY_VALUE, ""))
+    return GraphNode(name, op_type, tuple(outputs), path)
+
+
+def _path(scopes: str) -> str:
+    """The innermost module's path and the name in it; empty for what is no list of names."""
+    try:
+        names = ast.literal_eval(scopes)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return ""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ""
+    return ".".join(filter(None, names[-2:]))
 
 
 def _walk(data: memoryview, start: int, end: int, message: str, depth: int) -> Iterator[ExternalTensor]:

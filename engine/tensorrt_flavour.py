@@ -66,12 +66,13 @@ class Log:
 
     def take(self, level: int, text: str) -> None:
         """Take one line. Called from any thread of the library, and never raises."""
-        # Errors become exceptions where they are collected, so they are forwarded as warnings only.
-        logger.log(min(level, logging.WARNING), "%s: %s", self._title, text)
-        if level >= logging.ERROR:
-            with self._lock:
+        with self._lock:
+            if level >= logging.ERROR:
                 for lines in self._open:
                     lines.append(text)
+                # Whoever collects makes an exception of it.
+                level = logging.DEBUG if self._open else logging.WARNING
+        logger.log(level, "%s: %s", self._title, text)
 
     @contextlib.contextmanager
     def collect(self, limit: int = 8) -> Iterator[deque[str]]:
@@ -107,30 +108,18 @@ class Flavour:
     targets: tuple[str, ...]
 
     @classmethod
-    def load(cls, name: FlavourName) -> Flavour:
+    def load(cls, name: str) -> Flavour:
         """Import a library by the name of its flavour.
 
         Raises:
             BackendError: If the flavour is unknown, or its library is missing, broken, of the other flavour, too old or
                 too new.
         """
-        if name not in get_args(FlavourName):
-            raise BackendError(f"there is no TensorRT flavour {name!r}; take one of {', '.join(get_args(FlavourName))}")
-        try:
-            module = importlib.import_module(_MODULES[name])
-        except ModuleNotFoundError as exc:
-            if exc.name != _MODULES[name]:
-                raise BackendError(
-                    f"{_TITLES[name]} cannot be imported, because it needs {exc.name!r}; install it"
-                ) from exc
-            raise BackendError(_missing(name)) from exc
-        except (ImportError, OSError, RuntimeError) as exc:
-            # The wheels' loaders raise what they like when a shared library does not open.
-            raise BackendError(
-                f"{_TITLES[name]} is installed but cannot be loaded ({_first_line(exc)}); install it again with "
-                f"{_install(name)}"
-            ) from exc
-        return cls.of(module, name)
+        known: tuple[FlavourName, ...] = get_args(FlavourName)
+        flavour = next((one for one in known if one == name), None)
+        if flavour is None:
+            raise BackendError(f"there is no TensorRT flavour {name!r}; take one of {', '.join(known)}")
+        return cls.of(_imported(flavour), flavour)
 
     @classmethod
     def of(cls, module: ModuleType | Any, name: FlavourName) -> Flavour:
@@ -161,8 +150,8 @@ class Flavour:
             )
         if found[0] >= _UNKNOWN_MAJOR[name]:
             raise BackendError(
-                f"{title} {version} is newer than this release knows (before {_UNKNOWN_MAJOR[name]}.0); install an older "
-                f"one with {_install(name)}"
+                f"{title} {version} is newer than this release knows (before {_UNKNOWN_MAJOR[name]}.0); "
+                f"install an older one with {_install(name)}"
             )
         targets = _targets(module)
         return cls(name, module, version, bool(targets), targets)
@@ -238,6 +227,23 @@ class Flavour:
 
     def _known(self) -> str:
         return ", ".join((*self.targets, CURRENT))
+
+
+def _imported(name: FlavourName) -> ModuleType:
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as exc:
+        if exc.name != _MODULES[name]:
+            raise BackendError(
+                f"{_TITLES[name]} cannot be imported, because it needs {exc.name!r}; install it"
+            ) from exc
+        raise BackendError(_missing(name)) from exc
+    except (ImportError, OSError, RuntimeError) as exc:
+        # The wheels' loaders raise what they like when a shared library does not open.
+        raise BackendError(
+            f"{_TITLES[name]} is installed but cannot be loaded ({_first_line(exc)}); install it again with "
+            f"{_install(name)}"
+        ) from exc
 
 
 def _targets(module: Any) -> tuple[str, ...]:

@@ -1,0 +1,334 @@
+"""A module's ``.onnx`` file -> a TensorRT engine in this process, its inputs and outputs checked before it is built.
+
+Some graphs make a library's builder crash, and the process with it: `tensorrt_builder` runs the same in a process of
+its own, and is what to use outside tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..kernels.driver import Context
+from .errors import BackendError, BundleError
+from .onnx_files import GraphNode, graph_nodes
+from .spec import TensorSpec
+from .tensorrt_flavour import DTYPES, Flavour
+from .tensorrt_options import BuildOptions, ShapeProfile
+
+__all__ = ["build_engine"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(
+    path: Path,
+    *,
+    name: str,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    flavour: Flavour,
+    targets: tuple[str, ...],
+    options: BuildOptions,
+    device: int = 0,
+) -> bytes:
+    """Build the engine of one module in this process.
+
+    The same arguments give the same bytes with TensorRT-RTX. Ctrl-C ends the build at its next step.
+
+    Args:
+        path: The ``.onnx`` file; external data is looked for beside it.
+        name: What messages call the module.
+        inputs: What the graph must take.
+        outputs: What the graph must give.
+        flavour: The library.
+        targets: The GPUs that the engine is for, as `Flavour.resolve` takes them.
+        options: What the builder is told beside the graph.
+        device: The number of the GPU that is built on and that ``"current"`` means.
+
+    Raises:
+        BackendError: If the library knows no such target, refuses the graph or fails, or the graph's inputs and outputs
+            are others than announced.
+        DeviceError: If a GPU is needed and there is none.
+    """
+    if not Path(path).is_file():
+        raise BackendError(f"module {name!r}: there is no file {path}; open the bundle again")
+    resolved = flavour.resolve(targets, device=device)
+    started = time.monotonic()
+    with _on_gpu(flavour, device), flavour.log.collect() as said:
+        engine = _Build(Path(path), name, inputs, outputs, flavour, said).run(resolved, options)
+    logger.info(
+        "built module %r with %s %s for %s: %.1f MB in %.2f s",
+        name,
+        flavour.title,
+        flavour.version,
+        ", ".join(resolved),
+        len(engine) / 1e6,
+        time.monotonic() - started,
+    )
+    return engine
+
+
+class _Build:
+    """One build: the graph is read, held against the specs, and built."""
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        flavour: Flavour,
+        said: Iterable[str],
+    ) -> None:
+        self._path = path
+        self._name = name
+        self._inputs = inputs
+        self._outputs = outputs
+        self._flavour = flavour
+        self._trt = flavour.module
+        self._said = said
+        try:
+            self._builder = self._trt.Builder(flavour.trt_logger)
+        # The bindings answer a library that gives no builder with a TypeError.
+        except (TypeError, RuntimeError) as exc:
+            raise BackendError(
+                f"{flavour.title} gives no builder ({self._last() or exc}); `warpcache doctor` says what is here"
+            ) from exc
+        # The flag is what TensorRT 10 needs for the types to come from the graph alone; later ones do it always.
+        flag = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self._network = self._builder.create_network(flag)
+
+    def run(self, targets: tuple[str, ...], options: BuildOptions) -> bytes:
+        # The parser owns weights that the network refers to: it must live until the engine is built.
+        parser = self._parse()
+        self._check_io("input", self._inputs, self._tensors(self._network.num_inputs, self._network.get_input))
+        self._check_io("output", self._outputs, self._tensors(self._network.num_outputs, self._network.get_output))
+        config = self._config(targets, options)
+        self._add_profile(config, options)
+        with _interruptible() as interrupted:
+            config.progress_monitor = _monitor(self._trt, interrupted)
+            blob = self._builder.build_serialized_network(self._network, config)
+        del parser
+        if blob is None:
+            raise BackendError(
+                f"module {self._name!r} ({self._path.name}): {self._flavour.title} cannot build it: "
+                f"{self._last() or 'it does not say why'}; try the backend 'onnxruntime', or compile the bundle "
+                "without the layer that it names"
+            )
+        return bytes(blob)
+
+    def _parse(self) -> Any:
+        parser = self._trt.OnnxParser(self._network, self._flavour.trt_logger)
+        # By path, not by content: only so the weights in the file beside it are found.
+        if parser.parse_from_file(str(self._path)):
+            return parser
+        refused = f"module {self._name!r} ({self._path.name}) is refused by {self._flavour.title}"
+        if parser.num_errors == 0:
+            raise BackendError(f"{refused}: {self._last() or 'it does not say why'}; compile the bundle again")
+        first = parser.get_error(0)
+        reason = " ".join(first.desc().split()).rstrip(".")
+        if parser.num_errors > 1:
+            reason += f" (and {parser.num_errors - 1} more)"
+        operator = first.node_operator()
+        if not operator:
+            raise BackendError(f"{refused}: {reason}; compile the bundle again")
+        node = _find(self._nodes(), first.node(), first.node_name(), operator)
+        place, made = "", ""
+        if node is not None:
+            place = f" at {node.path}" if node.path else ""
+            made = f", which makes {', '.join(repr(output) for output in node.outputs if output)}"
+        raise BackendError(
+            f"{refused} because of node {first.node_name()!r} ({operator}){place}{made}: {reason}; use the backend "
+            "'onnxruntime', or a model without this operator"
+        )
+
+    def _nodes(self) -> list[GraphNode]:
+        """For messages only: where the file cannot be read either, the parser has said so."""
+        try:
+            with self._path.open("rb") as file:
+                return graph_nodes(file)
+        except (OSError, BundleError):
+            return []
+
+    def _tensors(self, count: int, get: Any) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+        found = {}
+        for index in range(count):
+            tensor = get(index)
+            found[tensor.name] = (
+                _dtype_name(tensor.dtype),
+                tuple(int(extent) for extent in tensor.shape),
+                bool(tensor.is_shape_tensor),
+            )
+        return found
+
+    def _check_io(
+        self, kind: str, specs: Sequence[TensorSpec], found: dict[str, tuple[str, tuple[int, ...], bool]]
+    ) -> None:
+        where = f"module {self._name!r} ({self._path.name})"
+        if set(found) != {spec.name for spec in specs}:
+            raise BackendError(
+                f"{where}: the graph's {kind}s are {_names(found)}, but {_names(spec.name for spec in specs)} were "
+                "announced; compile the bundle again"
+            )
+        for spec in specs:
+            dtype, shape, is_shape = found[spec.name]
+            if is_shape:
+                raise BackendError(
+                    f"{where}: {kind} {spec.name!r} holds extents of other tensors and would have to lie on the CPU; "
+                    "export the model with those extents fixed"
+                )
+            if dtype != spec.dtype:
+                raise BackendError(
+                    f"{where}: {kind} {spec.name!r} is {dtype} in the graph, but {spec.dtype} was announced; compile "
+                    "the bundle again"
+                )
+            if len(shape) != len(spec.shape) or any(
+                there not in (-1, wanted) for there, wanted in zip(shape, spec.shape, strict=True)
+            ):
+                raise BackendError(
+                    f"{where}: {kind} {spec.name!r} is {list(shape)} in the graph, but {list(spec.shape)} was "
+                    "announced; compile the bundle again"
+                )
+
+    def _config(self, targets: tuple[str, ...], options: BuildOptions) -> Any:
+        trt = self._trt
+        config = self._builder.create_builder_config()
+        # A library's own further streams would have neither our priority nor our order.
+        config.max_aux_streams = 0
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.workspace_mib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+        if not options.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # TensorRT-RTX takes memory while it runs otherwise, which no stream capture allows.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        if self._flavour.ahead_of_time:
+            config.num_compute_capabilities = len(targets)
+            for index, target in enumerate(targets):
+                capability = getattr(trt.ComputeCapability, target.replace("sm_", "SM"))
+                if not config.set_compute_capability(capability, index):
+                    raise BackendError(
+                        f"module {self._name!r}: {self._flavour.title} does not build for {target} together with "
+                        f"{', '.join(targets)}: {self._last() or 'it does not say why'}; build for fewer GPUs at a time"
+                    )
+        return config
+
+    def _add_profile(self, config: Any, options: BuildOptions) -> None:
+        """Tell which shapes a dynamic graph is built for; a fixed one needs no profile, and may have none."""
+        where = f"module {self._name!r} ({self._path.name})"
+        given = {profile.name: profile for profile in options.profiles}
+        unknown = set(given) - {spec.name for spec in self._inputs}
+        if unknown:
+            raise BackendError(
+                f"{where}: there are shape profiles for {_names(unknown)}, but its inputs are "
+                f"{_names(spec.name for spec in self._inputs)}; name those"
+            )
+        specs = {spec.name: spec for spec in self._inputs}
+        profile, dynamic = self._builder.create_optimization_profile(), False
+        for index in range(self._network.num_inputs):
+            tensor = self._network.get_input(index)
+            shape = tuple(int(extent) for extent in tensor.shape)
+            fixed = specs[tensor.name].shape
+            shapes = given.get(tensor.name, ShapeProfile(tensor.name, fixed, fixed, fixed))
+            if not _holds(shapes, shape, fixed):
+                raise BackendError(
+                    f"{where}: the shape profile of {tensor.name!r}, {list(shapes.min)} to {list(shapes.max)}, does "
+                    f"not fit its shape {list(fixed)}, in the graph {list(shape)}; take in the one, and vary only what "
+                    "the other leaves open"
+                )
+            if -1 in shape:
+                dynamic = True
+                profile.set_shape(tensor.name, shapes.min, shapes.opt, shapes.max)
+        if dynamic and config.add_optimization_profile(profile) < 0:
+            raise BackendError(
+                f"{where}: {self._flavour.title} refuses its shape profile: {self._last() or 'it does not say why'}; "
+                "give other extents"
+            )
+
+    def _last(self) -> str:
+        """What the library said last, on one line."""
+        return "; ".join(" ".join(line.split()) for line in list(self._said)[-2:])
+
+
+def _find(nodes: Sequence[GraphNode], index: int, name: str, operator: str) -> GraphNode | None:
+    named = [node for node in nodes if node.name == name and node.op_type == operator] if name else []
+    if len(named) == 1:
+        return named[0]
+    if 0 <= index < len(nodes) and nodes[index].op_type == operator:
+        return nodes[index]
+    return None
+
+
+def _holds(profile: ShapeProfile, graph: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether the profile takes in the shape wanted, and varies no extent that the graph fixes."""
+    return len(profile.min) == len(graph) and all(
+        low <= extent <= high and (there == -1 or low == high)
+        for low, high, there, extent in zip(profile.min, profile.max, graph, wanted, strict=True)
+    )
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = str(dtype.name)
+    return DTYPES.get(name, name.lower())
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names)) or "none"
+
+
+@contextlib.contextmanager
+def _on_gpu(flavour: Flavour, device: int) -> Iterator[None]:
+    """Make the GPU current that a library measures its kernels on; one that builds ahead of time needs none."""
+    if flavour.ahead_of_time:
+        yield
+        return
+    context = Context(device)
+    try:
+        context.make_current()
+        yield
+    finally:
+        context.close()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Set the event given on Ctrl-C, and interrupt at the end: nothing may be raised through the library's own frames.
+
+    The library calls back into Python thousands of times, and Python delivers signals there.
+    """
+    interrupted = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if interrupted.is_set():
+            previous(signal.SIGINT, None)
+
+
+def _monitor(trt: Any, interrupted: threading.Event) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is known at run time only
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None: ...
+
+        def phase_finish(self, phase: str) -> None: ...
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return not interrupted.is_set()
+
+    return Monitor()
