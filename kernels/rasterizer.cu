@@ -271,7 +271,7 @@ __device__ __forceinline__ void atlas(
 }  // namespace
 
 // Any number of threads. `incidence` [V + 1] and `faces` [3 M]: vertex v is a corner of faces[incidence[v]] up to
-// faces[incidence[v + 1]]. `large` [1 + M]: how many, then which; the count is 0 before, and `resolve` makes it 0 again.
+// faces[incidence[v + 1]]. `large` [1 + M]: how many, then which; the count is 0 before, `resolve` makes it 0 again.
 extern "C" __global__ void rasterizer_prepare(
     const float* vertices, const int* triangles, const int* incidence, const int* faces, int vertex_count,
     int triangle_count, int height, int width, int cull_back, float* kept, float* normals, double* setups, int* boxes,
@@ -322,13 +322,13 @@ extern "C" __global__ void rasterizer_draw(
 }
 
 // A thread per pixel. condition [6, H, W]: u, v, unit normal, mask.
-extern "C" __global__ void rasterizer_resolve_float32(
+extern "C" __global__ void rasterizer_resolve_f32(
     const Key* keys, const double* setups, const int* triangles, const float* uv, const float* normals, int height,
     int width, int* large, float* condition) {
     resolve(keys, setups, triangles, uv, normals, height, width, large, condition);
 }
 
-extern "C" __global__ void rasterizer_resolve_float16(
+extern "C" __global__ void rasterizer_resolve_f16(
     const Key* keys, const double* setups, const int* triangles, const float* uv, const float* normals, int height,
     int width, int* large, __half* condition) {
     resolve(keys, setups, triangles, uv, normals, height, width, large, condition);
@@ -336,13 +336,13 @@ extern "C" __global__ void rasterizer_resolve_float16(
 
 // A thread per pixel of frame t. result [3, H, W]: dx and dy in pixels to where the surface point was in frame s, and
 // whether it was visible there.
-extern "C" __global__ void rasterizer_motion_float32(
+extern "C" __global__ void rasterizer_motion_f32(
     const Key* keys_t, const double* setups_t, const int* triangles, const float* vertices_s, const Key* keys_s,
     int height, int width, float* result) {
     motion(keys_t, setups_t, triangles, vertices_s, keys_s, height, width, result);
 }
 
-extern "C" __global__ void rasterizer_motion_float16(
+extern "C" __global__ void rasterizer_motion_f16(
     const Key* keys_t, const double* setups_t, const int* triangles, const float* vertices_s, const Key* keys_s,
     int height, int width, __half* result) {
     motion(keys_t, setups_t, triangles, vertices_s, keys_s, height, width, result);
@@ -350,13 +350,13 @@ extern "C" __global__ void rasterizer_motion_float16(
 
 // A thread per texel. corners [texels, 3]: vertices of the texel's triangle, -1 where there is none. scale: 2 / width
 // and 2 / height. result [3, texels]: x and y in grid_sample coordinates, and whether the point is visible.
-extern "C" __global__ void rasterizer_atlas_float32(
+extern "C" __global__ void rasterizer_atlas_f32(
     const float* kept, const Key* keys, const int* corners, const float* texel_weights, int texels, int height,
     int width, float scale_x, float scale_y, float* result) {
     atlas(kept, keys, corners, texel_weights, texels, height, width, scale_x, scale_y, result);
 }
 
-extern "C" __global__ void rasterizer_atlas_float16(
+extern "C" __global__ void rasterizer_atlas_f16(
     const float* kept, const Key* keys, const int* corners, const float* texel_weights, int texels, int height,
     int width, float scale_x, float scale_y, __half* result) {
     atlas(kept, keys, corners, texel_weights, texels, height, width, scale_x, scale_y, result);
