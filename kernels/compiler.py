@@ -80,7 +80,8 @@ def compile_cubin(
         major, minor = _nvrtc_version()
         raise BackendError(
             f"NVRTC {major}.{minor} cannot compile for {arch}; it knows "
-            f"{', '.join(f'sm_{known}' for known in supported)}; take one of these, or install an nvidia-cuda-nvrtc as new as the GPU"
+            f"{', '.join(f'sm_{known}' for known in supported)}; take one of these, "
+            "or install an nvidia-cuda-nvrtc as new as the GPU"
         )
     include = _header_directory()
     options = core.ProgramOptions(

@@ -19,7 +19,7 @@ from .compiler import cached_cubin
 from .driver import Context, check, load
 from .errors import BackendError, DeviceError
 
-__all__ = ["Argument", "Kernel", "KernelLibrary", "Launch"]
+__all__ = ["Argument", "Kernel", "KernelLibrary", "Launch", "LaunchSequence"]
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +206,20 @@ class Launch:
             library.require_open()
         library.context.make_current()
         check(self._cuda.cuLaunchKernel(self._function, *self._shape, stream, self._where, 0), self._doing)
+
+
+class LaunchSequence:
+    """Launches that follow each other on one stream, as one."""
+
+    __slots__ = ("_launches",)
+
+    def __init__(self, *launches: Launch) -> None:
+        self._launches = launches
+
+    def launch(self, stream: int) -> None:
+        """Put them on the stream with handle `stream`, in order; see `Launch.launch`."""
+        for item in self._launches:
+            item.launch(stream)
 
 
 def _unload(context: Context, module: Any, source: str) -> None:
