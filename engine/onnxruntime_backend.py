@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import threading
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,14 @@ import numpy as np
 
 from .device import Event, Stream
 from .errors import BackendError, ClosedError, InputError
+from .onnxruntime_session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime
 from .spec import Array, TensorSpec
 
 __all__ = ["OnnxRuntimeModule"]
 
 logger = logging.getLogger(__name__)
 
-_PROVIDERS = ["CPUExecutionProvider"]
-_NUMPY_NAMES = {
-    "tensor(bool)": "bool",
-    "tensor(double)": "float64",
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
+_PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntimeModule:
@@ -68,11 +60,8 @@ class OnnxRuntimeModule:
         # Calls from several sessions' threads take turns: one set of bound buffers, one set of executor threads.
         self._lock = threading.Lock()
         self._session: Any = _load(Path(path), name, threads, spinning)
-        self._check_graph()
-        self._slots = [_Slot(spec, is_output=False) for spec in inputs] + [
-            _Slot(spec, is_output=True) for spec in outputs
-        ]
-        self._binding: Any = self._session.io_binding()
+        check_graph(self._session, name, inputs, outputs)
+        self._buffers = BoundBuffers(self._session, name, inputs, outputs, device="cpu", ordinal=0)
 
     def enqueue(self, bindings: Mapping[str, Array], stream: Stream) -> Event:
         """Run once on `stream` (see `Module.enqueue`).
@@ -86,21 +75,20 @@ class OnnxRuntimeModule:
     def close(self) -> None:
         """Release the graph after the call that is running, if any; safe to call twice."""
         with self._lock:
-            self._session = self._binding = None
-            for slot in self._slots:
-                slot.bound = None
+            self._session = self._buffers.binding = None
+            self._buffers.forget()
 
     def _check_bindings(self, bindings: Mapping[str, Array]) -> list[Array]:
         """The arrays in the order of the slots; this runs once a frame and is kept short."""
         if self._session is None:
             raise ClosedError(f"module {self.name!r} is closed; load it again")
-        if len(bindings) != len(self._slots):
-            raise self._names_error(bindings)
+        if len(bindings) != len(self._buffers.slots):
+            raise self._buffers.names_error(bindings)
         arrays = []
-        for slot in self._slots:
+        for slot in self._buffers.slots:
             array = bindings.get(slot.name)
             if not isinstance(array, np.ndarray):
-                raise self._names_error(bindings) if array is None else self._array_error(slot, array)
+                raise self._buffers.names_error(bindings) if array is None else self._array_error(slot, array)
             flags = array.flags
             # carray: C-contiguous, aligned and writable.
             fits = flags.carray if slot.is_output else flags.c_contiguous and flags.aligned
@@ -114,53 +102,20 @@ class OnnxRuntimeModule:
             if self._session is None:
                 raise ClosedError(f"module {self.name!r} is closed; load it again")
             changed = False
-            # A binding costs some microseconds. The slot holds on to its array, so that one object is one memory.
-            for slot, array in zip(self._slots, arrays, strict=True):
+            # A binding costs some microseconds, so a buffer that is bound already is left alone.
+            for slot, array in zip(self._buffers.slots, arrays, strict=True):
                 if array is not slot.bound:
-                    self._bind(slot, array)
+                    self._buffers.bind(slot, array, array.__array_interface__["data"][0])
                     changed = True
             if changed:
-                self._check_overlap()
+                self._buffers.check_overlap()
             try:
-                self._session.run_with_iobinding(self._binding)
+                self._session.run_with_iobinding(self._buffers.binding)
             # ONNX Runtime's exceptions share no base class but this one.
             except Exception as exc:
-                raise BackendError(f"module {self.name!r} failed in ONNX Runtime: {_first_line(exc)}") from exc
+                raise BackendError(f"module {self.name!r} failed in ONNX Runtime: {first_line(exc)}") from exc
 
-    def _bind(self, slot: _Slot, array: Array) -> None:
-        # Left unbound until all is well: a slot that claims what is not bound would write into somebody's old buffer.
-        slot.bound = None
-        address = array.__array_interface__["data"][0]
-        bind = self._binding.bind_output if slot.is_output else self._binding.bind_input
-        try:
-            bind(slot.name, "cpu", 0, slot.dtype.type, slot.shape, address)
-        except Exception as exc:
-            raise BackendError(
-                f"module {self.name!r}: ONNX Runtime refused the buffer of {slot.name!r}: {_first_line(exc)}"
-            ) from exc
-        slot.address = address
-        slot.bound = array
-
-    def _check_overlap(self) -> None:
-        """An output that shares memory with another buffer would be read or written half-way through the graph."""
-        slots = sorted(self._slots, key=lambda slot: slot.address)
-        for lower, upper in pairwise(slots):
-            if lower.address + lower.size_bytes > upper.address and (lower.is_output or upper.is_output):
-                lower.bound = upper.bound = None
-                raise InputError(
-                    f"module {self.name!r}: {lower.kind} {lower.name!r} and {upper.kind} {upper.name!r} share memory; "
-                    "give every output an array of its own"
-                )
-
-    def _names_error(self, bindings: Mapping[str, Array]) -> InputError:
-        known = [slot.name for slot in self._slots]
-        missing = ", ".join(repr(name) for name in known if bindings.get(name) is None) or "none"
-        unknown = ", ".join(repr(name) for name in bindings if name not in known) or "none"
-        return InputError(
-            f"module {self.name!r} needs one array for every input and output; missing: {missing}; unknown: {unknown}"
-        )
-
-    def _array_error(self, slot: _Slot, array: object) -> InputError:
+    def _array_error(self, slot: Slot, array: object) -> InputError:
         where = f"module {self.name!r}: {slot.kind} {slot.name!r}"
         if not isinstance(array, np.ndarray):
             return InputError(f"{where} is of type {type(array).__name__}, expected a NumPy array")
@@ -172,38 +127,9 @@ class OnnxRuntimeModule:
             return InputError(f"{where} is read-only; give it an array that can be written")
         return InputError(f"{where} is not C-contiguous and aligned; pass a copy of it")
 
-    def _check_graph(self) -> None:
-        for kind, wanted, nodes in (
-            ("inputs", self.inputs, self._session.get_inputs()),
-            ("outputs", self.outputs, self._session.get_outputs()),
-        ):
-            found = {node.name: (_NUMPY_NAMES.get(node.type, node.type), _shape(node)) for node in nodes}
-            named = {spec.name: (spec.dtype, spec.shape) for spec in wanted}
-            if found != named:
-                raise BackendError(
-                    f"module {self.name!r}: the graph's {kind} are {_shown(found)}, "
-                    f"but {_shown(named)} were announced; compile the bundle again"
-                )
-
-
-class _Slot:
-    """One input or output and the caller's array that is bound to it at present."""
-
-    __slots__ = ("address", "bound", "dtype", "is_output", "kind", "name", "shape", "size_bytes")
-
-    def __init__(self, spec: TensorSpec, *, is_output: bool) -> None:
-        self.name = spec.name
-        self.shape = spec.shape
-        self.dtype = np.dtype(spec.dtype)
-        self.size_bytes = spec.size_bytes
-        self.is_output = is_output
-        self.kind = "output" if is_output else "input"
-        self.address = 0
-        self.bound: Array | None = None
-
 
 def _load(path: Path, name: str, threads: int, spinning: bool) -> Any:
-    ort = _onnxruntime()
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -213,46 +139,6 @@ def _load(path: Path, name: str, threads: int, spinning: bool) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    try:
-        session = ort.InferenceSession(str(path), options, providers=_PROVIDERS)
-    except Exception as exc:
-        raise BackendError(f"module {name!r} ({path.name}) was refused by ONNX Runtime: {_first_line(exc)}") from exc
-    granted = session.get_providers()
-    if granted != _PROVIDERS:
-        raise BackendError(f"module {name!r} was asked to run on {_PROVIDERS}, but ONNX Runtime granted {granted}")
+    session = create_session(ort, path, name, options, (_PROVIDER, {}))
     logger.info("loaded module %r from %s with %d thread(s)", name, path.name, threads)
     return session
-
-
-def _onnxruntime() -> Any:
-    """ONNX Runtime, imported on first use: everything else of the engine works without it."""
-    try:
-        ort = importlib.import_module("onnxruntime")
-    except ModuleNotFoundError as exc:
-        if exc.name != "onnxruntime":
-            raise BackendError(f"ONNX Runtime cannot be imported, because it needs {exc.name!r}; install it") from exc
-        raise BackendError(
-            'no ONNX Runtime is installed; install one of "warpcache[cpu]" or "warpcache[gpu]" '
-            "(they exclude each other)"
-        ) from exc
-    except ImportError as exc:
-        raise BackendError(f"ONNX Runtime cannot be imported: {_first_line(exc)}; install it again") from exc
-    if not hasattr(ort, "InferenceSession"):
-        # What is left of the folder that both wheels unpack into, after one of the two was uninstalled.
-        raise BackendError(
-            "the installed ONNX Runtime is incomplete; uninstall both onnxruntime and onnxruntime-gpu, "
-            'then install one of "warpcache[cpu]" or "warpcache[gpu]"'
-        )
-    return ort
-
-
-def _shape(node: Any) -> tuple[int | str | None, ...]:
-    return tuple(node.shape)
-
-
-def _shown(tensors: Mapping[str, tuple[str, tuple[int | str | None, ...]]]) -> str:
-    return ", ".join(f"{name!r} ({dtype}, {list(shape)})" for name, (dtype, shape) in tensors.items()) or "none"
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
