@@ -1,0 +1,57 @@
+"""Conformance from outside: ONNX's node cases through both backends, run once a session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Test folders are no packages; helpers beside the tests are imported by their names.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import onnx_cases
+import ort_runs
+import rtx_builds
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-operators", action="store_true", help="write docs/operators.md anew")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of every node case.
+
+    Attributes:
+        collection: The cases.
+        ort: Case name -> None, or what ONNX Runtime did wrong.
+        rtx: Case name -> what TensorRT-RTX made of it.
+    """
+
+    collection: onnx_cases.Collection
+    ort: Mapping[str, str | None]
+    rtx: Mapping[str, rtx_builds.Build]
+
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Every case, run by ONNX Runtime and built by TensorRT-RTX."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed, so nothing can be built with it")
+    folder = tmp_path_factory.mktemp("cases")
+    collection = onnx_cases.collect()
+    paths = {case.name: folder / f"{case.name}.onnx" for case in collection.tried}
+    for case in collection.tried:
+        paths[case.name].write_bytes(case.model.SerializeToString())
+    files = list(paths.values())
+    with ThreadPoolExecutor(2) as pool:
+        # Two workers; ONNX Runtime takes a second of the time between.
+        halves = [pool.submit(rtx_builds.build_all, files[k::2]) for k in range(2)]
+        ort: dict[str, str | None] = {}
+        for case in collection.tried:
+            ort[case.name] = ort_runs.run(case, paths[case.name], ort)
+        builds = {path: build for half in halves for path, build in half.result().items()}
+    return Outcomes(collection, ort, {name: builds[path] for name, path in paths.items()})
