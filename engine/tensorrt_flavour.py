@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 from ..kernels.driver import Context
 from .errors import BackendError, DeviceError
 
-__all__ = ["CURRENT", "DTYPES", "Flavour", "FlavourName", "Log"]
+__all__ = ["CURRENT", "Flavour", "FlavourName", "Log"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +34,6 @@ FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
 CURRENT = "current"
 """The target that stands for the GPU that is here."""
-
-DTYPES = {
-    "BOOL": "bool",
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "INT32": "int32",
-    "INT64": "int64",
-    "INT8": "int8",
-    "UINT8": "uint8",
-}
-"""TensorRT's names of the data types that NumPy has too; inputs and outputs are of these."""
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -57,22 +46,35 @@ _RTX_ONLY = "ComputeCapability"
 
 
 class Log:
-    """What a TensorRT library says: forwarded to `logging`, its last errors kept for messages."""
+    """What a TensorRT library says: forwarded to `logging`, its last errors kept for messages.
+
+    Attributes:
+        errors: How many error lines there were so far.
+    """
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._lock = threading.Lock()
         self._open: list[deque[str]] = []
+        self._recent: deque[tuple[int, str]] = deque(maxlen=8)
+        self.errors = 0
 
     def take(self, level: int, text: str) -> None:
         """Take one line. Called from any thread of the library, and never raises."""
         with self._lock:
             if level >= logging.ERROR:
+                self.errors += 1
+                self._recent.append((self.errors, text))
                 for lines in self._open:
                     lines.append(text)
                 # Whoever collects makes an exception of it.
                 level = logging.DEBUG if self._open else logging.WARNING
         logger.log(level, "%s: %s", self._title, text)
+
+    def since(self, errors: int) -> list[str]:
+        """The error lines, of the last eight, that were logged since `errors` had this value; costs nothing before."""
+        with self._lock:
+            return [text for number, text in self._recent if number > errors]
 
     @contextlib.contextmanager
     def collect(self, limit: int = 8) -> Iterator[deque[str]]:

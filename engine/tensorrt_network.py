@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..kernels.driver import Context
 from .errors import BackendError, BundleError
 from .onnx_files import GraphNode, graph_nodes
 from .spec import TensorSpec
-from .tensorrt_flavour import DTYPES, Flavour
+from .tensorrt_flavour import Flavour
+from .tensorrt_io import IoTensor, check_io, dtype_name
 from .tensorrt_options import BuildOptions, ShapeProfile
 
 __all__ = ["build_engine"]
@@ -108,8 +109,12 @@ class _Build:
     def run(self, targets: tuple[str, ...], options: BuildOptions) -> bytes:
         # The parser owns weights that the network refers to: it must live until the engine is built.
         parser = self._parse()
-        self._check_io("input", self._inputs, self._tensors(self._network.num_inputs, self._network.get_input))
-        self._check_io("output", self._outputs, self._tensors(self._network.num_outputs, self._network.get_output))
+        network, where = self._network, f"module {self._name!r} ({self._path.name})"
+        for kind, specs, found in (
+            ("input", self._inputs, self._tensors(network.num_inputs, network.get_input)),
+            ("output", self._outputs, self._tensors(network.num_outputs, network.get_output)),
+        ):
+            check_io(where, kind, specs, found, remedy="compile the bundle again")
         config = self._config(targets, options)
         self._add_profile(config, options)
         with _interruptible() as interrupted:
@@ -157,45 +162,13 @@ class _Build:
         except (OSError, BundleError):
             return []
 
-    def _tensors(self, count: int, get: Any) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-        found = {}
-        for index in range(count):
-            tensor = get(index)
-            found[tensor.name] = (
-                _dtype_name(tensor.dtype),
-                tuple(int(extent) for extent in tensor.shape),
-                bool(tensor.is_shape_tensor),
+    def _tensors(self, count: int, get: Callable[[int], Any]) -> dict[str, IoTensor]:
+        return {
+            tensor.name: IoTensor(
+                dtype_name(tensor.dtype), tuple(int(extent) for extent in tensor.shape), bool(tensor.is_shape_tensor)
             )
-        return found
-
-    def _check_io(
-        self, kind: str, specs: Sequence[TensorSpec], found: dict[str, tuple[str, tuple[int, ...], bool]]
-    ) -> None:
-        where = f"module {self._name!r} ({self._path.name})"
-        if set(found) != {spec.name for spec in specs}:
-            raise BackendError(
-                f"{where}: the graph's {kind}s are {_names(found)}, but {_names(spec.name for spec in specs)} were "
-                "announced; compile the bundle again"
-            )
-        for spec in specs:
-            dtype, shape, is_shape = found[spec.name]
-            if is_shape:
-                raise BackendError(
-                    f"{where}: {kind} {spec.name!r} holds extents of other tensors and would have to lie on the CPU; "
-                    "export the model with those extents fixed"
-                )
-            if dtype != spec.dtype:
-                raise BackendError(
-                    f"{where}: {kind} {spec.name!r} is {dtype} in the graph, but {spec.dtype} was announced; compile "
-                    "the bundle again"
-                )
-            if len(shape) != len(spec.shape) or any(
-                there not in (-1, wanted) for there, wanted in zip(shape, spec.shape, strict=True)
-            ):
-                raise BackendError(
-                    f"{where}: {kind} {spec.name!r} is {list(shape)} in the graph, but {list(spec.shape)} was "
-                    "announced; compile the bundle again"
-                )
+            for tensor in map(get, range(count))
+        }
 
     def _config(self, targets: tuple[str, ...], options: BuildOptions) -> Any:
         trt = self._trt
@@ -274,11 +247,6 @@ def _holds(profile: ShapeProfile, graph: tuple[int, ...], wanted: tuple[int, ...
         low <= extent <= high and (there == -1 or low == high)
         for low, high, there, extent in zip(profile.min, profile.max, graph, wanted, strict=True)
     )
-
-
-def _dtype_name(dtype: Any) -> str:
-    name = str(dtype.name)
-    return DTYPES.get(name, name.lower())
 
 
 def _names(names: Iterable[str]) -> str:
