@@ -168,9 +168,9 @@ class OnnxRuntimeCudaModule:
     def _warm_up(self) -> None:
         """Run on scratch memory, which is given back at the end."""
         scratch = {spec.name: self._device.allocate(spec) for spec in (*self.inputs, *self.outputs)}
+        for _ in range(_WARM_UP_RUNS):
+            self.launch(scratch, self._stream)
         try:
-            for _ in range(_WARM_UP_RUNS):
-                self.launch(scratch, self._stream)
             self._stream.synchronize()
         except DeviceError as exc:
             raise DeviceError(f"module {self.name!r} failed in its first run: {exc}") from exc
@@ -214,7 +214,7 @@ def provider_options(device: CudaDevice, stream: CudaStream, *, capturable: bool
         "user_compute_stream": str(stream.handle),
         # Copies are ordered with the kernels; on streams of their own they race (the documentation says so).
         "do_copy_in_default_stream": "1",
-        # Every module has an arena of its own and fixed shapes: growing by powers of two would waste up to half of each.
+        # Every module has an arena of its own and fixed shapes: powers of two would waste up to half of each.
         "arena_extend_strategy": "kSameAsRequested",
         # Chosen by cuDNN's rules, not by timing: a convolution has the same kernel, and so the same rounding, in the
         # producer and in the whole generator, and in every process.
