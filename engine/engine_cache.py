@@ -23,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..kernels.compiler import cache_folder
 from .errors import BackendError, InputError
 from .file_lock import FileLock
 from .graph_digest import graph_digest
@@ -286,8 +287,8 @@ class EngineCache:
 def default_folder(bundle_path: str | Path) -> Path:
     """Where the engines of a bundle are kept.
 
-    ``engines/`` beside the bundle where that folder is there (a deployment), else ``engines/`` in WARPCACHE_CACHE, else
-    ``warpcache/engines`` in the user's cache folder.
+    ``engines/`` beside the bundle where that folder is there (a deployment), else ``engines`` in the cache folder:
+    WARPCACHE_CACHE, or that of the user.
 
     Raises:
         InputError: If the user has no home folder and nothing else is set.
@@ -295,19 +296,8 @@ def default_folder(bundle_path: str | Path) -> Path:
     beside = Path(bundle_path).absolute().parent / "engines"
     if beside.is_dir():
         return beside
-    return _cache_root() / "engines"
-
-
-def _cache_root() -> Path:
-    chosen = os.environ.get("WARPCACHE_CACHE")
-    if chosen:
-        return Path(chosen).absolute()
-    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    if os.path.isabs(base):
-        return Path(base) / "warpcache"
     try:
-        return Path.home() / ".cache" / "warpcache"
+        return cache_folder().absolute() / "engines"
     except RuntimeError as exc:
         raise InputError(
             "there is no home folder to keep engines in; set WARPCACHE_CACHE to a folder that can be written"
