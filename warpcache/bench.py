@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .device_choice import DeviceChoice
 from .engine.policy import Policy
 from .engine.spec import Array
 from .progress import Report, silent
@@ -26,9 +27,22 @@ if TYPE_CHECKING:
     from .inputs import InputStream
     from .report import PolicyResult
 
-__all__ = ["MEASURED_FRAMES", "ExitName", "Measured", "Recording", "bench_bundle", "record", "result_of", "run_bundle"]
+__all__ = [
+    "CPU",
+    "MEASURED_FRAMES",
+    "ExitName",
+    "Measured",
+    "Recording",
+    "bench_bundle",
+    "record",
+    "result_of",
+    "run_bundle",
+]
 
 ExitName = Literal["plain", "warp"]
+
+CPU = DeviceChoice()
+"""Where everything runs unless told otherwise."""
 
 MEASURED_FRAMES = 300
 """Frames that quality is measured on unless told otherwise: beyond it the mean hardly moves and the wait grows."""
@@ -45,11 +59,13 @@ class Measured:
         title: The table's heading.
         caption: How it was measured.
         rows: JSON-ready rows, one a policy.
+        facts: What the record says of the GPUs; empty on the CPU.
     """
 
     title: str
     caption: str
     rows: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +80,8 @@ class Recording:
         routes: The exit that answered.
         seconds: Wall time from the first arrival to the last answer.
         images: The image output of the kept frames, float32 [C, H, W], by frame index.
+        placement: Where it ran and by what, e.g. ``cuda:0/tensorrt-rtx``.
+        graphs: CUDA graphs that were replayed; 0 on the CPU, and where a backend cannot be captured.
     """
 
     policy: str
@@ -73,6 +91,8 @@ class Recording:
     routes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     images: dict[int, Array] = field(default_factory=dict)
+    placement: str = ""
+    graphs: int = 0
 
     @property
     def fps(self) -> float:
@@ -104,6 +124,7 @@ def record(
     exit_name: ExitName | None = None,
     fps: float | None = None,
     threads: int | None = None,
+    on: DeviceChoice = CPU,
     keep: Callable[[int], bool] = lambda index: False,
     on_frame: Callable[[Frame], None] | None = None,
     progress: Report = silent,
@@ -117,6 +138,7 @@ def record(
         exit_name: Answer old caches with this exit only.
         fps: Pace of arrival; None submits the next frame when the last one is answered.
         threads: CPU threads; default: the cores of this process.
+        on: Where it runs and by what; default: the CPU.
         keep: Which frames' images to keep, by index.
         on_frame: Called with every frame between two frames; it must be short.
         progress: Told how far it is.
@@ -131,9 +153,11 @@ def record(
     result = Recording(policy=label)
     image = bundle.manifest.image_output
     progress(label, 0, total)
-    with Engine(bundle, policy=policy, exit=exit_name, threads=threads) as engine:
+    with Engine(bundle, policy=policy, exit=exit_name, threads=threads, **on.for_engine()) as engine:
+        result.placement = engine.placement
+        session = engine.session()
         begin = time.perf_counter()
-        for frame in engine.session().render(arrays, fps=fps):
+        for frame in session.render(arrays, fps=fps):
             result.latency_ms.append(frame.latency_ms)
             result.indices.append(frame.index)
             result.ages.append(frame.age)
@@ -144,6 +168,7 @@ def record(
                 on_frame(frame)
             progress(label, frame.index + 1, total)
         result.seconds = time.perf_counter() - begin
+        result.graphs = session.statistics.graphs
     return result
 
 
@@ -194,6 +219,8 @@ def result_of(
         fps=recording.fps,
         quality_against=quality,
         quality_by_age=by_age,
+        placement=recording.placement,
+        graphs=recording.graphs,
     )
 
 
@@ -241,6 +268,7 @@ def bench_bundle(
     fps: float | None = None,
     measure_every: int | None = None,
     threads: int | None = None,
+    on: DeviceChoice = CPU,
     lpips: Path | None = None,
     progress: Report = silent,
 ) -> Measured:
@@ -254,6 +282,7 @@ def bench_bundle(
         fps: Pace of arrival under `async`; default: the clip's or the bundle's.
         measure_every: Measure quality on every N-th frame; default: so that about `MEASURED_FRAMES` are measured.
         threads: CPU threads; default: the cores of this process.
+        on: Where it runs and by what; default: the CPU.
         lpips: Weights of LPIPS; without them it is left out.
         progress: Told how far it is.
 
@@ -263,6 +292,8 @@ def bench_bundle(
     Raises:
         BundleError: If the bundle is damaged.
         InputError: If the inputs do not fit it.
+        BackendError: If the backend is missing or refuses the bundle.
+        DeviceError: If there is no such GPU.
     """
     from .engine.bundle import Bundle
     from .report import row
@@ -280,6 +311,7 @@ def bench_bundle(
             exit_name=exit_name,
             fps=pace(policy, None, rate),
             threads=threads,
+            on=on,
             keep=lambda index: index % step == 0,
             progress=progress,
         )
@@ -298,6 +330,7 @@ def bench_bundle(
         title=f"{bundle.manifest.name}: {stream.frames} frames of {inputs.name}",
         caption=f"Quality on {which}; {paced}; latency from arrival to answer.",
         rows=rows,
+        facts=on.facts(),
     )
 
 
@@ -310,6 +343,7 @@ def run_bundle(
     exit_name: ExitName | None = None,
     fps: float | None = None,
     threads: int | None = None,
+    on: DeviceChoice = CPU,
     progress: Report = silent,
 ) -> Measured:
     """Stream `inputs` through the bundle at `path` and write the answers to `out`.
@@ -322,6 +356,7 @@ def run_bundle(
         exit_name: Answer old caches with this exit only.
         fps: Pace of arrival and of the video; default: the clip's or the bundle's.
         threads: CPU threads; default: the cores of this process.
+        on: Where it runs and by what; default: the CPU.
         progress: Told how far it is.
 
     Returns:
@@ -343,6 +378,7 @@ def run_bundle(
             exit_name=exit_name,
             fps=rate,
             threads=threads,
+            on=on,
             on_frame=lambda frame: writer.write(frame.outputs),
             progress=progress,
         )
@@ -350,6 +386,7 @@ def run_bundle(
         title=f"{manifest.name}: {len(recording.indices)} of {stream.frames} frames answered",
         caption=f"Frames came {f'{rate:g} a second' if rate else 'as fast as they were answered'}.",
         rows=[row(result_of(recording, {}))],
+        facts=on.facts(),
     )
 
 

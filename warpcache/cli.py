@@ -1,4 +1,4 @@
-"""The command line: demo, compile, split, run, bench, inspect.
+"""The command line: demo, compile, split, build, run, bench, inspect, doctor.
 
 Each command parses its arguments, calls one function of the library and prints what came of it. Whatever a user can
 cause ends as one sentence on stderr: exit code 0 is done, 1 failed, 2 wrong usage. Heavy imports (ONNX Runtime, PyAV,
@@ -8,20 +8,38 @@ matplotlib, torch) happen inside the commands, so that ``--help`` answers at onc
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from . import __version__
-from .engine.errors import ExportError, InputError, WarpcacheError
+from .engine.errors import DeviceError, ExportError, InputError, WarpcacheError
+from .options import (
+    AGE,
+    COUNT,
+    PATH,
+    RATE,
+    checked_policy,
+    cut_option,
+    device_options,
+    exit_option,
+    json_option,
+    lpips_option,
+    one_line,
+    split_names,
+    threads_option,
+    writable,
+)
 
 if TYPE_CHECKING:
     from .bench import ExitName, Measured
+    from .building import Precision
+    from .device_choice import DeviceChoice
     from .engine.bundle import Bundle
+    from .engine.tensorrt_flavour import FlavourName
 
 __all__ = ["cli", "main"]
 
@@ -31,11 +49,14 @@ EPILOG_COMPILE = (
     "--holdout test.npz --budget 0.1 --out generator.warp"
 )
 EPILOG_SPLIT = "Example:  warpcache split generator.onnx --inputs train.npz --out generator.warp"
-EPILOG_RUN = "Example:  warpcache run generator.warp drive.npz --out answer.mp4 --policy every:4"
-EPILOG_BENCH = (
-    "Example:  warpcache bench generator.warp --inputs test.npz --policy full --policy async --json bench.json"
+EPILOG_BUILD = (
+    "Example:  warpcache build generator.warp --backend tensorrt-rtx --precision fp16 --inputs test.npz "
+    "--target sm_86,sm_89,sm_120 --out edge"
 )
+EPILOG_RUN = "Example:  warpcache run generator.warp drive.npz --out answer.mp4 --policy every:4"
+EPILOG_BENCH = "Example:  warpcache bench generator.warp test.npz --policy full --policy async --json bench.json"
 EPILOG_INSPECT = "Example:  warpcache inspect generator.warp"
+EPILOG_DOCTOR = "Example:  warpcache doctor --json"
 
 
 class Failure(click.ClickException):
@@ -59,8 +80,10 @@ class Commands(click.Group):
         """
         try:
             return super().invoke(ctx)
+        except DeviceError as exc:
+            raise Failure(_with_doctor(one_line(str(exc)))) from exc
         except WarpcacheError as exc:
-            raise Failure(_sentence(str(exc))) from exc
+            raise Failure(one_line(str(exc))) from exc
         except KeyboardInterrupt as exc:
             raise Failure("interrupted; nothing was written") from exc
         except MemoryError as exc:
@@ -71,9 +94,9 @@ class Commands(click.Group):
             raise Failure(_os_sentence(exc)) from exc
 
 
-def _sentence(message: str) -> str:
-    """`message` on one line: a library underneath may have put line breaks into it."""
-    return " ".join(message.split())
+def _with_doctor(message: str) -> str:
+    """What went wrong with a GPU or its driver, and who says what is there."""
+    return message if "warpcache doctor" in message else f"{message}; `warpcache doctor` says what is here"
 
 
 def _os_sentence(exc: OSError) -> str:
@@ -83,76 +106,7 @@ def _os_sentence(exc: OSError) -> str:
         return f"the disk is full while writing{where}; free some space and try again"
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission for{where or ' a file'}; choose another place or change its permissions"
-    return _sentence(f"{exc.strerror or exc}{where}")
-
-
-def checked_policy(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """Check policies while the arguments are parsed, so that a wrong one is wrong usage.
-
-    Raises:
-        click.BadParameter: If a name is no policy.
-    """
-    from .engine.policy import Policy
-
-    for text in value if isinstance(value, tuple) else [value]:
-        if text is not None:
-            try:
-                Policy.parse(text)
-            except InputError as exc:
-                raise click.BadParameter(_sentence(str(exc)), ctx, param) from exc
-    return value
-
-
-def writable(*suffixes: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
-    """A check that a path to write has one of the suffixes (none given: any) and is where writing is allowed.
-
-    Found out while the arguments are parsed, and not after twenty minutes of work.
-    """
-
-    def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-        if path is None:
-            return None
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise click.BadParameter(f"{str(path)!r} must end in {' or '.join(suffixes)}", ctx, param)
-        # The finished file takes the place of what is there, which would be the end of a device like /dev/stdout.
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise click.BadParameter(f"{str(path)!r} is no regular file", ctx, param)
-        # Missing folders are made when the file is written.
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
-        if not parent.is_dir():
-            raise click.BadParameter(f"{str(parent)!r} is no folder", ctx, param)
-        if not os.access(parent, os.W_OK):
-            raise click.BadParameter(f"no permission to write into {str(parent)!r}", ctx, param)
-        return path
-
-    return check
-
-
-PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
-AGE = click.IntRange(min=0)
-RATE = click.FloatRange(min=0, min_open=True)
-
-json_option = click.option(
-    "--json", "json_path", type=PATH, callback=writable(), help="Write the figures to this file too."
-)
-lpips_option = click.option(
-    "--lpips",
-    type=PATH,
-    envvar="WARPCACHE_LPIPS",
-    help="Weights of LPIPS (.safetensors); also WARPCACHE_LPIPS. Without them LPIPS is left out.",
-)
-threads_option = click.option("--threads", type=COUNT, help="CPU threads to use; default: the cores of this process.")
-cut_option = click.option(
-    "--cut",
-    default="auto",
-    show_default=True,
-    metavar="auto|NAME[,NAME]",
-    help="Tensors (or PyTorch module paths) to cut at; auto measures the candidates.",
-)
-exit_option = click.option(
-    "--exit", "exit_name", type=click.Choice(["plain", "warp"]), help="Answer old caches with this exit only."
-)
+    return one_line(f"{exc.strerror or exc}{where}")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -173,8 +127,11 @@ def cli() -> None:
 )
 @lpips_option
 @threads_option
+@device_options
 @json_option
-def demo(frames: int, out: Path, lpips: Path | None, threads: int | None, json_path: Path | None) -> None:
+def demo(
+    frames: int, out: Path, lpips: Path | None, threads: int | None, on: DeviceChoice, json_path: Path | None
+) -> None:
     """Stream a synthetic head with the whole generator and cut and cached, side by side.
 
     Needs no torch and no download. Prints a table and writes report.html and frames.mp4.
@@ -183,7 +140,7 @@ def demo(frames: int, out: Path, lpips: Path | None, threads: int | None, json_p
     from .progress import ProgressBar
 
     with ProgressBar() as progress:
-        outcome = run_demo(frames=frames, out=out, lpips=lpips, threads=threads, progress=progress)
+        outcome = run_demo(frames=frames, out=out, lpips=lpips, threads=threads, on=on, progress=progress)
     _show_measured(outcome.measured, "demo", json_path)
     click.echo(f"wrote {outcome.report} and {outcome.video}")
 
@@ -274,6 +231,80 @@ def split(model: Path, inputs: Path, cut: str, out: Path, json_path: Path | None
     _show_compiled(bundle, "split", json_path)
 
 
+@cli.command(epilog=EPILOG_BUILD, short_help="Build a bundle's TensorRT engines, ahead of time.")
+@click.argument("bundle", metavar="B.warp", type=PATH)
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    required=True,
+    help="tensorrt-rtx builds for named GPUs, none needs to be here; tensorrt builds for the GPU that is here.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8"]),
+    help="Convert the bundle to this precision first; default: build it as it is.",
+)
+@click.option(
+    "--target",
+    callback=split_names,
+    metavar="sm_XX[,sm_YY]|current",
+    help="GPUs to build for; default: the one that is here, or without one, with tensorrt-rtx, sm_86,sm_89,sm_120.",
+)
+@click.option(
+    "--inputs", type=PATH, help="Frames to calibrate int8 and fp8 on, and to measure any conversion's parity on."
+)
+@click.option(
+    "--keep", multiple=True, metavar="PATH", help="Repeatable; a PyTorch module path or node to keep in fp32."
+)
+@click.option(
+    "--cache-precision",
+    type=click.Choice(["fp32", "fp16"]),
+    help="Of the cache tensors; default: fp16 where parity allows it.",
+)
+@click.option("--min-psnr", type=RATE, help="Parity in dB that every answer must reach against fp32; default: 45.")
+@click.option(
+    "--out",
+    type=PATH,
+    callback=writable(),
+    help="Write a folder that runs the bundle without anything else of this project; default: the engine cache.",
+)
+@json_option
+def build(
+    bundle: Path,
+    backend: FlavourName,
+    precision: Precision | None,
+    target: tuple[str, ...] | None,
+    inputs: Path | None,
+    keep: tuple[str, ...],
+    cache_precision: Literal["fp32", "fp16"] | None,
+    min_psnr: float | None,
+    out: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Build the TensorRT engines of a bundle, so that nothing is built when it is first run.
+
+    With --precision the bundle is converted first, and written as NAME.PRECISION.warp beside the one it was made from.
+    """
+    from .building import Conversion, build_bundle, print_built
+    from .progress import ProgressBar
+    from .report import write_json
+
+    asked = Conversion(inputs=inputs, keep=keep, cache_precision=cache_precision, min_psnr_db=min_psnr)
+    with _engines_kept(), _export_installed("build --precision needs"), ProgressBar() as progress:
+        built = build_bundle(
+            bundle,
+            backend=backend,
+            precision=precision,
+            targets=target,
+            conversion=asked,
+            out=out,
+            progress=progress,
+        )
+    print_built(built)
+    if json_path is not None:
+        write_json(json_path, "build", built.rows(), more=built.record())
+
+
 @cli.command(epilog=EPILOG_RUN, short_help="Stream inputs through a bundle, write the answer.")
 @click.argument("bundle", metavar="B.warp", type=PATH)
 @click.argument("inputs", metavar="INPUTS.npz|CLIP.mp4", type=PATH)
@@ -291,6 +322,7 @@ def split(model: Path, inputs: Path, cut: str, out: Path, json_path: Path | None
 @exit_option
 @click.option("--fps", type=RATE, help="Pace of arrival and of the video; default: the clip's or the bundle's.")
 @threads_option
+@device_options
 @json_option
 def run(
     bundle: Path,
@@ -301,6 +333,7 @@ def run(
     exit_name: ExitName | None,
     fps: float | None,
     threads: int | None,
+    on: DeviceChoice,
     json_path: Path | None,
 ) -> None:
     """Stream inputs through a bundle and write what it answers.
@@ -324,6 +357,7 @@ def run(
             exit_name=exit_name,
             fps=fps,
             threads=threads,
+            on=on,
             progress=progress,
         )
     _show_measured(measured, "run", json_path)
@@ -332,7 +366,7 @@ def run(
 
 @cli.command(epilog=EPILOG_BENCH, short_help="Measure a bundle under several policies.")
 @click.argument("bundle", metavar="B.warp", type=PATH)
-@click.option("--inputs", type=PATH, required=True, help="Frames to stream: .npz, or .mp4 for one image input.")
+@click.argument("inputs", metavar="INPUTS.npz|CLIP.mp4", type=PATH)
 @click.option(
     "--policy",
     "policies",
@@ -348,6 +382,7 @@ def run(
     "--measure-every", type=COUNT, help="Measure quality on every N-th frame; default: about 300 frames in all."
 )
 @threads_option
+@device_options
 @lpips_option
 @json_option
 def bench(
@@ -359,6 +394,7 @@ def bench(
     fps: float | None,
     measure_every: int | None,
     threads: int | None,
+    on: DeviceChoice,
     lpips: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -381,6 +417,7 @@ def bench(
             fps=fps,
             measure_every=measure_every,
             threads=threads,
+            on=on,
             lpips=lpips,
             progress=progress,
         )
@@ -395,6 +432,21 @@ def inspect(bundle: Path) -> None:
     from .engine.bundle import Bundle
 
     print_bundle(Bundle.open(bundle))
+
+
+@cli.command(epilog=EPILOG_DOCTOR, short_help="Show what is here and what fits together.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def doctor(as_json: bool) -> None:
+    """Show what is here: GPUs, driver, packages; what fits together, and what to do about the rest."""
+    import json
+
+    from .doctor import examine, print_report
+
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        print_report(report)
 
 
 def main() -> None:
@@ -423,16 +475,25 @@ def _checkpoint_named(checkpoint: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _export_installed() -> Iterator[None]:
+def _engines_kept() -> Iterator[None]:
+    """Say of an interrupted build what it left."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        raise Failure(
+            "interrupted; engines that were finished are kept in the cache, nothing else was written"
+        ) from exc
+
+
+@contextmanager
+def _export_installed(needing: str = "compile and split need") -> Iterator[None]:
     """Turn a missing package of the `export` extra into one sentence that says what to install."""
     try:
         yield
     except ModuleNotFoundError as exc:
         if (exc.name or "").split(".")[0] not in {"torch", "onnx", "onnxscript", "onnx_ir"}:
             raise
-        raise ExportError(
-            f'{exc.name} is not installed; compile and split need pip install "warpcache[export]"'
-        ) from exc
+        raise ExportError(f'{exc.name} is not installed; {needing} pip install "warpcache[export]"') from exc
 
 
 def _show_compiled(bundle: Bundle, command: str, json_path: Path | None) -> None:
@@ -452,4 +513,4 @@ def _show_measured(measured: Measured, command: str, json_path: Path | None) -> 
 
     print_table(measured.rows, title=measured.title, caption=measured.caption)
     if json_path is not None:
-        write_json(json_path, command, measured.rows)
+        write_json(json_path, command, measured.rows, facts=measured.facts)

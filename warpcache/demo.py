@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bench import Measured, Recording, load_lpips, pace, record, result_of
+from .bench import CPU, Measured, Recording, load_lpips, pace, record, result_of
+from .device_choice import DeviceChoice
 from .engine.bundle import Bundle
 from .engine.errors import BundleError, InputError
 from .engine.policy import Policy
@@ -124,6 +125,7 @@ def run_demo(
     out: Path = Path("warpcache-demo"),
     lpips: Path | None = None,
     threads: int | None = None,
+    on: DeviceChoice = CPU,
     bundle: Bundle | None = None,
     progress: Report = silent,
 ) -> Demo:
@@ -134,6 +136,7 @@ def run_demo(
         out: Folder to write; made if missing, files of an earlier demo in it are replaced.
         lpips: Weights of LPIPS; without them it is left out.
         threads: CPU threads; default: the cores of this process.
+        on: Where it runs and by what; default: the CPU.
         bundle: Another bundle of the synthetic head; default: the shipped one.
         progress: Told how far it is.
 
@@ -144,7 +147,7 @@ def run_demo(
         BundleError: If the bundle is missing or damaged.
         InputError: If `out` is in the way or cannot be written.
     """
-    from .report import ReportData, row, write_report
+    from .report import ReportData, environment, row, write_report
 
     bundle = bundle or demo_bundle()
     if out.exists() and not out.is_dir():
@@ -157,7 +160,7 @@ def run_demo(
     recordings = []
     for policy in (Policy("full"), Policy("async")):
         images: dict[int, NDArray[np.uint8]] = {}
-        recordings.append(_stream(bundle, inputs, policy, fps, threads, images, progress))
+        recordings.append(_stream(bundle, inputs, policy, fps, threads, on, images, progress))
         shown.append(images)
     references = {WHOLE_LABEL: recordings[0].images, "rendered truth": inputs.truth}
     results = [result_of(recording, references, lpips=network, progress=progress) for recording in recordings]
@@ -167,19 +170,25 @@ def run_demo(
     )
     title = f"Synthetic head, {bundle.manifest.name}"
 
+    facts = on.facts()
+
     # Both files are made in a folder of their own and moved at the end, so that an interrupt leaves an old pair whole.
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.absolute().parent))
     try:
         video, report = scratch / "frames.mp4", scratch / "report.html"
         _write_video(video, shown[0], shown[1], frames, fps, progress)
-        write_report(report, ReportData(title=title, caption=caption, results=results, video=video))
+        surroundings = {**environment(), **facts}
+        write_report(
+            report,
+            ReportData(title=title, caption=caption, results=results, video=video, environment=surroundings),
+        )
         out.mkdir(exist_ok=True)
         for file in (video, report):
             file.replace(out / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    measured = Measured(title=title, caption=caption, rows=[row(result) for result in results])
+    measured = Measured(title=title, caption=caption, rows=[row(result) for result in results], facts=facts)
     return Demo(measured, out / "report.html", out / "frames.mp4")
 
 
@@ -189,6 +198,7 @@ def _stream(
     policy: Policy,
     fps: float,
     threads: int | None,
+    on: DeviceChoice,
     images: dict[int, NDArray[np.uint8]],
     progress: Report,
 ) -> Recording:
@@ -209,6 +219,7 @@ def _stream(
         policy=policy,
         fps=pace(policy, None, fps),
         threads=threads,
+        on=on,
         keep=lambda index: index % MEASURE_EVERY == 0,
         on_frame=keep_picture,
         progress=progress,

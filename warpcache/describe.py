@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .engine.bundle import Bundle
     from .engine.manifest import Manifest
 
-__all__ = ["calibration_rows", "print_bundle"]
+__all__ = ["calibration_rows", "plain_table", "print_bundle", "size_text"]
 
 # "frozen" is no exit: it is what showing the last frame again would have given, the figure every exit has to beat.
 FROZEN = "frozen"
@@ -33,7 +33,7 @@ def print_bundle(bundle: Bundle, *, console: Console | None = None) -> None:
     created = ", ".join(str(manifest.created[key]) for key in ("by", "at") if key in manifest.created)
     fps = f", {manifest.fps:g} frames per second" if manifest.fps is not None else ""
     total = sum(record.size_bytes for record in manifest.files.values())
-    out.print(f"{manifest.name}: {_size(total)}{fps} ({created})", soft_wrap=True, markup=False)
+    out.print(f"{manifest.name}: {size_text(total)}{fps} ({created})", soft_wrap=True, markup=False)
     out.print(_tensors(manifest))
     out.print(_candidates(manifest))
     out.print(_exits(manifest))
@@ -74,7 +74,7 @@ def _by_age(ages: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(ages.items(), key=lambda item: int(item[0]))
 
 
-def _table(title: str, *columns: str, numeric: Iterable[str] = ()) -> Table:
+def plain_table(title: str, *columns: str, numeric: Iterable[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -85,7 +85,7 @@ def _table(title: str, *columns: str, numeric: Iterable[str] = ()) -> Table:
     return table
 
 
-def _size(size_bytes: float) -> str:
+def size_text(size_bytes: float) -> str:
     """A size in bytes, short: 1 MB is 1,000,000 bytes."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= scale:
@@ -98,10 +98,10 @@ def _number(value: Any, form: str) -> str:
 
 
 def _tensors(manifest: Manifest) -> Table:
-    table = _table("Tensors", "kind", "name", "dtype", "shape", "size", numeric=["size"])
+    table = plain_table("Tensors", "kind", "name", "dtype", "shape", "size", numeric=["size"])
 
     def add(kind: str, spec: TensorSpec) -> None:
-        table.add_row(kind, spec.name, spec.dtype, " x ".join(map(str, spec.shape)), _size(spec.size_bytes))
+        table.add_row(kind, spec.name, spec.dtype, " x ".join(map(str, spec.shape)), size_text(spec.size_bytes))
 
     for record in manifest.inputs:
         add("input" if record.role == "generator" else "input (motion)", record.spec)
@@ -117,7 +117,7 @@ def _candidates(manifest: Manifest) -> Table:
     ages = sorted({age for c in manifest.cut.candidates for age in (c.get("reuse_psnr_db") or {})}, key=int)
     reuse = [f"reuse at age {age}, dB" for age in ages]
     columns = ["consumer ms", "producer ms", "cost", "cache", *reuse]
-    table = _table("Cut", "", "tensors", *columns, numeric=columns)
+    table = plain_table("Cut", "", "tensors", *columns, numeric=columns)
     taken = set(manifest.cut.tensors)
     if not any(set(c.get("tensors", ())) == taken for c in manifest.cut.candidates):
         table.add_row("*", ", ".join(manifest.cut.tensors), *["-"] * len(columns))
@@ -131,14 +131,14 @@ def _candidates(manifest: Manifest) -> Table:
             _number(candidate.get("consumer_ms"), ".2f"),
             _number(candidate.get("producer_ms"), ".2f"),
             _number(candidate.get("cost_ratio"), ".1%"),
-            _size(cache_bytes) if isinstance(cache_bytes, int | float) else "-",
+            size_text(cache_bytes) if isinstance(cache_bytes, int | float) else "-",
             *(_number(psnr.get(age), ".2f") for age in ages),
         )
     return table
 
 
 def _exits(manifest: Manifest) -> Table:
-    table = _table("Exits", "exit", "module", "cost of the whole", numeric=["cost of the whole"])
+    table = plain_table("Exits", "exit", "module", "cost of the whole", numeric=["cost of the whole"])
     for record in manifest.exits:
         table.add_row(record.name, record.module, f"{record.cost_ratio:.1%}")
     return table
@@ -153,7 +153,7 @@ def _calibration(manifest: Manifest) -> Table:
     title = (
         f"Quality by age, against {calibration.get('against')}, {calibration.get('frames')} frames: mean (worst 5 %)"
     )
-    table = _table(title, "exit", "age", *names, numeric=["age", *names])
+    table = plain_table(title, "exit", "age", *names, numeric=["age", *names])
     for name, ages in calibration.get("exits", {}).items():
         for age, metrics in _by_age(ages):
             cells = []
@@ -168,7 +168,7 @@ def _calibration(manifest: Manifest) -> Table:
 
 
 def _files(manifest: Manifest) -> Table:
-    table = _table("Files", "file", "size", "sha256", numeric=["size"])
+    table = plain_table("Files", "file", "size", "sha256", numeric=["size"])
     for name, record in sorted(manifest.files.items()):
-        table.add_row(name, _size(record.size_bytes), record.sha256[:16])
+        table.add_row(name, size_text(record.size_bytes), record.sha256[:16])
     return table

@@ -45,7 +45,17 @@ __all__ = [
 SCHEMA = 1
 """Version of the JSON that `write_json` writes."""
 
-_PACKAGES = ("warpcache", "numpy", "onnxruntime", "onnxruntime-gpu", "av", "flip-evaluator")
+_PACKAGES = (
+    "warpcache",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-python",
+    "av",
+    "flip-evaluator",
+)
 # On a pipe there is no terminal to ask for its width; a table broken at 80 columns is hard to read and to search.
 _PIPE_WIDTH = 120
 
@@ -62,6 +72,8 @@ class PolicyResult:
         fps: Frames answered per second.
         quality_against: Reference -> metric -> mean over frames; the first reference is the one that counts.
         quality_by_age: Reference -> age -> metric -> mean over the frames of that age.
+        placement: Where it ran and by what, e.g. ``cuda:0/tensorrt-rtx``; empty where nobody said.
+        graphs: CUDA graphs that were replayed.
     """
 
     policy: str
@@ -71,6 +83,8 @@ class PolicyResult:
     fps: float
     quality_against: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     quality_by_age: Mapping[str, Mapping[int, Mapping[str, float]]] = field(default_factory=dict)
+    placement: str = ""
+    graphs: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,9 +141,10 @@ def row(result: PolicyResult) -> dict[str, Any]:
     """The JSON record of one policy.
 
     Returns:
-        ``{"policy", "frames", "latency_ms": {"p50", "p95", "p99", "max"}, "fps", "age": {"mean", "max"}, "routes":
-        {exit: frames}, "quality": {"against", metric: mean, ...} or None, "quality_against": [the same for every
-        reference]}``. Percentiles interpolate linearly between frames.
+        ``{"policy", "device", "backend", "graphs", "frames", "latency_ms": {"p50", "p95", "p99", "max"}, "fps", "age":
+        {"mean", "max"}, "routes": {exit: frames}, "quality": {"against", metric: mean, ...} or None,
+        "quality_against": [the same for every reference]}``; device and backend are None where nobody said.
+        Percentiles interpolate linearly between frames.
 
     Raises:
         InputError: If no frame was answered, or the lists differ in length.
@@ -146,8 +161,12 @@ def row(result: PolicyResult) -> dict[str, Any]:
     p50, p95, p99 = (float(value) for value in np.percentile(latency, (50, 95, 99)))
     ages = np.asarray(result.ages, np.float64)
     quality = [{"against": name, **metrics} for name, metrics in result.quality_against.items()]
+    device, _, backend = result.placement.partition("/")
     return {
         "policy": result.policy,
+        "device": device or None,
+        "backend": backend or None,
+        "graphs": result.graphs,
         "frames": frames,
         "latency_ms": {"p50": p50, "p95": p95, "p99": p99, "max": float(latency.max())},
         "fps": float(result.fps),
@@ -182,7 +201,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_json(path: str | os.PathLike[str], command: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_json(
+    path: str | os.PathLike[str],
+    command: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    facts: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
     """Write ``{"schema": 1, "command", "environment", "rows"}``, whole or not at all.
 
     NaN and infinity, which JSON does not know, are written as null.
@@ -191,11 +217,14 @@ def write_json(path: str | os.PathLike[str], command: str, rows: Sequence[Mappin
         path: The file.
         command: The command that measured, as it was given.
         rows: JSON-ready records, e.g. from `row`.
+        facts: What the environment says besides, e.g. of the GPUs (`DeviceChoice.facts`).
+        more: Further keys of the document.
 
     Raises:
         InputError: If the file cannot be written.
     """
-    document = {"schema": SCHEMA, "command": command, "environment": environment(), "rows": list(rows)}
+    surroundings = {**environment(), **(facts or {})}
+    document = {"schema": SCHEMA, "command": command, "environment": surroundings, "rows": list(rows), **(more or {})}
     text = json.dumps(_json_ready(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with written_beside(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -215,6 +244,11 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     found.append(Figure("throughput", "frames answered", tuple(str(r["frames"]) for r in rows)))
     found.append(Figure("age of the cache in frames", "mean", tuple(f"{r['age']['mean']:.2f}" for r in rows)))
     found.append(Figure("age of the cache in frames", "max", tuple(str(r["age"]["max"]) for r in rows)))
+    if any(r.get("device") for r in rows):
+        found.append(Figure("where it ran", "device", tuple(r.get("device") or "–" for r in rows)))
+        found.append(Figure("where it ran", "backend", tuple(r.get("backend") or "–" for r in rows)))
+    if any(r.get("device") not in (None, "cpu") for r in rows):
+        found.append(Figure("where it ran", "CUDA graphs", tuple(str(r.get("graphs", "–")) for r in rows)))
     references = dict.fromkeys(quality["against"] for r in rows for quality in r.get("quality_against", ()))
     for reference in references:
         found.extend(_quality_figures(rows, reference))
@@ -402,7 +436,11 @@ def _embedded(video: Path | None) -> str | None:
 def _environment_lines(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if key == "gpus":
+            lines.extend((name, f"{gpu['name']} ({gpu['architecture']})") for name, gpu in value.items())
+        elif key in ("driver", "cuda"):
+            lines.append(({"driver": "NVIDIA driver", "cuda": "CUDA"}[key], str(value or "unknown")))
+        elif isinstance(value, Mapping):
             lines.extend((str(name), str(version)) for name, version in value.items())
         elif key == "usable_cores":
             continue

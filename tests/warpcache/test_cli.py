@@ -21,7 +21,7 @@ from warpcache import __version__
 from warpcache.cli import cli
 from warpcache.engine.errors import WarpcacheError
 
-COMMANDS = ("demo", "compile", "split", "run", "bench", "inspect")
+COMMANDS = ("demo", "compile", "split", "build", "run", "bench", "inspect", "doctor")
 FRAMES = 7
 
 
@@ -145,7 +145,7 @@ def test_bench_measures_every_policy(tiny_bundle: Path, tmp_path: Path, frames: 
     inputs, out = tmp_path / "inputs.npz", tmp_path / "bench.json"
     np.savez(inputs, x=frames, truth=np.clip(image, -1, 1))
     policies = ["--policy", "every:2", "--policy", "full", "--age", "1"]
-    result = call("bench", tiny_bundle, "--inputs", inputs, *policies, "--json", out)
+    result = call("bench", tiny_bundle, inputs, *policies, "--json", out)
     assert result.exit_code == 0, result.output
     document = json.loads(out.read_text())
     assert document["schema"] == 1
@@ -172,7 +172,7 @@ def test_bench_measures_every_policy(tiny_bundle: Path, tmp_path: Path, frames: 
 
 def test_bench_takes_the_whole_generator_as_reference_unasked(tiny_bundle: Path, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    result = call("bench", tiny_bundle, "--inputs", inputs, "--policy", "async", "--fps", "200", "--json", out)
+    result = call("bench", tiny_bundle, inputs, "--policy", "async", "--fps", "200", "--json", out)
     assert result.exit_code == 0, result.output
     (row,) = json.loads(out.read_text())["rows"]
     assert row["policy"] == "async"
@@ -299,7 +299,7 @@ def test_a_place_that_cannot_be_written_is_wrong_usage(tiny_bundle: Path, inputs
 def test_a_device_is_not_replaced_by_a_file(tiny_bundle: Path, inputs: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    result = call("bench", tiny_bundle, "--inputs", inputs, "--policy", "full", "--json", pipe)
+    result = call("bench", tiny_bundle, inputs, "--policy", "full", "--json", pipe)
     assert result.exit_code == 2
     assert "is no regular file" in result.stderr
     assert pipe.is_fifo()

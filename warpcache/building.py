@@ -1,0 +1,408 @@
+"""Build a bundle's engines from files: the command line's way into precision, engine building and the edge folder.
+
+Nothing is at its final place before all is done: a conversion waits in a folder beside until the engines are built, and
+the folder of a deployment is renamed as a whole. Engines go into the engine cache one by one, each of them whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .deploying import ENGINES, Deployment, add_bundle, add_runtime, bundle_name, check_place, written_folder
+from .engine.errors import BackendError, DeviceError, InputError
+from .progress import Report, silent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .engine.building import BuiltEngine
+    from .engine.bundle import Bundle
+    from .engine.tensorrt_flavour import Flavour, FlavourName
+
+__all__ = [
+    "CONSUMER_GPUS",
+    "PRECISIONS",
+    "Built",
+    "Conversion",
+    "Precision",
+    "build_bundle",
+    "choose_targets",
+    "converted_path",
+    "print_built",
+]
+
+LowPrecision = Literal["fp16", "bf16", "int8", "fp8"]
+Precision = Literal["fp32"] | LowPrecision
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
+CALIBRATED = ("int8", "fp8")
+"""Precisions whose scales are measured on frames."""
+
+CONSUMER_GPUS = ("sm_86", "sm_89", "sm_120")
+"""GeForce RTX 30, 40 and 50: what is built for where no GPU is here and none was named."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is asked of a conversion to another precision, beside the precision.
+
+    Attributes:
+        inputs: Frames to calibrate and to measure parity on; None measures nothing.
+        keep: Paths of PyTorch modules, or names of nodes, that stay in fp32.
+        cache_precision: Of the cache tensors; None is fp16, or fp32 where an exit would miss `min_psnr_db` by it.
+        min_psnr_db: What every answer of every exit has to reach against fp32; None is the conversion's default.
+    """
+
+    inputs: Path | None = None
+    keep: tuple[str, ...] = ()
+    cache_precision: Literal["fp32", "fp16"] | None = None
+    min_psnr_db: float | None = None
+
+    @property
+    def asked(self) -> list[str]:
+        """The command line's options that were given."""
+        given = {
+            "--inputs": self.inputs is not None,
+            "--keep": bool(self.keep),
+            "--cache-precision": self.cache_precision is not None,
+            "--min-psnr": self.min_psnr_db is not None,
+        }
+        return [name for name, is_given in given.items() if is_given]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was built.
+
+    Attributes:
+        bundle: The bundle that the engines are of; the deployed one, where there is a deployment.
+        precision: What its graphs are written in.
+        converted: Whether it was made now, from one of fp32.
+        flavour: TensorRT's name and version.
+        targets: The GPUs that were built for.
+        why: Why those, where they were not asked for; else empty.
+        engines: One a module.
+        folder: Where the engines are.
+        deployment: The folder that was written, if one was asked for.
+        seconds: How long all of it took.
+    """
+
+    bundle: Bundle
+    precision: str
+    converted: bool
+    flavour: Flavour
+    targets: tuple[str, ...]
+    why: str
+    engines: tuple[BuiltEngine, ...]
+    folder: Path
+    deployment: Deployment | None
+    seconds: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON-ready row an engine."""
+        return [
+            {
+                "module": engine.module,
+                "precision": self.precision,
+                "size_bytes": engine.size_bytes,
+                "targets": list(engine.targets),
+                "built": not engine.reused,
+                "seconds": engine.seconds,
+                "file": engine.path.name if engine.path is not None else None,
+            }
+            for engine in self.engines
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """What the JSON says besides the rows."""
+        deployment = self.deployment
+        return {
+            "bundle": str(self.bundle.path),
+            "backend": self.flavour.name,
+            "version": self.flavour.version,
+            "targets": list(self.targets),
+            "converted": self.converted,
+            "precision": self.bundle.manifest.created.get("precision"),
+            "engines": str(self.folder),
+            "total_seconds": self.seconds,
+            "deployment": None
+            if deployment is None
+            else {
+                "path": str(deployment.path),
+                "size_bytes": deployment.size_bytes,
+                "parts": deployment.parts,
+                "dependencies": [dataclasses.asdict(dependency) for dependency in deployment.dependencies],
+            },
+        }
+
+
+def build_bundle(
+    path: Path,
+    *,
+    backend: FlavourName,
+    precision: Precision | None = None,
+    targets: Sequence[str] | None = None,
+    conversion: Conversion | None = None,
+    out: Path | None = None,
+    progress: Report = silent,
+) -> Built:
+    """Build the engines of the bundle at `path`, converted to another precision first where one is asked for.
+
+    Args:
+        path: The bundle.
+        backend: Which TensorRT.
+        precision: What its graphs are to compute in; None takes the bundle as it is.
+        targets: GPUs to build for, e.g. ``("sm_86", "sm_89")`` or ``("current",)``; None leaves it to `choose_targets`.
+        conversion: What is asked of the conversion.
+        out: A folder to write that needs nothing else of this project; None keeps the engines in the engine cache, and
+            writes a converted bundle beside the one it was made from.
+        progress: Told how far it is.
+
+    Raises:
+        BackendError: If the TensorRT is missing or of the other flavour, or refuses a graph or a target.
+        BundleError: If the bundle is damaged.
+        DeviceError: If a GPU is needed and there is none.
+        ExportError: If the conversion fails.
+        InputError: If what was asked for does not fit together, or something is in the way.
+        ModuleNotFoundError: If a conversion needs the ``export`` extra and it is not installed.
+    """
+    from .engine.building import precision_of
+    from .engine.bundle import Bundle
+    from .engine.engine_cache import default_folder
+    from .engine.tensorrt_flavour import Flavour
+
+    started = time.perf_counter()
+    conversion = conversion or Conversion()
+    if out is not None:
+        check_place(out, path)
+    flavour = Flavour.load(backend)
+    chosen, why = choose_targets(flavour, targets)
+    bundle = Bundle.open(path)
+    wanted = _wanted_precision(bundle, precision_of(bundle), precision, conversion)
+    deployment = None
+    if out is not None:
+        with written_folder(out) as folder:
+            name = bundle_name(bundle.path)
+            inside = (
+                _convert(bundle, folder / name, wanted, conversion, progress) if wanted else add_bundle(folder, bundle)
+            )
+            engines = _engines(inside, flavour, chosen, folder / ENGINES, progress)
+            lost = [engine.module for engine in engines if engine.path is None]
+            if lost:
+                raise InputError(f"the engine of {lost[0]!r} cannot be written into {str(out)!r}; free some space")
+            deployment = add_runtime(folder, out, inside, flavour=flavour, targets=chosen)
+        bundle, home = dataclasses.replace(inside, path=out / name), out / ENGINES
+    elif wanted:
+        beside = converted_path(bundle.path, wanted)
+        if beside.exists() or beside.is_symlink():
+            raise InputError(
+                f"{str(beside)!r} already exists; build that one (without --precision), or remove it to convert anew"
+            )
+        home = default_folder(beside)
+        with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", suffix=".partial", dir=beside.parent) as staging:
+            inside = _convert(bundle, Path(staging) / beside.name, wanted, conversion, progress)
+            engines = _engines(inside, flavour, chosen, home, progress)
+            inside.path.rename(beside)
+        bundle = dataclasses.replace(inside, path=beside)
+    else:
+        home = default_folder(bundle.path)
+        engines = _engines(bundle, flavour, chosen, home, progress)
+    return Built(
+        bundle=bundle,
+        precision=precision_of(bundle),
+        converted=wanted is not None,
+        flavour=flavour,
+        targets=chosen,
+        why=why,
+        engines=tuple(
+            dataclasses.replace(engine, path=home / engine.path.name) if engine.path is not None else engine
+            for engine in engines
+        ),
+        folder=home,
+        deployment=deployment,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def choose_targets(flavour: Flavour, asked: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
+    """The GPUs to build for, and why those where nothing was asked for.
+
+    Nothing asked for means the GPU that is here; where there is none that a library can build for, and it builds ahead
+    of time, `CONSUMER_GPUS`.
+
+    Raises:
+        BackendError: If the library does not know a target; the message lists those it knows.
+        DeviceError: If a GPU is needed and there is none.
+    """
+    from .engine.tensorrt_flavour import CURRENT
+
+    if asked is not None:
+        return flavour.resolve(tuple(asked)), ""
+    try:
+        return flavour.resolve((CURRENT,)), "the GPU that is here"
+    except DeviceError:
+        if not flavour.ahead_of_time:
+            raise
+        why = "no GPU is here"
+    except BackendError:
+        if not flavour.ahead_of_time:
+            raise
+        why = f"{flavour.title} does not build for the GPU that is here"
+    return flavour.resolve(CONSUMER_GPUS), f"{why}, so for GeForce RTX 30, 40 and 50; choose others with --target"
+
+
+def converted_path(path: Path, precision: str) -> Path:
+    """Where a converted bundle is written: ``head.warp`` -> ``head.fp16.warp``, beside it."""
+    name = bundle_name(path)
+    return path.absolute().parent / f"{name.removesuffix('.warp')}.{precision}.warp"
+
+
+def _wanted_precision(
+    bundle: Bundle, there: str, asked: Precision | None, conversion: Conversion
+) -> LowPrecision | None:
+    """What to convert to; None where the bundle stays as it is."""
+    if asked is None or asked == there:
+        if conversion.asked:
+            because = f"is {there} already" if asked is not None else "stays as it is without --precision"
+            raise InputError(
+                f"{', '.join(conversion.asked)} belongs to a conversion, but the bundle {str(bundle.path)!r} "
+                f"{because}; leave it out"
+            )
+        return None
+    if there != "fp32" or asked == "fp32":
+        raise InputError(
+            f"the bundle {str(bundle.path)!r} is {there} already and cannot become {asked}; convert the fp32 bundle "
+            "that it was made from, or build it as it is without --precision"
+        )
+    if asked in CALIBRATED and conversion.inputs is None:
+        raise InputError(f"{asked} is calibrated on frames of yours; name them with --inputs FRAMES.npz")
+    return asked
+
+
+def _engines(
+    bundle: Bundle, flavour: Flavour, targets: tuple[str, ...], folder: Path, progress: Report
+) -> list[BuiltEngine]:
+    from .engine.building import build_engines
+    from .engine.engine_cache import EngineCache
+
+    return build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(folder), progress=progress)
+
+
+def _convert(bundle: Bundle, out: Path, precision: LowPrecision, conversion: Conversion, progress: Report) -> Bundle:
+    from .export.precision import PrecisionOptions, convert_bundle
+    from .inputs import load_inputs
+
+    given: dict[str, Any] = {"min_psnr_db": conversion.min_psnr_db, "cache_precision": conversion.cache_precision}
+    options = PrecisionOptions(
+        precision=precision, keep=conversion.keep, **{name: value for name, value in given.items() if value is not None}
+    )
+    frames = None
+    if conversion.inputs is not None:
+        frames = load_inputs(conversion.inputs, bundle.manifest.inputs).arrays
+    return convert_bundle(bundle, out, options=options, frames=frames, progress=progress)
+
+
+def print_built(built: Built, *, console: Console | None = None) -> None:
+    """Print what was built, where it is, and what to do next."""
+    import sys
+
+    from rich.console import Console
+
+    from .describe import PIPE_WIDTH, plain_table, size_text
+
+    out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+    def say(text: str) -> None:
+        out.print(text, soft_wrap=True, markup=False)
+
+    because = f" ({built.why})" if built.why else ""
+    library = f"{built.flavour.title} {built.flavour.version}"
+    say(f"{built.bundle.manifest.name}: {library}, for {', '.join(built.targets)}{because}")
+    table = plain_table(
+        f"Engines, {built.seconds:.1f} s in all",
+        "module",
+        "precision",
+        "size",
+        "targets",
+        "",
+        "seconds",
+        numeric=["size", "seconds"],
+    )
+    for engine in built.engines:
+        table.add_row(
+            engine.module,
+            built.precision,
+            size_text(engine.size_bytes),
+            ", ".join(engine.targets),
+            "found" if engine.reused else "built",
+            "–" if engine.reused else f"{engine.seconds:.1f}",
+        )
+    out.print(table)
+    if built.converted:
+        _print_conversion(built, out)
+    if built.deployment is None:
+        if built.converted:
+            say(f"wrote {built.bundle.path}")
+        say(f"engines in {built.folder}")
+        say(
+            f"next:  warpcache run {_shown(built.bundle.path)} INPUTS.npz --out ANSWER.mp4 --device cuda:0 "
+            f"--backend {built.flavour.name}"
+        )
+        return
+    deployment = built.deployment
+    parts = plain_table(
+        f"{deployment.path}: {size_text(deployment.size_bytes)}", "in the folder", "size", numeric=["size"]
+    )
+    for name, size_bytes in deployment.parts.items():
+        parts.add_row(name, size_text(size_bytes))
+    out.print(parts)
+    needs = plain_table(
+        "What it needs beside Python and the driver", "pip", "size installed", numeric=["size installed"]
+    )
+    for dependency in deployment.dependencies:
+        size = "not installed here" if dependency.size_bytes is None else size_text(dependency.size_bytes)
+        needs.add_row(dependency.requirement, size)
+    out.print(needs)
+    say(f"wrote {deployment.path}")
+    say(f"next:  python {_shown(deployment.path / 'run.py')} FRAMES.npz ANSWERS.npz  (on a machine with such a GPU)")
+
+
+def _print_conversion(built: Built, out: Console) -> None:
+    """Print how near the converted bundle is to the one of fp32, and what was kept."""
+    from .describe import plain_table
+
+    record = built.bundle.manifest.created["precision"]
+    if record["parity"] is None:
+        out.print("Parity with fp32 was not measured: no --inputs was given.")
+    else:
+        columns = ["frames", "PSNR dB, mean", "worst", "FLIP", "largest error", "NaN or Inf"]
+        table = plain_table(f"Parity with fp32 ({record['measured']})", "exit", *columns, numeric=columns)
+        for name, parity in record["parity"].items():
+            psnr = parity["psnr_db"]
+            table.add_row(
+                name,
+                str(parity["frames"]),
+                f"{psnr['mean']:.2f}",
+                f"{psnr['worst']:.2f}",
+                "–" if parity["flip"] is None else f"{parity['flip']:.5f}",
+                f"{parity['max_error']:.2g}",
+                str(parity["nan"]),
+            )
+        out.print(table)
+    lines = [f"the cache is in {record['cache']}"]
+    for what, by_module in (("kept in fp32", record["kept"]), ("left in fp16", record.get("unquantised", {}))):
+        names = list(dict.fromkeys(name for layers in by_module.values() for name in layers))
+        if names:
+            lines.append(f"{what}: {', '.join(names)}")
+    out.print("; ".join(lines), soft_wrap=True, markup=False)
+
+
+def _shown(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))

@@ -1,0 +1,55 @@
+"""Where a command runs a bundle and by what, as the user chose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["DeviceChoice"]
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """A device, what executes there, and how; the engine checks it.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:N``.
+        backend: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
+        graphs: Whether CUDA graphs are replayed; None leaves it to the engine.
+        producer_devices: GPUs that producers run on; empty for the consumer's.
+    """
+
+    device: str = "cpu"
+    backend: str = "onnxruntime"
+    graphs: Literal["auto", "on", "off"] | None = None
+    producer_devices: tuple[str, ...] = ()
+
+    def for_engine(self) -> dict[str, Any]:
+        """The keywords of `Engine` that say the same.
+
+        Raises:
+            InputError: If an option is wrong.
+        """
+        from .engine.cuda_options import CudaOptions, parse_device
+
+        cuda = None
+        # What was asked for a GPU is handed on for the CPU too, so that the engine refuses it.
+        if parse_device(self.device) is not None or self.graphs is not None or self.producer_devices:
+            cuda = CudaOptions(graphs=self.graphs or "auto", producer_devices=self.producer_devices)
+        return {"device": self.device, "backend": self.backend, "cuda": cuda}
+
+    def facts(self) -> dict[str, Any]:
+        """What a record of measurements says of the GPUs and their driver; empty on the CPU.
+
+        Raises:
+            DeviceError: If a GPU or the driver is missing.
+        """
+        from .engine.cuda_options import parse_device
+
+        ordinals = [parse_device(name) for name in (self.device, *self.producer_devices)]
+        found = [ordinal for ordinal in ordinals if ordinal is not None]
+        if not found:
+            return {}
+        from .engine.gpu_facts import gpu_facts
+
+        return gpu_facts(found)

@@ -1,0 +1,185 @@
+"""The options that several commands share, and the checks of what is given for them.
+
+Checks run while the arguments are parsed: what is wrong is wrong usage, and found out before any work is done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .engine.errors import InputError
+
+__all__ = [
+    "AGE",
+    "COUNT",
+    "PATH",
+    "RATE",
+    "checked_device",
+    "checked_policy",
+    "cut_option",
+    "device_options",
+    "exit_option",
+    "json_option",
+    "lpips_option",
+    "one_line",
+    "split_names",
+    "threads_option",
+    "writable",
+]
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+AGE = click.IntRange(min=0)
+RATE = click.FloatRange(min=0, min_open=True)
+
+
+def one_line(message: str) -> str:
+    """`message` on one line: a library underneath may have put line breaks into it."""
+    return " ".join(message.split())
+
+
+def checked_policy(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Check policies.
+
+    Raises:
+        click.BadParameter: If a name is no policy.
+    """
+    from .engine.policy import Policy
+
+    return _checked(Policy.parse, ctx, param, value)
+
+
+def checked_device(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Check names of devices; whether they are there is found out when they are used.
+
+    Raises:
+        click.BadParameter: If a name is no device's.
+    """
+    from .engine.cuda_options import parse_device
+
+    return _checked(parse_device, ctx, param, value)
+
+
+def split_names(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Names joined by commas, apart.
+
+    Raises:
+        click.BadParameter: If one of them is empty.
+    """
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise click.BadParameter(f"{text!r} has an empty name between its commas", ctx, param)
+    return names
+
+
+def _checked(parse: Callable[[str], object], ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    for text in value if isinstance(value, tuple) else [value]:
+        if text is not None:
+            try:
+                parse(text)
+            except InputError as exc:
+                raise click.BadParameter(one_line(str(exc)), ctx, param) from exc
+    return value
+
+
+def writable(*suffixes: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """A check that a path to write has one of the suffixes (none given: any) and is where writing is allowed.
+
+    Found out while the arguments are parsed, and not after twenty minutes of work.
+    """
+
+    def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise click.BadParameter(f"{str(path)!r} must end in {' or '.join(suffixes)}", ctx, param)
+        # The finished file takes the place of what is there, which would be the end of a device like /dev/stdout.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise click.BadParameter(f"{str(path)!r} is no regular file", ctx, param)
+        # Missing folders are made when the file is written.
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir():
+            raise click.BadParameter(f"{str(parent)!r} is no folder", ctx, param)
+        if not os.access(parent, os.W_OK):
+            raise click.BadParameter(f"no permission to write into {str(parent)!r}", ctx, param)
+        return path
+
+    return check
+
+
+json_option = click.option(
+    "--json", "json_path", type=PATH, callback=writable(), help="Write the figures to this file too."
+)
+lpips_option = click.option(
+    "--lpips",
+    type=PATH,
+    envvar="WARPCACHE_LPIPS",
+    help="Weights of LPIPS (.safetensors); also WARPCACHE_LPIPS. Without them LPIPS is left out.",
+)
+threads_option = click.option("--threads", type=COUNT, help="CPU threads to use; default: the cores of this process.")
+cut_option = click.option(
+    "--cut",
+    default="auto",
+    show_default=True,
+    metavar="auto|NAME[,NAME]",
+    help="Tensors (or PyTorch module paths) to cut at; auto measures the candidates.",
+)
+exit_option = click.option(
+    "--exit", "exit_name", type=click.Choice(["plain", "warp"]), help="Answer old caches with this exit only."
+)
+
+
+def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the parameter `on`, a `DeviceChoice`, from the options that say where a bundle runs."""
+    import functools
+
+    @click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="cpu|cuda:N",
+        callback=checked_device,
+        help="Where to run.",
+    )
+    @click.option(
+        "--backend",
+        type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+        default="onnxruntime",
+        show_default=True,
+        help="What executes the graphs; the TensorRTs on a GPU only.",
+    )
+    @click.option(
+        "--graphs",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Replay CUDA graphs; default on a GPU: auto, where the backend can be captured.",
+    )
+    @click.option(
+        "--producer-device",
+        "producer_devices",
+        multiple=True,
+        metavar="cuda:N",
+        callback=checked_device,
+        help="Repeatable; a GPU that producers run on under async; default: the consumer's.",
+    )
+    @functools.wraps(command)
+    def with_choice(
+        *args: Any,
+        device: str,
+        backend: str,
+        graphs: Any,
+        producer_devices: tuple[str, ...],
+        **options: Any,
+    ) -> Any:
+        from .device_choice import DeviceChoice
+
+        choice = DeviceChoice(device=device, backend=backend, graphs=graphs, producer_devices=producer_devices)
+        return command(*args, on=choice, **options)
+
+    return with_choice
