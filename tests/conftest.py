@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from safetensors.numpy import save
 
 from warpcache.engine.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.spec import TensorSpec
+
+# The doubles of TensorRT's Python modules are imported by name, also by the process that builds engines.
+sys.path.append(str(Path(__file__).parent / "software_tensorrt"))
 
 SIZE = 16
 CHANNELS = 8
