@@ -1,0 +1,188 @@
+"""Engines for a bundle: which are missing, built together, and stored where the next process finds them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..kernels.driver import Context
+from .bundle import Bundle
+from .engine_cache import EngineCache, EngineKey
+from .errors import BackendError, InputError, WarpcacheError
+from .tensorrt_builder import BuildRequest, build_engines_isolated
+from .tensorrt_flavour import Flavour
+from .tensorrt_options import BuildOptions
+
+__all__ = ["BuiltEngine", "Progress", "build_engines", "engine_key", "precision_of"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Told what is worked on, how much is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """One engine of a bundle, ready to be loaded.
+
+    Attributes:
+        module: Which of the bundle's modules it is.
+        targets: The GPUs that it was asked for.
+        engine: The engine itself.
+        path: Its file; None where it could not be stored, or where one that is for more GPUs served.
+        digest: `EngineKey.digest`, by which it and what belongs to it are found.
+        reused: Whether it was there already.
+        seconds: How long the building took; that of all of one call where they were built together.
+    """
+
+    module: str
+    targets: tuple[str, ...]
+    engine: bytes = field(repr=False)
+    path: Path | None
+    digest: str
+    reused: bool
+    seconds: float
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the engine."""
+        return len(self.engine)
+
+
+def precision_of(bundle: Bundle) -> str:
+    """What the bundle's graphs were written in: ``fp32`` unless its manifest says otherwise."""
+    record = bundle.manifest.created.get("precision")
+    name = record.get("precision") if isinstance(record, dict) else None
+    return name if isinstance(name, str) and name else "fp32"
+
+
+def engine_key(
+    bundle: Bundle,
+    module: str,
+    *,
+    flavour: Flavour,
+    targets: Sequence[str],
+    options: BuildOptions,
+    device: int = 0,
+) -> EngineKey:
+    """What the engine of one module of a bundle is found by."""
+    record = bundle.manifest.modules[module]
+    extra: dict[str, str] = {}
+    if not flavour.ahead_of_time:
+        # Its kernels were timed on one model of GPU; another of the same architecture may be faster with others.
+        context = Context(device)
+        extra["gpu"] = context.name
+        context.close()
+    return EngineKey.of_file(
+        bundle.file(record.file),
+        inputs=record.inputs,
+        outputs=record.outputs,
+        precision=precision_of(bundle),
+        flavour=flavour.name,
+        version=flavour.version,
+        targets=targets,
+        options={**options.as_key(), **extra},
+    )
+
+
+def build_engines(
+    bundle: Bundle,
+    *,
+    flavour: Flavour,
+    targets: Sequence[str],
+    cache: EngineCache,
+    options: BuildOptions | None = None,
+    modules: Sequence[str] | None = None,
+    device: int = 0,
+    build: bool = True,
+    progress: Progress = lambda what, done, total: None,
+) -> list[BuiltEngine]:
+    """See to it that the engines of a bundle are in the cache, building those that are missing.
+
+    Building runs in a process of its own: a parser or builder that crashes takes nothing along.
+
+    Args:
+        bundle: Where the graphs are.
+        flavour: The TensorRT that builds and will run them.
+        targets: GPUs to build for, e.g. ``("sm_86", "sm_89")``; ``("current",)`` for the one that is here.
+        cache: Where engines are kept.
+        options: What the builder is told.
+        modules: Which modules; None is all.
+        device: The number of the GPU that ``"current"`` means.
+        build: False raises where one is missing.
+        progress: Told how far it is.
+
+    Raises:
+        BackendError: If TensorRT refuses a graph or a target, an engine is missing that was not to be built, or the
+            builder crashed.
+    """
+    options = BuildOptions() if options is None else options
+    resolved = flavour.resolve(tuple(targets), device=device)
+    names = sorted(bundle.manifest.modules) if modules is None else list(dict.fromkeys(modules))
+    keys = {
+        name: engine_key(bundle, name, flavour=flavour, targets=resolved, options=options, device=device)
+        for name in names
+    }
+    built: dict[str, BuiltEngine] = {}
+
+    def take_those_there() -> list[str]:
+        """Read what the cache holds, and say what it does not."""
+        for name, key in keys.items():
+            if name not in built and (engine := cache.find(key)) is not None:
+                path = cache.folder / key.file_name
+                built[name] = BuiltEngine(
+                    name, resolved, engine, path if path.exists() else None, key.digest, True, 0.0
+                )
+        progress("engines", len(built), len(keys))
+        return [name for name in keys if name not in built]
+
+    missing = take_those_there()
+    if missing and not build:
+        raise BackendError(
+            f"the cache {str(cache.folder)!r} holds no {flavour.title} {flavour.version} engine of "
+            f"{', '.join(map(repr, missing))} for {', '.join(resolved)}; build them with "
+            f"`warpcache build {bundle.path} --backend {flavour.name}`"
+        )
+    if missing:
+        with cache.locked():
+            # Another process may have built them while we waited for the lock.
+            missing = take_those_there()
+            started = time.perf_counter()
+            requests = [_request(bundle, name, resolved, options) for name in missing]
+            made = build_engines_isolated(requests, flavour=flavour, device=device) if requests else []
+            seconds = time.perf_counter() - started
+            for name, engine in zip(missing, made, strict=True):
+                if isinstance(engine, WarpcacheError):
+                    continue
+                built[name] = BuiltEngine(
+                    name, resolved, engine, _store(cache, keys[name], engine), keys[name].digest, False, seconds
+                )
+            # Those that were built are kept all the same.
+            for engine in made:
+                if isinstance(engine, WarpcacheError):
+                    raise engine
+    progress("engines", len(keys), len(keys))
+    return [built[name] for name in keys]
+
+
+def _store(cache: EngineCache, key: EngineKey, engine: bytes) -> Path | None:
+    try:
+        return cache.store(key, engine)
+    except InputError as exc:
+        logger.warning("%s; the engine is used all the same, and built again the next time", exc)
+        return None
+
+
+def _request(bundle: Bundle, name: str, targets: Sequence[str], options: BuildOptions) -> BuildRequest:
+    record = bundle.manifest.modules[name]
+    return BuildRequest(
+        path=bundle.file(record.file),
+        name=name,
+        inputs=record.inputs,
+        outputs=record.outputs,
+        targets=tuple(targets),
+        options=options,
+    )

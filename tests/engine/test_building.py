@@ -1,0 +1,107 @@
+"""A bundle's engines: built together, found again, kept where one of them cannot be built."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from warpcache.engine.building import build_engines, precision_of
+from warpcache.engine.bundle import Bundle, write_bundle
+from warpcache.engine.engine_cache import EngineCache
+from warpcache.engine.errors import BackendError
+from warpcache.engine.tensorrt_flavour import Flavour
+
+TARGETS = ("sm_89", "sm_86")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def flavour() -> Flavour:
+    return Flavour.load("tensorrt-rtx")
+
+
+def test_engines_are_built_once_and_found_again(tiny_bundle: Path, tmp_path: Path, flavour: Flavour) -> None:
+    bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "engines")
+    steps: list[tuple[str, int, int]] = []
+    first = build_engines(
+        bundle, flavour=flavour, targets=TARGETS, cache=cache, progress=lambda *step: steps.append(step)
+    )
+    assert [built.module for built in first] == ["generator", "plain", "producer", "warp"]
+    assert all(not built.reused and built.path is not None and built.engine[:4] == b"vtrt" for built in first)
+    assert all(built.targets == ("sm_86", "sm_89") for built in first)
+    assert steps[0] == ("engines", 0, 4)
+    assert steps[-1] == ("engines", 4, 4)
+    second = build_engines(bundle, flavour=flavour, targets=TARGETS[::-1], cache=cache)
+    assert all(built.reused for built in second)
+    assert [built.engine for built in second] == [built.engine for built in first]
+    # One of the targets alone is served by the same file.
+    (warp,) = build_engines(bundle, flavour=flavour, targets=("sm_86",), cache=cache, modules=["warp"])
+    assert warp.reused
+    assert warp.engine == first[3].engine
+
+
+def test_what_is_missing_is_said_where_nothing_is_to_be_built(
+    tiny_bundle: Path, tmp_path: Path, flavour: Flavour
+) -> None:
+    cache = EngineCache(tmp_path / "engines")
+    with pytest.raises(BackendError, match=r"holds no TensorRT-RTX .* engine of 'warp' for sm_89; build them with"):
+        build_engines(
+            Bundle.open(tiny_bundle), flavour=flavour, targets=("sm_89",), cache=cache, modules=["warp"], build=False
+        )
+    assert not list(cache.folder.glob("*.engine"))
+
+
+def test_one_graph_that_cannot_be_built_does_not_cost_the_others(
+    make_bundle: Callable[[], Path], tmp_path: Path, flavour: Flavour
+) -> None:
+    bundle = Bundle.open(make_bundle())
+    model = onnx.load(bundle.file("plain.onnx"), load_external_data=False)
+    # TensorRT has no NonZero; that its result is thrown away does not help: the graph's outputs stay as they are.
+    model.graph.node.extend(
+        [
+            onnx.helper.make_node("NonZero", ["cache.h"], ["places"], name="find"),
+            onnx.helper.make_node("ReduceMax", ["places"], ["most"], keepdims=0),
+            onnx.helper.make_node("Cast", ["most"], ["zero"], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Mul", ["h", "zero"], ["scaled"]),
+        ]
+    )
+    files = {name: bundle.file(name) for name in bundle.manifest.files}
+    broken = write_bundle(tmp_path / "broken.warp", bundle.manifest, {**files, "plain.onnx": model.SerializeToString()})
+    cache = EngineCache(tmp_path / "engines")
+    with pytest.raises(BackendError, match=r"'plain'.*NonZero"):
+        build_engines(broken, flavour=flavour, targets=TARGETS, cache=cache)
+    others = build_engines(
+        broken, flavour=flavour, targets=TARGETS, cache=cache, modules=["generator", "producer", "warp"], build=False
+    )
+    assert all(built.reused for built in others)
+
+
+def test_an_engine_that_cannot_be_stored_is_used_all_the_same(
+    tiny_bundle: Path, tmp_path: Path, flavour: Flavour, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_the_way = tmp_path / "engines"
+    in_the_way.write_text("a file where the folder is to be")
+    with caplog.at_level(logging.WARNING, "warpcache.engine"):
+        (built,) = build_engines(
+            Bundle.open(tiny_bundle),
+            flavour=flavour,
+            targets=("sm_86",),
+            cache=EngineCache(in_the_way),
+            modules=["warp"],
+        )
+    assert built.path is None
+    assert built.engine[:4] == b"vtrt"
+    assert "the engine is used all the same" in caplog.text
+
+
+def test_the_precision_is_what_the_manifest_says(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    assert precision_of(bundle) == "fp32"
+    created = {**bundle.manifest.created, "precision": {"precision": "fp16"}}
+    half = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, created=created))
+    assert precision_of(half) == "fp16"
