@@ -188,7 +188,11 @@ class TestRefused:
             (array((4, 4, 3), "uint8", device=1), array((3, 4, 4), "float32"), "pixels is on cuda:1, expected cuda:0"),
             (array((4, 4, 3), "float32"), array((3, 4, 4), "float32"), "pixels is float32, expected uint8"),
             (array((4, 4, 3), "uint8"), array((3, 4, 4), "int32"), "image is int32, expected float32 or float16"),
-            (array((2, 4, 4, 3), "uint8"), array((3, 4, 4), "float32"), "pixels has shape [2, 4, 4, 3], expected [H, W"),
+            (
+                array((2, 4, 4, 3), "uint8"),
+                array((3, 4, 4), "float32"),
+                "pixels has shape [2, 4, 4, 3], expected [H, W",
+            ),
             (array((0, 4, 3), "uint8"), array((3, 0, 4), "float32"), "pixels has shape [0, 4, 3], which holds nothing"),
             (array((4, 1 << 17, 3), "uint8"), array((3, 4, 4), "float32"), "pixels has shape [4, 131072, 3]; extents"),
             (array((4, 4, 2), "uint8"), array((2, 4, 4), "float32"), "pixels has shape [4, 4, 2], expected [H, W, C]"),
@@ -216,5 +220,5 @@ class TestRefused:
         assert str(caught.value).startswith(message)
 
     def test_one_channel_has_nothing_to_swap(self, images: ImageKernels) -> None:
-        with pytest.raises(InputError, match="^red and blue cannot change places"):
+        with pytest.raises(InputError, match=r"^red and blue cannot change places"):
             images.prepare_load(array((4, 4, 1), "uint8"), array((1, 4, 4), "float32"), swap_red_blue=True)
