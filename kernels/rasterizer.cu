@@ -27,6 +27,7 @@ constexpr Key kEmpty = 0xFFFFFFFFFFFFFFFFull;
 constexpr double kEdgeTolerance = 1e-5;
 constexpr float kVisibilityBiasPx = 1.0f;
 constexpr float kLargestFloat = 3.402823466e+38f;
+constexpr float kLargestHalf = 65504.0f;
 
 // A warp tests 8x4 pixels at once. A triangle of more such blocks is large: one warp would take too long.
 constexpr int kBlockColumns = 8;
@@ -38,7 +39,10 @@ constexpr int kSetup = 8;
 
 __device__ __forceinline__ void store(float* target, float value) { *target = value; }
 
-__device__ __forceinline__ void store(__half* target, float value) { *target = __float2half_rn(value); }
+// Saturates: motion to a point far outside is a large number, not an infinity that spoils a whole network.
+__device__ __forceinline__ void store(__half* target, float value) {
+    *target = __float2half_rn(fminf(fmaxf(value, -kLargestHalf), kLargestHalf));
+}
 
 __device__ __forceinline__ bool is_finite(const float* point) {
     return fabsf(point[0]) <= kLargestFloat && fabsf(point[1]) <= kLargestFloat && fabsf(point[2]) <= kLargestFloat;

@@ -224,7 +224,7 @@ class MeshRasterizer:
         Args:
             motion: float32 or float16 [1, 3, H, W], contiguous; written: for every pixel of `frame` the backward flow
                 dx, dy in pixels to where its surface point was in `source`, and 1 where that point was visible there;
-                all 0 outside the mesh.
+                all 0 outside the mesh. float16 saturates at 65504.
             frame: Frame t, one of those held.
             source: Frame s, one of those held.
 

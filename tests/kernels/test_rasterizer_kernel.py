@@ -355,6 +355,21 @@ def test_motion_of_a_frame_to_itself_is_none(device: CudaDevice, stream: CudaStr
     np.testing.assert_array_equal(got[2], seen.mask)
 
 
+@pytest.mark.parametrize(("dtype", "far"), [("float32", 1e6), ("float16", 65504.0)])
+def test_motion_to_far_outside_stays_finite(device: CudaDevice, stream: CudaStream, dtype: str, far: float) -> None:
+    vertices, mesh = wavy(0.3, 20)
+    rasterizer = MeshRasterizer(device.context, mesh, 20, 20, frames=2)
+    seen, _ = draw(device, stream, rasterizer, vertices)
+    draw(device, stream, rasterizer, vertices + np.float32([1e6, -1e6, 0]), frame=1)
+    motion = empty(device, 3, 20, 20, dtype)
+    rasterizer.motion(motion, stream=stream.handle, frame=0, source=1)
+    stream.synchronize()
+    got = device.download(motion)[0].astype(np.float32)
+    wanted = np.where(seen.mask, np.float32([far, -far, 0])[:, None, None], 0)
+    # A million in float32 through three products and sums: 1e6 * 2^-24 * 6.
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=0.4)
+
+
 def test_a_frame_that_was_not_drawn_is_empty(device: CudaDevice, stream: CudaStream) -> None:
     vertices, mesh = wavy(0.0, 20)
     rasterizer = MeshRasterizer(device.context, mesh, 20, 20, frames=2)
