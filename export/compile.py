@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,17 +22,18 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from .. import __version__
-from ..engine.bundle import Bundle, write_bundle
-from ..engine.errors import BundleError, InputError
+from ..engine.bundle import Bundle
+from ..engine.errors import InputError
 from ..engine.lpips import SMALLEST_SIDE, Lpips
 from ..engine.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from ..engine.spec import Array, TensorSpec
 from .adapter import AdapterConfig, AdapterLayout, CacheEncoder, Surface, WarpConsumer
 from .adapter_graph import choose_config, consumer_graph, producer_graph
+from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
 from .cut import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from .distill import Distillation, DistillOptions, read_plan
-from .graph import GraphIndex, fix_input_shapes, input_names, normalise, shared_weights
+from .graph import GraphIndex, fix_input_shapes, input_names, normalise
 from .perceptual import PerceptualLoss
 from .profile import profile_nodes, time_model
 from .recording import Progress, layout_of, record, spec_of
@@ -139,7 +138,7 @@ def compile_generator(
         ExportError: If it cannot be traced, cut or trained as asked.
         BundleError: If the bundle cannot be written.
     """
-    _refuse_out(out)
+    refuse_out(out)
     surface: Surface | None = getattr(module, "surface", None) if options.steps else None
     motion = {surface.atlas} if surface is not None else set()
     names = set(input_names_of(module))
@@ -171,7 +170,7 @@ def split_model(
     Raises:
         As `compile_generator`.
     """
-    _refuse_out(out)
+    refuse_out(out)
     known = input_names(model)
     _check_names(set(stream.arrays), known)
     shapes = {name: (1, *stream.arrays[name].shape[1:]) for name in known}
@@ -233,16 +232,7 @@ def _build(
         exits=_exits(models, train),
     )
     progress("writing the bundle", 0, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            graphs = shared_weights(models, folder)
-        except OSError as exc:
-            raise BundleError(
-                f"the weights cannot be put together in {folder}: {exc}; make room there, or set TMPDIR"
-            ) from exc
-        files: dict[str, Path | bytes] = {f"{name}.onnx": data for name, data in graphs.items()}
-        files["weights.safetensors"] = Path(folder) / "weights.safetensors"
-        bundle = write_bundle(out, manifest, files)
+    bundle = bundle_models(out, manifest, models)
     progress("writing the bundle", 1, 1)
     checkpoint.unlink(missing_ok=True)
     return bundle
@@ -385,14 +375,6 @@ def _parts(stream: _Part, holdout: Stream | None, *, training: bool) -> tuple[_P
 def _slice(stream: _Part, first: int, last: int) -> _Part:
     arrays = {name: array if len(array) == 1 else array[first:last] for name, array in stream.arrays.items()}
     return _Part(arrays, last - first, stream.fps, None if stream.truth is None else stream.truth[first:last])
-
-
-def _refuse_out(out: Path) -> None:
-    """Refuse, before any work is done, a place that the bundle cannot be written to."""
-    if out.suffix != ".warp":
-        raise BundleError(f"a bundle's name ends in .warp, but {str(out)!r} was given; call it e.g. 'head.warp'")
-    if os.path.lexists(out):
-        raise BundleError(f"{out} exists already; remove it or choose another name")
 
 
 def _check_fit(

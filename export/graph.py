@@ -22,21 +22,26 @@ from ..engine.spec import TensorSpec
 from .weights import shared_weights
 
 __all__ = [
+    "SCOPES_KEY",
     "GraphIndex",
+    "copy_model",
     "extract",
     "fix_input_shapes",
     "give_out",
+    "has_subgraphs",
     "input_names",
     "load_model",
     "merge",
     "node_names",
     "normalise",
+    "rename_reads",
     "rename_values",
     "shared_weights",
     "tensor_spec",
 ]
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+"""Key of a node's metadata that holds the paths of the torch modules it lies in."""
 
 
 class GraphIndex:
@@ -207,7 +212,9 @@ def normalise(model: ModelProto) -> ModelProto:
     """
     try:
         # Inlining first: shape inference and the index do not look into function bodies.
-        model = onnx.inliner.inline_local_functions(model) if model.functions else _copy(model)
+        model = onnx.inliner.inline_local_functions(model) if model.functions else copy_model(model)
+        # Before version 4 of the file format an initializer had to be listed as an input as well.
+        model.ir_version = max(model.ir_version, 4)
         _strip_metadata(model)
         _lift_constants(model.graph)
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -237,7 +244,7 @@ def fix_input_shapes(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> 
     Raises:
         InputError: If a name is no input, or a shape contradicts the model's.
     """
-    model = _copy(model)
+    model = copy_model(model)
     by_name = {value.name: value for value in model.graph.input}
     for name, shape in shapes.items():
         if name not in by_name:
@@ -294,6 +301,14 @@ def extract(model: ModelProto, inputs: Sequence[str], outputs: Sequence[str]) ->
 
     part = GraphProto(name=model.graph.name)
     part.node.extend(index.nodes[i] for i in sorted(keep))
+    # Where one output of a node is given and another is computed anew, the node would make the given one again.
+    taken = {*index.producer, *index.inputs, *index.initializers}
+    for node in part.node:
+        for k, name in enumerate(node.output):
+            if name in inputs:
+                fresh = next(n for c in itertools.count(1) if (n := f"{name}.again{c}") not in taken)
+                taken.add(fresh)
+                node.output[k] = fresh
     part.initializer.extend(t for t in model.graph.initializer if t.name in needed and t.name not in inputs)
     part.input.extend(info(name) for name in inputs)
     part.output.extend(info(name) for name in outputs)
@@ -304,9 +319,22 @@ def extract(model: ModelProto, inputs: Sequence[str], outputs: Sequence[str]) ->
 
 def rename_values(model: ModelProto, names: Mapping[str, str]) -> ModelProto:
     """Give values new names everywhere they are made, read, captured or described; others keep theirs."""
-    model = _copy(model)
+    model = copy_model(model)
     _rename(model.graph, names)
     return model
+
+
+def rename_reads(node: NodeProto, names: Mapping[str, str]) -> None:
+    """Let `node` (changed in place) read other values, in its subgraphs too; what it makes keeps its name."""
+    for k, name in enumerate(node.input):
+        node.input[k] = names.get(name, name)
+    for subgraph in _subgraphs(node):
+        _rename(subgraph, names)
+
+
+def has_subgraphs(node: NodeProto) -> bool:
+    """Whether the node is an If, Loop, Scan or the like."""
+    return any(True for _ in _subgraphs(node))
 
 
 def merge(
@@ -358,7 +386,7 @@ def merge(
         renames[name] = fresh
         taken.add(fresh)
     tail = rename_values(second, renames)
-    merged = _copy(first)
+    merged = copy_model(first)
     _merge_opsets(merged, tail)
     merged.ir_version = max(first.ir_version, second.ir_version)
     graph = merged.graph
@@ -394,7 +422,7 @@ def give_out(model: ModelProto, names: Iterable[str]) -> ModelProto:
     Raises:
         ExportError: If a value has no known dtype and shape.
     """
-    model = _copy(model)
+    model = copy_model(model)
     infos = {value.name: value for value in model.graph.value_info}
     present = {value.name for value in model.graph.output}
     for name in names:
@@ -407,7 +435,8 @@ def give_out(model: ModelProto, names: Iterable[str]) -> ModelProto:
     return model
 
 
-def _copy(model: ModelProto) -> ModelProto:
+def copy_model(model: ModelProto) -> ModelProto:
+    """A copy that can be changed."""
     fresh = ModelProto()
     fresh.CopyFrom(model)
     return fresh

@@ -31,6 +31,8 @@ _SAFETENSORS_TYPES = {
     TensorProto.UINT16: "U16",
     TensorProto.UINT8: "U8",
     TensorProto.BOOL: "BOOL",
+    TensorProto.FLOAT8E4M3FN: "F8_E4M3",
+    TensorProto.FLOAT8E5M2: "F8_E5M2",
 }
 
 

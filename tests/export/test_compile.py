@@ -23,6 +23,7 @@ from warpcache.engine import bundle as bundle_module
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.errors import BundleError, ExportError, InputError, WarpcacheError
 from warpcache.engine.quality import psnr
+from warpcache.export import bundling
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig, AdapterLayout, Surface
 from warpcache.export.adapter_graph import LADDER, choose_config
@@ -510,7 +511,7 @@ def test_a_full_disk_leaves_nothing(
     def fail(models: object, folder: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", f"{folder}/weights.safetensors")
 
-    monkeypatch.setattr(compile_module, "shared_weights", fail)
+    monkeypatch.setattr(bundling, "shared_weights", fail)
     with pytest.raises(BundleError, match=r"^the weights cannot be put together in .*No space left"):
         compiled(portrait.module, stream_of(portrait), tmp_path / "p.warp", UNTRAINED)
     assert list(tmp_path.iterdir()) == list(temporary.iterdir()) == []
