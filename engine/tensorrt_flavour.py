@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import logging
 import re
+import signal
 import threading
 import weakref
 from collections import deque
@@ -26,7 +27,7 @@ from typing import Any, Literal, get_args
 from ..kernels.driver import Context
 from .errors import BackendError, DeviceError
 
-__all__ = ["CURRENT", "Flavour", "FlavourName", "Log"]
+__all__ = ["CURRENT", "Flavour", "FlavourName", "Log", "deferred_interrupt"]
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +230,27 @@ class Flavour:
 
     def _known(self) -> str:
         return ", ".join((*self.targets, CURRENT))
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Set the event given on Ctrl-C and raise at the end, around calls of a library that logs.
+
+    It calls back into Python thousands of times, Python delivers signals there, and what is raised through the
+    library's own frames is lost or ends the process.
+    """
+    interrupted = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if interrupted.is_set():
+            previous(signal.SIGINT, None)
 
 
 def _imported(name: FlavourName) -> ModuleType:

@@ -18,7 +18,7 @@ from .device import Event
 from .errors import BackendError, ClosedError, InputError
 from .runtime_cache import RuntimeCacheFile
 from .spec import TensorSpec
-from .tensorrt_flavour import Flavour
+from .tensorrt_flavour import Flavour, deferred_interrupt
 from .tensorrt_io import IoTensor, check_io, dtype_name
 
 __all__ = ["TensorRtModule"]
@@ -81,7 +81,7 @@ class TensorRtModule:
         self._cache: Any = None
         self._context: Any = None
         device.context.make_current()
-        with self._log.collect() as said:
+        with self._log.collect() as said, deferred_interrupt():
             # Each must outlive what is made from it, in this order.
             self._runtime = self._make_runtime(said)
             self._check_engine(engine, said)

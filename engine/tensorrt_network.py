@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from ..kernels.driver import Context
 from .errors import BackendError, BundleError
 from .onnx_files import GraphNode, graph_nodes
 from .spec import TensorSpec
-from .tensorrt_flavour import Flavour
+from .tensorrt_flavour import Flavour, deferred_interrupt
 from .tensorrt_io import IoTensor, check_io, dtype_name
 from .tensorrt_options import BuildOptions, ShapeProfile
 
@@ -62,8 +61,8 @@ def build_engine(
         raise BackendError(f"module {name!r}: there is no file {path}; open the bundle again")
     resolved = flavour.resolve(targets, device=device)
     started = time.monotonic()
-    with _on_gpu(flavour, device), flavour.log.collect() as said:
-        engine = _Build(Path(path), name, inputs, outputs, flavour, said).run(resolved, options)
+    with _on_gpu(flavour, device), flavour.log.collect() as said, deferred_interrupt() as interrupted:
+        engine = _Build(Path(path), name, inputs, outputs, flavour, said).run(resolved, options, interrupted)
     logger.info(
         "built module %r with %s %s for %s: %.1f MB in %.2f s",
         name,
@@ -106,7 +105,7 @@ class _Build:
         flag = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self._network = self._builder.create_network(flag)
 
-    def run(self, targets: tuple[str, ...], options: BuildOptions) -> bytes:
+    def run(self, targets: tuple[str, ...], options: BuildOptions, interrupted: threading.Event) -> bytes:
         # The parser owns weights that the network refers to: it must live until the engine is built.
         parser = self._parse()
         network, where = self._network, f"module {self._name!r} ({self._path.name})"
@@ -117,9 +116,8 @@ class _Build:
             check_io(where, kind, specs, found, remedy="compile the bundle again")
         config = self._config(targets, options)
         self._add_profile(config, options)
-        with _interruptible() as interrupted:
-            config.progress_monitor = _monitor(self._trt, interrupted)
-            blob = self._builder.build_serialized_network(self._network, config)
+        config.progress_monitor = _monitor(self._trt, interrupted)
+        blob = self._builder.build_serialized_network(self._network, config)
         del parser
         if blob is None:
             raise BackendError(
@@ -265,26 +263,6 @@ def _on_gpu(flavour: Flavour, device: int) -> Iterator[None]:
         yield
     finally:
         context.close()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Set the event given on Ctrl-C, and interrupt at the end: nothing may be raised through the library's own frames.
-
-    The library calls back into Python thousands of times, and Python delivers signals there.
-    """
-    interrupted = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield interrupted
-        return
-    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if interrupted.is_set():
-            previous(signal.SIGINT, None)
 
 
 def _monitor(trt: Any, interrupted: threading.Event) -> Any:
