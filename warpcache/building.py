@@ -381,7 +381,7 @@ def _print_conversion(built: Built, out: Console) -> None:
         out.print("Parity with fp32 was not measured: no --inputs was given.")
     else:
         columns = ["frames", "PSNR dB, mean", "worst", "FLIP", "largest error", "NaN or Inf"]
-        table = plain_table(f"Parity with fp32 ({record['measured']})", "exit", *columns, numeric=columns)
+        table = plain_table("Parity with fp32", "exit", *columns, numeric=columns)
         for name, parity in record["parity"].items():
             psnr = parity["psnr_db"]
             table.add_row(
@@ -394,6 +394,7 @@ def _print_conversion(built: Built, out: Console) -> None:
                 str(parity["nan"]),
             )
         out.print(table)
+        out.print(f"measured {record['measured']}", soft_wrap=True, markup=False)
     lines = [f"the cache is in {record['cache']}"]
     for what, by_module in (("kept in fp32", record["kept"]), ("left in fp16", record.get("unquantised", {}))):
         names = list(dict.fromkeys(name for layers in by_module.values() for name in layers))

@@ -31,8 +31,10 @@ __all__ = ["Dependency", "Deployment", "add_bundle", "add_runtime", "check_place
 BUNDLE_SUFFIX = ".warp"
 ENGINES, CACHE, RUNTIME = "engines", "cache", "warpcache"
 
-# Metrics, which need packages that are not carried, and what only measurements ask for.
-LEFT_OUT = frozenset({"engine/quality.py", "engine/lpips.py", "engine/products.py", "engine/gpu_facts.py"})
+# Metrics, which need packages that are not carried, and what only measurements and the command line ask for.
+LEFT_OUT = frozenset(
+    f"engine/{name}.py" for name in ("quality", "lpips", "products", "gpu_facts", "probes", "kernel_cubins")
+)
 
 # The ranges of pyproject.toml, and below the majors that nobody has looked at.
 NUMPY = "numpy>=1.26,<3"

@@ -1,0 +1,307 @@
+"""The edge folder: what is in it, and that it needs nothing but NumPy, cuda-python, TensorRT and itself."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import site
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from warpcache.building import Built, build_bundle
+from warpcache.cli import cli
+from warpcache.deploying import CUDA_PYTHON, LEFT_OUT, NUMPY, check_place, deployed_sources, written_folder
+from warpcache.engine.bundle import Bundle
+from warpcache.engine.errors import InputError
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("sm_89", "sm_120")
+
+# Run with -I -S: no site-packages, so no editable install either; then only what the folder says it needs is let in.
+BLOCKED = """
+import os, sys
+
+folder, *places = sys.argv[1:]
+sys.argv[1:] = []
+allowed = {"numpy", "cuda", "tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings", "warpcache"}
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top in allowed or top in sys.stdlib_module_names or top.startswith("_sysconfigdata"):
+            return None
+        raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path = [folder, *sys.path, *places]
+os.environ["WARPCACHE_CACHE"] = os.path.join(folder, "cache")
+for name in ("click", "onnxruntime", "safetensors", "flip_evaluator", "torch", "onnx", "rich"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"the blocker lets {name} through")
+"""
+
+
+def run_alone(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` where only the folder, NumPy, cuda-python and TensorRT-RTX can be imported, and no GPU is seen."""
+    places = [*site.getsitepackages(), site.getusersitepackages()]
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", BLOCKED + textwrap.dedent(code), str(folder), *places],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The tiny bundle as a folder, by the real builder. Read it only."""
+    out = tmp_path_factory.mktemp("deployed") / "new" / "edge"
+    return build_bundle(tiny_bundle, backend="tensorrt-rtx", targets=TARGETS, out=out)
+
+
+@pytest.fixture(scope="module")
+def edge(built: Built) -> Path:
+    assert built.deployment is not None
+    return built.deployment.path
+
+
+def files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path.relative_to(folder).as_posix(), path
+
+
+def test_what_is_in_the_folder(built: Built, edge: Path, tiny_bundle: Path) -> None:
+    found = dict(files(edge))
+    tops = {name.split("/")[0] for name in found}
+    assert tops == {"tiny.warp", "engines", "cache", "warpcache", "requirements.txt", "run.py", "README.md"}
+    assert [path.name for path in edge.parent.iterdir()] == ["edge"]
+    assert Bundle.open(edge / "tiny.warp").manifest == Bundle.open(tiny_bundle).manifest
+    engines = [path.name for path in (edge / "engines").iterdir()]
+    assert sorted(engines) == sorted(engine.path.name for engine in built.engines if engine.path is not None)
+    assert len(engines) == 4
+    sources = {name for name in found if name.startswith("warpcache/")} - {"warpcache/LICENSE"}
+    assert sources == {f"warpcache/{name}" for name in deployed_sources()}
+    kernels = [path.name for path in (ROOT / "kernels").glob("*.cu")]
+    for kernel in kernels:
+        for target in TARGETS:
+            assert len(list((edge / "cache" / "kernels").glob(f"{Path(kernel).stem}.{target}.*.cubin"))) == 1
+    assert (edge / "warpcache" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+def test_the_sizes_are_those_on_disk(built: Built, edge: Path) -> None:
+    assert built.deployment is not None
+    sizes: dict[str, int] = {}
+    for name, path in files(edge):
+        top = name.split("/")[0]
+        sizes[top] = sizes.get(top, 0) + path.stat().st_size
+    assert built.deployment.parts == sizes
+    assert built.deployment.size_bytes == sum(sizes.values())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_everything_is_readable_as_what_one_writes_oneself(edge: Path) -> None:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in (edge, *edge.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_requirements_are_those_of_the_package(built: Built, edge: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (edge / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == [NUMPY, CUDA_PYTHON, f"tensorrt-rtx=={built.flavour.version}"]
+    # The lower bounds are the package's own; above them the next major is shut out.
+    assert NUMPY.split(",")[0] in project["dependencies"]
+    assert CUDA_PYTHON.split(",")[0] in project["optional-dependencies"]["cuda"]
+    assert built.deployment is not None
+    for dependency in built.deployment.dependencies:
+        # Each is a library of several MB, and installed where this test runs.
+        assert dependency.size_bytes is not None
+        assert dependency.size_bytes > 5_000_000, dependency
+
+
+def test_the_readme_names_what_is_there(built: Built, edge: Path) -> None:
+    text = (edge / "README.md").read_text()
+    rows = [line.split("|")[1].strip().strip("`") for line in text.splitlines() if line.startswith("| `")]
+    assert {*rows, "README.md"} == {path.name for path in edge.iterdir()}
+    for word in ("sm_89, sm_120", built.flavour.version, "`x`: float32 [frames, 3, 16, 16]", "pip install -r"):
+        assert word in text, word
+
+
+def test_nothing_left_out_is_imported_by_what_is_there(edge: Path) -> None:
+    runtime = edge / "warpcache"
+    missing = []
+    for _, path in files(runtime):
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level and node.module:
+                base = path.parents[node.level - 1] / Path(*node.module.split("."))
+                if not base.with_suffix(".py").is_file() and not (base / "__init__.py").is_file():
+                    missing.append(f"{path.relative_to(runtime)}:{node.lineno}: {node.module}")
+    assert not missing
+    assert {f"engine/{path.name}" for path in (ROOT / "engine").glob("*.py")} >= LEFT_OUT
+
+
+def test_every_module_imports_alone(edge: Path) -> None:
+    result = run_alone(
+        edge,
+        """
+        import importlib, pkgutil
+        import warpcache, warpcache.engine, warpcache.kernels
+        for package in (warpcache.engine, warpcache.kernels):
+            for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+                importlib.import_module(module.name)
+        ours = [module for name, module in sys.modules.items() if name.split(".")[0] == "warpcache"]
+        assert len(ours) > 40, len(ours)
+        for module in ours:
+            assert os.path.realpath(module.__file__).startswith(os.path.realpath(folder) + os.sep), module
+        """,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_bundle_engines_and_kernels_are_found_alone(built: Built, edge: Path) -> None:
+    result = run_alone(
+        edge,
+        f"""
+        import json
+        from pathlib import Path
+        from warpcache.engine.building import build_engines, engine_key
+        from warpcache.engine.bundle import Bundle
+        from warpcache.engine.engine_cache import EngineCache, default_folder
+        from warpcache.engine.tensorrt_flavour import Flavour
+        from warpcache.kernels.compiler import cached_cubin
+
+        bundle = Bundle.open(Path(folder) / "tiny.warp")
+        cache = EngineCache(default_folder(bundle.path))
+        flavour = Flavour.load("tensorrt-rtx")
+        found = {{}}
+        for target in {TARGETS!r}:
+            # One GPU at a time, as a machine asks; build=False raises where one is missing.
+            for engine in build_engines(bundle, flavour=flavour, targets=(target,), cache=cache, build=False):
+                found[f"{{engine.module}} {{target}}"] = engine.reused and engine.size_bytes
+        sys.modules["cuda.bindings.nvrtc"] = sys.modules["cuda.core"] = None
+        import warpcache.kernels
+        for source in Path(warpcache.kernels.__file__).parent.glob("*.cu"):
+            for target in {TARGETS!r}:
+                found[f"{{source.name}} {{target}}"] = len(cached_cubin(source.read_text(), target, name=source.name))
+        print(json.dumps({{"folder": str(cache.folder), "found": found}}))
+        """,
+        WARPCACHE_CACHE="",
+    )
+    assert result.returncode == 0, result.stderr
+    said: dict[str, Any] = json.loads(result.stdout)
+    assert Path(said["folder"]) == edge / "engines"
+    for engine in built.engines:
+        for target in TARGETS:
+            assert said["found"].pop(f"{engine.module} {target}") == engine.size_bytes
+    assert len(said["found"]) == len(TARGETS) * len(list((ROOT / "kernels").glob("*.cu")))
+    assert all(size > 1000 for size in said["found"].values())
+
+
+def test_everything_is_made_up_to_the_gpu_alone(edge: Path) -> None:
+    result = run_alone(
+        edge,
+        """
+        from warpcache import Engine, CudaOptions
+        from warpcache.engine import DeviceError
+        from warpcache.engine.cuda_backends import choose_backend
+        backend = choose_backend("tensorrt-rtx", CudaOptions(build=False))
+        assert backend.name == "tensorrt-rtx"
+        try:
+            Engine(os.path.join(folder, "tiny.warp"), device="cuda:0", backend="tensorrt-rtx")
+        except DeviceError as error:
+            print(error)
+        """,
+    )
+    assert result.returncode == 0, result.stderr
+    # What the driver's absence, or the empty CUDA_VISIBLE_DEVICES where there is one, is called.
+    assert result.stdout.startswith(("no NVIDIA driver was found", "starting the CUDA driver failed")), result.stdout
+
+
+def test_the_example_ends_with_one_sentence_where_no_gpu_is(edge: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "frames.npz", x=np.zeros((3, 3, 16, 16), np.float32))
+    code = """
+    import runpy
+    sys.argv[1:] = [os.environ["FRAMES"], os.environ["ANSWERS"]][: int(os.environ["COUNT"])]
+    runpy.run_path(os.path.join(folder, "run.py"), run_name="__main__")
+    """
+    places = {"FRAMES": str(tmp_path / "frames.npz"), "ANSWERS": str(tmp_path / "answers.npz")}
+    result = run_alone(edge, code, **places, COUNT="2")
+    assert result.returncode == 1
+    assert result.stderr.startswith(("run.py: no NVIDIA driver was found", "run.py: starting the CUDA driver failed"))
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "answers.npz").exists()
+    assert run_alone(edge, code, **places, COUNT="0").stderr.startswith("Answer the frames of an .npz")
+
+
+def test_the_example_is_short(edge: Path) -> None:
+    lines = (edge / "run.py").read_text().splitlines()
+    assert len(lines) <= 40
+    compile("\n".join(lines), "run.py", "exec")
+
+
+def test_a_place_that_is_taken_or_in_the_bundle_is_refused(make_bundle: Any, tmp_path: Path) -> None:
+    bundle = make_bundle()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"'.*file' already exists; remove it"):
+        check_place(tmp_path / "file", bundle)
+    with pytest.raises(InputError, match=r"'.*edge' lies in the bundle '.*tiny.warp'"):
+        check_place(bundle / "edge", bundle)
+    result = CliRunner().invoke(
+        cli, ["build", str(bundle), "--backend", "tensorrt-rtx", "--out", str(tmp_path / "file")]
+    )
+    assert result.exit_code == 1
+    assert result.stderr.startswith("warpcache: ")
+    assert "already exists" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_folder_that_is_not_finished_is_not_there(error: BaseException, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "edge"
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError
+
+    def write() -> None:
+        with written_folder(out) as folder:
+            (folder / "half").write_text("written")
+            raise error
+
+    with pytest.raises(expected):
+        write()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_interrupted_deployment_leaves_nothing(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import warpcache.building
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warpcache.building, "add_runtime", interrupted)
+    out = tmp_path / "edge"
+    arguments = ["build", str(tiny_bundle), "--backend", "tensorrt-rtx", "--target", "sm_89", "--out", str(out)]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("warpcache: interrupted; ")
+    assert list(tmp_path.iterdir()) == []
