@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -25,6 +27,33 @@ X = TensorSpec("x", "float32", (1, 3, SIZE, SIZE))
 IMAGE = TensorSpec("image", "float32", (1, 3, SIZE, SIZE))
 HIDDEN = TensorSpec("cache.h", "float32", (1, CHANNELS, SIZE, SIZE))
 LAST = TensorSpec("cache.y_s", "float32", (1, 3, SIZE, SIZE))
+
+
+def _software_cuda_fixtures() -> ModuleType:
+    """The fixtures of tests/software_cuda, imported as the package `software_cuda`: tests/ itself is no package."""
+    folder = Path(__file__).resolve().parent / "software_cuda"
+    spec = importlib.util.spec_from_file_location(
+        "software_cuda", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["software_cuda"] = package
+    spec.loader.exec_module(package)
+    return importlib.import_module("software_cuda.fixture")
+
+
+_fixtures = _software_cuda_fixtures()
+software_cuda_driver = _fixtures.software_cuda_driver
+software_cuda = _fixtures.software_cuda
+no_cuda_driver = _fixtures.no_cuda_driver
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what the fixtures' marker means."""
+    config.addinivalue_line(
+        "markers", "leaves_cuda_behind: the test may keep memory, streams, events and graphs of software CUDA"
+    )
 
 
 def make_tiny_bundle(folder: Path, name: str = "tiny.warp") -> Path:
