@@ -284,8 +284,8 @@ class EngineCache:
             logger.warning("the engine %s is not used: %s; it cannot be removed (%s)", path, reason, exc.strerror)
 
 
-def default_folder(bundle_path: str | Path) -> Path:
-    """Where the engines of a bundle are kept.
+def default_folder(bundle_path: str | Path | None = None) -> Path:
+    """Where the engines of a bundle are kept; without a bundle, where those of all are that bring no folder along.
 
     ``engines/`` beside the bundle where that folder is there (a deployment), else ``engines`` in the cache folder:
     WARPCACHE_CACHE, or that of the user.
@@ -293,8 +293,7 @@ def default_folder(bundle_path: str | Path) -> Path:
     Raises:
         InputError: If the user has no home folder and nothing else is set.
     """
-    beside = Path(bundle_path).absolute().parent / "engines"
-    if beside.is_dir():
+    if bundle_path is not None and (beside := Path(bundle_path).absolute().parent / "engines").is_dir():
         return beside
     try:
         return cache_folder().absolute() / "engines"

@@ -58,7 +58,7 @@ def probe(name: str, *, timeout_s: float = 60.0) -> Probed:
     package = Path(__file__).resolve().parent.parent
     # Installed or a bare checkout: where this file's package is found, it is found there too.
     top = package.parent if (package / "__init__.py").is_file() else package
-    path = os.pathsep.join(filter(None, [str(top), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(top)]))
     command = [sys.executable, "-P", "-m", f"{__name__.rpartition('.')[0]}.probes", name]
     try:
         # Files, not pipes: a process that a stuck driver does not let die may keep a pipe open for good.
@@ -92,6 +92,7 @@ def needed_libraries(path: Path) -> list[str]:
     """
     with path.open("rb") as file:
         try:
+            # Only the pages that are looked at are read: such a library may have hundreds of megabytes.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _needed(data)
         except (struct.error, IndexError, ValueError) as exc:

@@ -504,6 +504,7 @@ def test_engines_beside_the_bundle_come_first_then_the_variable_then_the_users_f
     assert default_folder(bundle) == tmp_path / "chosen" / "engines"
     (tmp_path / "engines").mkdir()
     assert default_folder(bundle) == tmp_path / "engines"
+    assert default_folder() == tmp_path / "chosen" / "engines"
 
 
 def test_without_a_home_folder_the_variable_is_asked_for(tmp_path, monkeypatch):
