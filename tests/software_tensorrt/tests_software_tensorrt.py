@@ -218,7 +218,12 @@ def _require_made(base: Any, kind: type) -> None:
 # Building
 
 
+# Slots, because the real objects take no attribute that they do not know, and because a class then shows its own.
+
+
 class ITensor:
+    __slots__ = ("_dims", "dtype", "is_shape_tensor", "name", "shape")
+
     def __init__(self, value: onnx.ValueInfoProto) -> None:
         kind = value.type.tensor_type
         self.name = value.name
@@ -313,6 +318,11 @@ class IOptimizationProfile:
 class IBuilderConfig:
     """Without what only TensorRT-RTX has; `_RtxBuilderConfig` adds it."""
 
+    __slots__ = (
+        *("builder_optimization_level", "max_aux_streams", "progress_monitor"),
+        *("_capabilities", "_flags", "_pools", "_profiles"),
+    )
+
     def __init__(self) -> None:
         self.max_aux_streams = -1
         self.builder_optimization_level = 3
@@ -337,6 +347,8 @@ class IBuilderConfig:
 
 
 class _RtxBuilderConfig(IBuilderConfig):
+    __slots__ = ()
+
     @property
     def num_compute_capabilities(self) -> int:
         return len(self._capabilities)
@@ -440,6 +452,8 @@ class IRuntimeCache:
 
 
 class IRuntimeConfig:
+    __slots__ = ("_cache", "_strategy", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy")
+
     def __init__(self) -> None:
         self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
         self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
