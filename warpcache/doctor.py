@@ -495,6 +495,8 @@ def _pairs(facts: Facts) -> list[Pair]:
 
 
 def _why_no_gpu(facts: Facts, gpu: Mapping[str, Any]) -> str:
+    if facts.probed["driver"].missing:
+        return "cuda-python is not installed"
     seen = facts.probed["driver"].facts
     if not seen or seen["error"] is not None:
         return f"NVIDIA driver: {_driver(facts).found}"

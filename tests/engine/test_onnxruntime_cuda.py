@@ -1,11 +1,13 @@
 """ONNX Runtime's CUDA module: what it asks for and refuses, through a double of the session; on a GPU, what it gives.
 
-The double runs the same graphs on ONNX Runtime's CPU provider, over addresses that are host memory: it shows what is
-bound, run and said, and nothing of CUDA.
+The double runs the same graphs on ONNX Runtime's CPU provider, over addresses that are host memory: at once, or in a
+host function on a stream of software CUDA, whose device memory is the host's. It shows what is bound, in which order it
+is run and what is said, and nothing of the provider itself.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import threading
@@ -80,21 +82,23 @@ class Double:
         self.refuse: Callable[[dict[str, str]], None] = lambda options: None
         self.fail: Callable[[], None] = lambda: None
         self.preloads = 0
+        # Puts a run on the stream of this handle; None runs at once.
+        self.issue: Callable[[int, Callable[[], None]], None] | None = None
 
     def module(self, folder: Path) -> types.ModuleType:
         double = self
 
         class Binding:
-            def __init__(self, real: Any) -> None:
-                self.real = real
+            def __init__(self) -> None:
+                self.bound: dict[tuple[str, str], tuple[Any, ...]] = {}
 
             def bind_input(self, name: str, device: str, *rest: Any) -> None:
                 double.binds.append((name, device, rest[0]))
-                self.real.bind_input(name, "cpu", 0, *rest[1:])
+                self.bound["bind_input", name] = rest[1:]
 
             def bind_output(self, name: str, device: str, *rest: Any) -> None:
                 double.binds.append((name, device, rest[0]))
-                self.real.bind_output(name, "cpu", 0, *rest[1:])
+                self.bound["bind_output", name] = rest[1:]
 
         class Session:
             def __init__(self, path: str, options: Any, *, providers: list[Any], **rest: Any) -> None:
@@ -103,17 +107,25 @@ class Double:
                 double.refuse(provider_options)
                 self.real = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
                 self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
+                self.stream = int(provider_options["user_compute_stream"])
 
             def get_providers(self) -> list[str]:
                 return double.granted
 
             def io_binding(self) -> Binding:
-                return Binding(self.real.io_binding())
+                return Binding()
 
             def run_with_iobinding(self, binding: Binding, run_options: Any) -> None:
                 double.runs.append(run_options)
                 double.fail()
-                self.real.run_with_iobinding(binding.real)
+                # What is bound now is what the work uses, whatever is bound when it comes to run.
+                real = self.real.io_binding()
+                for (kind, name), rest in binding.bound.items():
+                    getattr(real, kind)(name, "cpu", 0, *rest)
+                if double.issue is None:
+                    self.real.run_with_iobinding(real)
+                else:
+                    double.issue(self.stream, lambda: self.real.run_with_iobinding(real))
 
         def preload() -> None:
             double.preloads += 1
@@ -463,6 +475,99 @@ def test_the_cpu_build_of_onnx_runtime_is_refused_by_name(tiny_bundle):
         open_module(tiny_bundle, "generator")
 
 
+# -- on the driver in software
+
+
+@pytest.fixture
+def on_streams(double: Double, software_cuda: Any) -> Iterator[Double]:
+    """The double whose runs are work on a stream."""
+    launch = software_cuda._library.cuLaunchHostFunc
+    launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    kept: list[Any] = []
+
+    def issue(stream: int, work: Callable[[], None]) -> None:
+        kept.append(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: work()))
+        assert launch(stream, ctypes.cast(kept[-1], ctypes.c_void_p), None) == 0
+
+    double.issue = issue
+    yield double
+    # A graph may call its functions until it is destroyed.
+    kept.clear()
+
+
+def cpu_result(bundle: Path, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(bundle / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+    return session.run(["image"], inputs)[0]
+
+
+def test_a_run_is_issued_and_not_waited_for(tiny_bundle, on_streams, software_cuda):
+    with CudaDevice(0) as device:
+        stream = device.stream("consumer")
+        module = open_module(tiny_bundle, "generator", device=device, stream=stream)
+        bindings = {"x": device.upload(frame(3)), "image": device.allocate(module.outputs[0])}
+        with software_cuda.held(stream):
+            event = module.enqueue(bindings, stream)
+            assert not event.done
+            assert not device.download(bindings["image"]).any()
+        event.wait()
+        assert np.array_equal(device.download(bindings["image"]), cpu_result(tiny_bundle, "generator", {"x": frame(3)}))
+        module.close()
+
+
+def test_two_runs_on_one_stream_keep_the_buffers_that_each_was_given(tiny_bundle, on_streams, software_cuda):
+    """Both are bound and issued before the first begins to run."""
+    with CudaDevice(0) as device:
+        stream = device.stream("consumer")
+        module = open_module(tiny_bundle, "generator", device=device, stream=stream)
+        frames = [{"x": device.upload(frame(seed)), "image": device.allocate(module.outputs[0])} for seed in range(2)]
+        with software_cuda.held(stream):
+            for bindings in frames:
+                module.launch(bindings, stream)
+        stream.synchronize()
+        for seed, bindings in enumerate(frames):
+            expected = cpu_result(tiny_bundle, "generator", {"x": frame(seed)})
+            assert np.array_equal(device.download(bindings["image"]), expected)
+        module.close()
+
+
+def test_memory_is_taken_when_it_is_loaded_and_none_after(tiny_bundle, on_streams, software_cuda):
+    with CudaDevice(0) as device:
+        stream = device.stream("consumer")
+        module = open_module(tiny_bundle, "generator", device=device, stream=stream)
+        bindings = {"x": device.upload(frame(0)), "image": device.allocate(module.outputs[0])}
+        taken = software_cuda.count("allocations"), software_cuda.count("events_created")
+        for _ in range(5):
+            module.enqueue(bindings, stream).wait()
+        assert (software_cuda.count("allocations"), software_cuda.count("events_created")) == taken
+        module.close()
+
+
+def test_a_captured_run_is_replayed_on_new_content(tiny_bundle, on_streams, software_cuda):
+    with CudaDevice(0) as device:
+        stream = device.stream("consumer")
+        module = open_module(tiny_bundle, "generator", device=device, stream=stream)
+        replay_is_the_plain_run(module, device, stream)
+
+
+def replay_is_the_plain_run(module: OnnxRuntimeCudaModule, device: CudaDevice, stream: Any) -> None:
+    specs = (*module.inputs, *module.outputs)
+    bindings = {spec.name: device.allocate(spec) for spec in specs}
+    module.launch(bindings, stream)
+    stream.synchronize()
+    graph = CudaGraph.capture(stream, lambda: module.launch(bindings, stream), name="generator")
+    for seed in range(3):
+        plain = {"x": device.upload(frame(seed)), "image": device.allocate(module.outputs[0])}
+        module.enqueue(plain, stream).wait()
+        check(load().cuMemcpyDtoD(bindings["x"].pointer, plain["x"].pointer, plain["x"].size_bytes), "copying")
+        graph.launch(stream)
+        stream.synchronize()
+        # The same kernels on the same numbers.
+        assert np.array_equal(device.download(bindings["image"]), device.download(plain["image"]))
+        assert device.download(plain["image"]).any()
+    graph.close()
+    module.close()
+
+
 # -- on hardware
 
 
@@ -500,17 +605,4 @@ def test_on_a_gpu_a_captured_run_is_replayed_on_new_content(tiny_bundle, gpu):
     stream = gpu.stream("test")
     module = open_module(tiny_bundle, "generator", device=gpu, stream=stream)
     assert module.capturable
-    bindings = {spec.name: gpu.allocate(spec) for spec in (*module.inputs, *module.outputs)}
-    module.launch(bindings, stream)
-    stream.synchronize()
-    graph = CudaGraph.capture(stream, lambda: module.launch(bindings, stream), name="generator")
-    for seed in range(3):
-        x = gpu.upload(frame(seed))
-        plain = {"x": x, **{spec.name: gpu.allocate(spec) for spec in module.outputs}}
-        module.enqueue(plain, stream).wait()
-        check(load().cuMemcpyDtoD(bindings["x"].pointer, x.pointer, x.size_bytes), "copying the frame")
-        graph.launch(stream)
-        stream.synchronize()
-        assert np.array_equal(gpu.download(bindings["image"]), gpu.download(plain["image"]))
-    graph.close()
-    module.close()
+    replay_is_the_plain_run(module, gpu, stream)

@@ -222,7 +222,7 @@ def test_without_cuda_python():
     assert finding(facts, "NVIDIA driver").status == "note"
     assert finding(facts, "NVRTC and headers").status == "missing"
     assert pair(facts, "cpu", "onnxruntime").works
-    assert pair(facts, "cuda", "tensorrt-rtx").reason == "NVIDIA driver: cannot be asked without cuda-python"
+    assert pair(facts, "cuda", "tensorrt-rtx").reason == "cuda-python is not installed"
 
 
 def test_a_gpu_that_does_not_answer_and_one_that_is_too_old():
