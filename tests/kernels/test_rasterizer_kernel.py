@@ -7,7 +7,6 @@ a pixel (triangle, depth) must be equal everywhere, edges and ties included: the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,14 +40,15 @@ KERNELS = ("prepare", "draw", "resolve_f32", "resolve_f16", "motion_f32", "motio
 
 
 @pytest.fixture
-def device(software_cuda: object) -> Iterator[CudaDevice]:
-    with CudaDevice(0) as opened:
-        yield opened
+def device(gpu: Any) -> CudaDevice:
+    opened: CudaDevice = gpu.device
+    return opened
 
 
 @pytest.fixture
-def stream(device: CudaDevice) -> CudaStream:
-    return device.stream("test")
+def stream(gpu: Any) -> CudaStream:
+    opened: CudaStream = gpu.stream
+    return opened
 
 
 def soup(seed: int, count: int, height: int, width: int) -> tuple[Floats, Mesh]:
@@ -73,7 +73,20 @@ def sheet(n: int, low: float, high: float) -> tuple[Floats, Mesh]:
 
 
 def empty(device: CudaDevice, channels: int, height: int, width: int, dtype: str = "float32") -> DeviceArray:
-    return device.allocate(TensorSpec("result", dtype, (1, channels, height, width)))
+    array = device.allocate(TensorSpec("result", dtype, (1, channels, height, width)))
+    settle()
+    return array
+
+
+def upload(device: CudaDevice, values: NDArray[Any]) -> DeviceArray:
+    array = device.upload(values)
+    settle()
+    return array
+
+
+def settle() -> None:
+    """Wait for the default stream, on which memory is zeroed and copied to: the tests' own stream does not."""
+    check(load().cuStreamSynchronize(0), "waiting for the default stream")
 
 
 def draw(
@@ -86,7 +99,7 @@ def draw(
 ) -> tuple[Fragments, NDArray[Any]]:
     """One frame: what is seen at its pixels (without weights), and its condition [6, H, W]."""
     condition = empty(device, 6, rasterizer.height, rasterizer.width, dtype)
-    points = device.upload(vertices)
+    points = upload(device, vertices)
     rasterizer.render(points, condition, stream=stream.handle, frame=frame)
     stream.synchronize()
     triangle, depth = unpack_keys(device.download(rasterizer.keys(frame)))
@@ -266,10 +279,10 @@ def test_a_mesh_without_triangles_is_empty(device: CudaDevice, stream: CudaStrea
 def test_nothing_is_written_beside_the_condition(device: CudaDevice, stream: CudaStream) -> None:
     vertices, mesh = soup(3, 5, 13, 11)
     rasterizer = MeshRasterizer(device.context, mesh, 13, 11)
-    points = device.upload(vertices)
+    points = upload(device, vertices)
     for dtype in ("float32", "float16"):
         size = 6 * 13 * 11
-        held = device.upload(np.full(size + 128, 7, dtype))
+        held = upload(device, np.full(size + 128, 7, dtype))
         inside = DeviceArray(
             held.pointer + 64 * held.dtype.itemsize, (1, 6, 13, 11), dtype, device=device.ordinal, owner=held
         )
@@ -375,7 +388,7 @@ def test_a_frame_that_was_not_drawn_is_empty(device: CudaDevice, stream: CudaStr
     rasterizer = MeshRasterizer(device.context, mesh, 20, 20, frames=2)
     assert (unpack_keys(device.download(rasterizer.keys(1)))[0] == -1).all()
     draw(device, stream, rasterizer, vertices)
-    motion = device.upload(np.full((1, 3, 20, 20), 5, np.float32))
+    motion = upload(device, np.full((1, 3, 20, 20), 5, np.float32))
     rasterizer.motion(motion, stream=stream.handle, frame=1, source=0)
     stream.synchronize()
     assert not device.download(motion).any()
@@ -408,7 +421,7 @@ def test_a_frame_is_captured_once_and_replayed_with_new_vertices(device: CudaDev
     first, mesh = soup(6, 30, 40, 72)
     second = soup(7, 30, 40, 72)[0]
     rasterizer = MeshRasterizer(device.context, mesh, 40, 72)
-    vertices, condition = device.upload(first), empty(device, 6, 40, 72)
+    vertices, condition = upload(device, first), empty(device, 6, 40, 72)
     launches = rasterizer.prepare_render(vertices, condition)
     cuda = load()
     mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -419,6 +432,7 @@ def test_a_frame_is_captured_once_and_replayed_with_new_vertices(device: CudaDev
     for points in (first, second, first):
         staged = np.ascontiguousarray(points)
         check(cuda.cuMemcpyHtoD(vertices.pointer, staged.ctypes.data, staged.nbytes), "copying")
+        settle()
         check(cuda.cuGraphLaunch(replay, stream.stream), "replaying")
         stream.synchronize()
         wanted = condition_raster(points, mesh, 40, 72)
@@ -430,7 +444,7 @@ def test_a_frame_is_captured_once_and_replayed_with_new_vertices(device: CudaDev
 def test_wrong_arrays_are_refused(device: CudaDevice, stream: CudaStream) -> None:
     vertices, mesh = sheet(3, 1, 7)
     rasterizer = MeshRasterizer(device.context, mesh, 8, 10)
-    good, condition = device.upload(vertices), empty(device, 6, 8, 10)
+    good, condition = upload(device, vertices), empty(device, 6, 8, 10)
 
     def array(shape: tuple[int, ...], dtype: str = "float32", **options: Any) -> DeviceArray:
         return DeviceArray(good.pointer, shape, dtype, **{"device": device.ordinal, **options})
@@ -483,7 +497,7 @@ def test_wrong_meshes_are_refused(device: CudaDevice) -> None:
 def test_closing_twice_and_drawing_after_it(device: CudaDevice, stream: CudaStream) -> None:
     vertices, mesh = sheet(3, 1, 7)
     rasterizer = MeshRasterizer(device.context, mesh, 8, 8)
-    points, condition = device.upload(vertices), empty(device, 6, 8, 8)
+    points, condition = upload(device, vertices), empty(device, 6, 8, 8)
     launches = rasterizer.prepare_render(points, condition)
     rasterizer.close()
     rasterizer.close()
