@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.errors import BundleError
-from warpcache.engine.onnx_files import ExternalTensor, external_tensors
+from warpcache.engine.onnx_files import ExternalTensor, GraphNode, external_tensors, graph_nodes
 
 
 def read(path: Path, data: bytes) -> list[ExternalTensor]:
@@ -175,6 +175,42 @@ def test_a_truncated_model_never_loses_its_references_silently(where, tmp_path_f
     except BundleError:
         return
     assert onnx.ModelProto.FromString(cut) is not None  # raises where protobuf cannot read it either
+
+
+# Where nodes come from
+
+
+def test_nodes_are_those_that_the_onnx_package_sees(tiny_bundle):
+    for path in tiny_bundle.glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        expected = [GraphNode(node.name, node.op_type, tuple(node.output), "") for node in model.graph.node]
+        with path.open("rb") as file:
+            assert graph_nodes(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("scopes", "path"),
+    [
+        ("['', 'enc.0', 'enc.0.c1', 'conv2d']", "enc.0.c1.conv2d"),
+        ("['', 'conv2d']", "conv2d"),
+        ("[]", ""),
+        ("", ""),
+        ("['a'", ""),
+        ("{'a': 1}", ""),
+        ("[1, 2]", ""),
+        ("__import__('os').getcwd()", ""),
+        ("(" * 5000, ""),
+    ],
+)
+def test_a_node_says_where_in_the_users_model_it_comes_from(tmp_path, scopes, path):
+    node = helper.make_node("Relu", ["x"], ["y", "z"], name="n")
+    for key, value in (("namespace", ": a.B"), ("pkg.torch.onnx.name_scopes", scopes), ("other", "['', 'wrong']")):
+        node.metadata_props.add(key=key, value=value)
+    # Nodes of sub-graphs are not the main graph's.
+    branch = helper.make_node("If", ["b"], ["c"], then_branch=graph([helper.make_node("Tanh", ["x"], ["t"])]))
+    (tmp_path / "m.onnx").write_bytes(onnx.ModelProto(graph=graph([node, branch])).SerializeToString())
+    with (tmp_path / "m.onnx").open("rb") as file:
+        assert graph_nodes(file) == [GraphNode("n", "Relu", ("y", "z"), path), GraphNode("", "If", ("c",), "")]
 
 
 # In a bundle
