@@ -336,6 +336,8 @@ class CudaDevice:
         memory = self.memory(spec.size_bytes, f"{spec.name!r}")
         cuda = load()
         check(cuda.cuMemsetD8(memory.pointer, 0, max(1, spec.size_bytes)), f"zeroing {spec.name!r}")
+        # It runs on the default stream, which ours do not wait for: what they write must not be zeroed afterwards.
+        check(cuda.cuStreamSynchronize(0), f"zeroing {spec.name!r}")
         return DeviceArray(memory.pointer, spec.shape, spec.dtype, device=self.ordinal, owner=memory)
 
     def allocate_pinned(self, spec: TensorSpec) -> Array:
@@ -345,12 +347,15 @@ class CudaDevice:
         array.fill(0)
         return array
 
-    def upload(self, array: Array, stream: CudaStream | None = None) -> DeviceArray:
+    def upload(self, array: Array) -> DeviceArray:
         """A copy of a host array in new memory, complete when this returns; for tests and constants, not for frames."""
         spec = TensorSpec("upload", str(array.dtype), tuple(array.shape))
         held = np.ascontiguousarray(array)
         target = self.allocate(spec)
-        check(load().cuMemcpyHtoD(target.pointer, held.ctypes.data, held.nbytes), "copying to the GPU")
+        cuda = load()
+        check(cuda.cuMemcpyHtoD(target.pointer, held.ctypes.data, held.nbytes), "copying to the GPU")
+        # From pageable memory the call may return while the last part is still on its way.
+        check(cuda.cuStreamSynchronize(0), "copying to the GPU")
         return target
 
     def download(self, array: DeviceArray) -> Array:

@@ -160,6 +160,8 @@ def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
             f"{name} is of type {type(source).__name__}, which offers neither DLPack nor __cuda_array_interface__; "
             "give an array on the GPU"
         )
+    if not _on_a_gpu(source):
+        raise InputError(f"{name} is on the CPU, expected a GPU's memory; move it there first")
     try:
         view = _cuda_core_view(source, stream)
     except (BufferError, ValueError, TypeError, RuntimeError) as exc:
@@ -172,3 +174,12 @@ def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
         strides=None if view.strides is None else tuple(view.strides),
         owner=view,
     )
+
+
+def _on_a_gpu(source: Any) -> bool:
+    """Whether the owner says so; asked first, because an owner on the CPU may not even take a stream's handle."""
+    if not hasattr(source, "__dlpack_device__"):
+        return True
+    kind, _ = source.__dlpack_device__()
+    # kDLCUDA and kDLCUDAManaged of dlpack.h.
+    return int(kind) in (2, 13)

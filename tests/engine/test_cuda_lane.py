@@ -1,0 +1,506 @@
+"""Frames through an engine on a GPU: what is copied and what is not, graphs, peers, and what goes wrong there.
+
+Everything runs on the driver in software; that the same holds on hardware, the device contract's tests say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
+
+from warpcache.engine.bundle import Bundle
+from warpcache.engine.cuda_backends import TensorRtBackend
+from warpcache.engine.cuda_device import CudaDevice, CudaStream
+from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda_options import CudaOptions, parse_device
+from warpcache.engine.cuda_placement import ModuleFile
+from warpcache.engine.engine import Engine
+from warpcache.engine.errors import BackendError, DeviceError, InputError
+from warpcache.engine.spec import Array, TensorSpec
+from warpcache.kernels.array import DeviceArray
+from warpcache.kernels.driver import check, load
+
+SHAPE = (1, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture
+def make_engine(software_cuda: Any, tiny_bundle: Path, engines: Path) -> Callable[..., Engine]:
+    """An engine on the software GPU, with TensorRT's double."""
+
+    def make(*, cuda: dict[str, Any] | None = None, backend: Any = None, **options: Any) -> Engine:
+        chosen = TensorRtBackend(software_flavour(), engine_cache=engines) if backend is None else backend
+        return Engine(
+            tiny_bundle, device="cuda:0", backend=chosen, cuda=CudaOptions(debug=True, **(cuda or {})), **options
+        )
+
+    return make
+
+
+def images(count: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).uniform(-1, 1, (count, *SHAPE[1:])).astype(np.float32)
+
+
+def on_the_cpu(bundle: Path, x: Array, **options: Any) -> list[Array]:
+    with Engine(bundle, threads=1, **options) as engine:
+        return [np.array(frame.outputs["image"]) for frame in engine.session().render({"x": x})]
+
+
+class Foreign:
+    """Somebody's array on the GPU that speaks `__cuda_array_interface__` only, as PyCUDA's do."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self._array = array
+        self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+
+class Wrapping:
+    """A backend of which a test replaces one thing."""
+
+    name = "wrapped"
+
+    def __init__(self, inner: TensorRtBackend, wrap: Callable[[Any], Any]) -> None:
+        self._inner = inner
+        self._wrap = wrap
+
+    def prepare(self, *arguments: Any) -> None:
+        self._inner.prepare(*arguments)
+
+    def load(self, module: ModuleFile, *, device: CudaDevice, stream: CudaStream) -> Any:
+        return self._wrap(self._inner.load(module, device=device, stream=stream))
+
+
+class Wrapped:
+    """A module that is another one but for what a test says."""
+
+    capturable = True
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.name, self.inputs, self.outputs = inner.name, inner.inputs, inner.outputs
+
+    def launch(self, bindings: Any, stream: CudaStream) -> None:
+        self._inner.launch(bindings, stream)
+
+    def enqueue(self, bindings: Any, stream: CudaStream) -> Any:
+        return stream.submit(lambda: self.launch(bindings, stream))
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+# Graphs
+
+
+def test_one_graph_an_exit_and_slot(make_engine: Callable[..., Engine]) -> None:
+    with make_engine(age=1) as engine, engine.session() as session:
+        slots = engine.new_scheduler().slots
+        # Producer, plain and warp have one a slot; the whole generator, loaded as a fallback, reads none.
+        assert session.statistics.graphs == 3 * slots + 1
+    with make_engine(age=1, cuda={"graphs": "off"}) as engine, engine.session() as session:
+        assert session.statistics.graphs == 0
+
+
+def test_a_frame_is_one_replay_and_takes_no_memory(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
+    with make_engine(policy="full") as engine:
+        session = engine.session()
+        reader = session.render({"x": images(12)})
+        for _ in range(4):
+            next(reader)
+        before = {what: software_cuda.count(what) for what in ("allocations", "graph_launches", "events_created")}
+        for _ in range(5):
+            next(reader)
+        assert software_cuda.count("graph_launches") - before["graph_launches"] == 5
+        assert software_cuda.count("allocations") == before["allocations"]
+        assert software_cuda.count("events_created") == before["events_created"]
+
+
+def test_an_empty_graph_is_refused(make_engine: Callable[..., Engine], engines: Path, software_cuda: Any) -> None:
+    class Elsewhere(Wrapped):
+        """Issues to a stream of its own, as an executor does that ignores the stream it is given."""
+
+        def launch(self, bindings: Any, stream: CudaStream) -> None:
+            other = stream.device.stream("elsewhere")
+            self._inner.launch(bindings, other)
+            if not capturing(stream):
+                other.synchronize()
+
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    with (
+        make_engine(policy="full", backend=Wrapping(inner, Elsewhere), cuda={"graphs": "on"}) as engine,
+        pytest.raises(BackendError, match=r"the graph of module 'generator' is empty: .* use graphs='auto'"),
+    ):
+        engine.session()
+
+
+def test_without_a_graph_where_the_backend_cannot_be_captured(
+    make_engine: Callable[..., Engine], engines: Path, tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Waits(Wrapped):
+        """Waits for the GPU in the middle, which no capture allows."""
+
+        def launch(self, bindings: Any, stream: CudaStream) -> None:
+            self._inner.launch(bindings, stream)
+            stream.synchronize()
+
+    x = images(3)
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    with (
+        caplog.at_level(logging.WARNING, "warpcache.engine.cuda_lane"),
+        make_engine(policy="full", backend=Wrapping(inner, Waits), cuda={"graphs": "auto"}) as engine,
+    ):
+        session = engine.session()
+        answers = [np.array(frame.outputs["image"]) for frame in session.render({"x": x})]
+        assert session.statistics.graphs == 0
+    np.testing.assert_array_equal(answers, on_the_cpu(tiny_bundle, x, policy="full"))
+    told = [record for record in caplog.records if "is issued call by call, without a graph" in record.getMessage()]
+    assert len(told) == 1
+
+
+def test_a_module_that_says_it_cannot_be_captured_is_believed(
+    make_engine: Callable[..., Engine], engines: Path
+) -> None:
+    class Uncapturable(Wrapped):
+        capturable = False
+
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    with make_engine(policy="full", backend=Wrapping(inner, Uncapturable), cuda={"graphs": "auto"}) as engine:
+        assert engine.session().statistics.graphs == 0
+    with (
+        make_engine(policy="full", backend=Wrapping(inner, Uncapturable), cuda={"graphs": "on"}) as engine,
+        pytest.raises(BackendError, match="module 'generator' cannot be captured by its backend; use graphs='auto'"),
+    ):
+        engine.session()
+
+
+def test_a_capture_that_fails_leaves_the_stream_usable(software_cuda: Any) -> None:
+    with CudaDevice(0) as device:
+        stream = device.stream("s")
+        target = device.allocate(TensorSpec("t", "uint8", (4,)))
+
+        def fails() -> None:
+            raise ValueError("in the middle")
+
+        with pytest.raises(ValueError, match="in the middle"):
+            CudaGraph.capture(stream, fails, name="broken")
+        graph = CudaGraph.capture(stream, lambda: fill(stream, target, 7), name="fill")
+        assert graph.nodes == 1
+        assert device.download(target).tolist() == [0, 0, 0, 0]
+        graph.launch(stream)
+        stream.synchronize()
+        assert device.download(target).tolist() == [7, 7, 7, 7]
+        graph.close()
+        graph.close()
+        with pytest.raises(DeviceError, match="the graph of fill is closed"):
+            graph.launch(stream)
+
+
+# What goes in and out
+
+
+def test_arrays_on_the_gpu_are_taken_where_they_are(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    x = images(4)
+    expected = on_the_cpu(tiny_bundle, x, age=1)
+    with make_engine(age=1) as engine, CudaDevice(0) as device:
+        mine = device.upload(x)
+        answers = [np.array(frame.outputs["image"]) for frame in engine.session().render({"x": mine})]
+        np.testing.assert_array_equal(answers, expected)
+        again = [np.array(frame.outputs["image"]) for frame in engine.session().render({"x": Foreign(mine)})]
+        np.testing.assert_array_equal(again, expected)
+
+
+def test_without_graphs_the_callers_memory_is_bound_itself(
+    make_engine: Callable[..., Engine], engines: Path, software_cuda: Any
+) -> None:
+    seen: list[dict[str, int]] = []
+
+    class Watched(Wrapped):
+        def launch(self, bindings: Any, stream: CudaStream) -> None:
+            seen.append({name: array.pointer for name, array in bindings.items()})
+            self._inner.launch(bindings, stream)
+
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    options = {"graphs": "off", "outputs": "device"}
+    with (
+        make_engine(policy="full", backend=Wrapping(inner, Watched), cuda=options) as engine,
+        CudaDevice(0) as device,
+    ):
+        session = engine.session()
+        mine = device.upload(images(1))
+        copies = software_cuda.count("copies")
+        session.submit({"x": mine})
+        frame = next(session.frames())
+        assert seen[-1] == {"x": mine.pointer, "image": frame.outputs["image"].pointer}
+        assert software_cuda.count("copies") == copies
+
+
+def test_answers_on_the_gpu_are_lent_by_dlpack(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    x = images(5)
+    expected = on_the_cpu(tiny_bundle, x, age=1)
+    with make_engine(age=1, cuda={"outputs": "device"}) as engine, CudaDevice(0) as device:
+        kept = [frame.outputs["image"] for frame in engine.session().render({"x": x})]
+        assert all(array.__dlpack_device__() == (2, 0) for array in kept)
+        # Each is its caller's alone: no later frame was written into an earlier one's memory.
+        np.testing.assert_array_equal([device.download(array) for array in kept], expected)
+        borrowed = [DeviceArray.borrow(Foreign(array), device=0, stream=0) for array in kept]
+        assert [array.pointer for array in borrowed] == [array.pointer for array in kept]
+        pointers = {array.pointer for array in kept}
+        del kept, borrowed
+        # Let go of, the same memory serves again.
+        assert next(iter(engine.session().render({"x": x}))).outputs["image"].shape == SHAPE
+        assert len(pointers) == 5
+
+
+def test_an_array_waits_for_what_its_owner_has_queued(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
+    """An owner's kernel may still be writing when the array is handed in; its stream says when it is done."""
+    with make_engine(policy="full") as engine, CudaDevice(0) as device:
+        owner = device.stream("owner")
+        mine = device.allocate(TensorSpec("x", "float32", SHAPE))
+        value = np.full(SHAPE, 0.5, np.float32)
+        source = device.upload(value)
+        session = engine.session()
+        with software_cuda.held(owner):
+            copy_code = load().cuMemcpyDtoDAsync(mine.pointer, source.pointer, mine.size_bytes, owner.stream)
+            check(copy_code, "copying")
+            lent = DeviceArray(mine.pointer, SHAPE, "float32", device=0, stream=owner.handle)
+            session.submit({"x": Foreign(lent)})
+        # Had the copy to the graph's buffer not waited for the owner's, the answer would be that of zeros.
+        with_owner = np.array(next(session.frames()).outputs["image"])
+        session.submit({"x": value})
+        np.testing.assert_array_equal(with_owner, next(session.frames()).outputs["image"])
+
+
+@pytest.mark.parametrize("wrong", ["device", "dtype", "shape", "strided", "host", "list"])
+def test_arrays_that_do_not_fit_are_refused(make_engine: Callable[..., Engine], software_cuda: Any, wrong: str) -> None:
+    with make_engine(policy="full") as engine, CudaDevice(0) as device, CudaDevice(1) as other:
+        session = engine.session()
+        array: Any
+        match wrong:
+            case "device":
+                array, sentence = other.upload(images(1)), "input 'x' is on cuda:1, expected cuda:0; move it"
+            case "dtype":
+                array = device.upload(images(1).astype(np.float16))
+                sentence = "input 'x' has dtype float16, expected float32; convert it first"
+            case "shape":
+                array, sentence = device.upload(images(2)), r"input 'x' has shape \(2, 3, 16, 16\), expected"
+            case "strided":
+                wide = device.upload(images(2))
+                array = DeviceArray(wide.pointer, SHAPE, "float32", device=0, strides=(1536, 512, 32, 2), owner=wide)
+                sentence = "input 'x' is not contiguous on the GPU; make it contiguous"
+            case "host":
+                torch = pytest.importorskip("torch")
+                array, sentence = torch.zeros(SHAPE), "input 'x' is on the CPU, expected a GPU's memory"
+            case _:
+                array, sentence = [[0.0]], "input 'x' is of type list, which offers neither DLPack nor"
+        with pytest.raises(InputError, match=sentence):
+            session.submit({"x": array})
+        session.submit({"x": images(1)})
+        assert next(session.frames()).index == 0
+
+
+# Producers beside and elsewhere
+
+
+def test_frames_go_on_while_a_producer_is_held(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    x = images(5)
+    whole = on_the_cpu(tiny_bundle, x, policy="full")
+    with make_engine(exit="plain") as engine:
+        session = engine.session()
+        reader = session.render({"x": x})
+        first = next(reader)
+        assert (first.route, first.age) == ("plain", 0)
+        engine.synchronize()
+        stream = engine._placement._producers[0].stream.cuda  # type: ignore[attr-defined]
+        with software_cuda.held(stream):
+            ages = []
+            for _ in range(3):
+                frame = next(reader)
+                ages.append(frame.age)
+                np.testing.assert_array_equal(frame.outputs["image"], whole[frame.index - frame.age])
+        # The cache of frame 1 at best was made before the producer was held.
+        assert ages in ([1, 2, 3], [0, 1, 2], [1, 1, 2])
+        engine.synchronize()
+        assert session.statistics.producer_failures == 0
+
+
+def test_producers_on_another_gpu_hand_their_caches_over(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    x = images(8)
+    whole = on_the_cpu(tiny_bundle, x, policy="full")
+    with make_engine(exit="plain", cuda={"producer_devices": ("cuda:1", "cuda:0")}) as engine:
+        session = engine.session()
+        for frame in session.render({"x": x}):
+            np.testing.assert_array_equal(frame.outputs["image"], whole[frame.index - frame.age])
+            engine.synchronize()
+        assert session.statistics.producer_runs >= 2
+        assert session.statistics.producer_failures == 0
+
+
+def test_a_frame_on_the_gpu_reaches_a_producer_on_another(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    software_cuda.configure(peer_access=0)
+    x = images(4)
+    whole = on_the_cpu(tiny_bundle, x, policy="full")
+    with make_engine(exit="plain", cuda={"producer_devices": ("cuda:1",)}) as engine, CudaDevice(0) as device:
+        mine = device.upload(x)
+        for frame in engine.session().render({"x": mine}):
+            np.testing.assert_array_equal(frame.outputs["image"], whole[frame.index - frame.age])
+            engine.synchronize()
+
+
+@pytest.mark.leaves_cuda_behind  # pytest keeps the warning's traceback, and with it the session, until the test is over
+def test_a_producer_that_fails_is_counted_and_frames_go_on(
+    make_engine: Callable[..., Engine], engines: Path, software_cuda: Any
+) -> None:
+    calls = 0
+
+    class Failing(Wrapped):
+        capturable = False
+
+        def launch(self, bindings: Any, stream: CudaStream) -> None:
+            nonlocal calls
+            calls += self.name == "producer"
+            # The first runs are those of the session's opening, and the first frame's.
+            if self.name == "producer" and calls > 4:
+                raise BackendError("the producer is out of order")
+            self._inner.launch(bindings, stream)
+
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    with make_engine(backend=Wrapping(inner, Failing)) as engine:
+        session = engine.session()
+        frames = []
+        for frame in session.render({"x": images(4)}):
+            frames.append(frame)
+            engine.synchronize()
+        assert len(frames) == 4
+        assert session.statistics.producer_failures >= 1
+        assert session.statistics.last_producer_error == "BackendError: the producer is out of order"
+
+
+# Loading, and what goes wrong there
+
+
+def test_everything_that_may_run_is_loaded_with_the_engine(make_engine: Callable[..., Engine], engines: Path) -> None:
+    loaded: list[str] = []
+
+    def note(module: Any) -> Any:
+        loaded.append(module.name)
+        return module
+
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    with make_engine(backend=Wrapping(inner, note)):
+        assert sorted(loaded) == ["generator", "plain", "producer", "warp"]
+    loaded.clear()
+    # Without the whole generator as a way out it is not needed.
+    with make_engine(on_stale="raise", backend=Wrapping(inner, note)):
+        assert sorted(loaded) == ["plain", "producer", "warp"]
+
+
+def test_too_little_memory_is_said_in_numbers(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
+    software_cuda.configure(memory=30_000)
+    sentence = r"cuda:0 has no room for .*: \d+\.\d MiB were asked for, \d+\.\d MiB of 0\.0 MiB are free"
+    with pytest.raises(DeviceError, match=sentence), make_engine(age=1) as engine:
+        engine.session()
+
+
+def test_a_gpu_that_is_not_there(tiny_bundle: Path, software_cuda: Any) -> None:
+    with pytest.raises(DeviceError, match="there is no GPU cuda:7; there are: cuda:0, cuda:1"):
+        Engine(tiny_bundle, device="cuda:7", backend=TensorRtBackend(software_flavour()))
+
+
+def test_a_session_gives_everything_back(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
+    with make_engine() as engine:
+        with engine.session() as session:
+            list(session.render({"x": images(2)}))
+        del session
+        before = software_cuda.live()
+        with engine.session() as session:
+            list(session.render({"x": images(2)}))
+        del session
+        assert software_cuda.live() == before
+
+
+def test_what_is_missing_is_not_built_where_that_was_asked(
+    make_engine: Callable[..., Engine], tmp_path: Path, software_cuda: Any
+) -> None:
+    backend = TensorRtBackend(software_flavour(), engine_cache=tmp_path / "none", build=False)
+    with pytest.raises(BackendError, match=r"holds no TensorRT-RTX .* engine of .*; build them with `warpcache build"):
+        make_engine(backend=backend)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"device": "gpu"}, "unknown device 'gpu'; choose 'cpu' or 'cuda:N'"),
+        ({"device": "cuda:x"}, "unknown device 'cuda:x'"),
+        ({"backend": "tensorrt"}, "backend 'tensorrt' does not run on the CPU; choose device='cuda:0'"),
+        ({"backend": "tflite"}, "backend 'tflite' does not run on the CPU; choose 'onnxruntime'"),
+        ({"device": "cuda:0", "backend": "tflite"}, "unknown backend 'tflite'; choose one of 'onnxruntime'"),
+        ({"cuda": CudaOptions()}, "options for a GPU were given for device 'cpu'"),
+        ({"device": "cuda:0", "threads": 2}, "threads are the CPU's, but the device is 'cuda:0'"),
+    ],
+)
+def test_options_that_make_no_sense(tiny_bundle: Path, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Engine(tiny_bundle, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"graphs": "maybe"}, "unknown graphs 'maybe'; choose 'auto', 'on' or 'off'"),
+        ({"outputs": "gpu"}, "unknown outputs 'gpu'; choose 'host' or 'device'"),
+        ({"producer_devices": ("cpu",)}, "a producer cannot run on 'cpu' beside a consumer on a GPU"),
+        ({"producer_devices": ("cuda:a",)}, "unknown device 'cuda:a'"),
+    ],
+)
+def test_cuda_options_are_checked_when_they_are_made(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        CudaOptions(**options)
+
+
+def test_producer_devices_go_with_async_only(make_engine: Callable[..., Engine]) -> None:
+    with pytest.raises(InputError, match="producer_devices goes with policy 'async', but the policy is 'every:3'"):
+        make_engine(policy="every:3", cuda={"producer_devices": ("cuda:1",)})
+
+
+def test_devices_by_name() -> None:
+    assert [parse_device(name) for name in ("cpu", "cuda", "cuda:0", "cuda:12")] == [None, 0, 0, 12]
+
+
+def capturing(stream: CudaStream) -> bool:
+    cuda = load()
+    status = check(cuda.cuStreamIsCapturing(stream.stream), "asking")
+    return bool(status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+
+def fill(stream: CudaStream, array: DeviceArray, value: int) -> None:
+    check(load().cuMemsetD8Async(array.pointer, value, array.size_bytes, stream.stream), "filling")
+
+
+def test_the_bundle_says_which_files_its_modules_are(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    file = ModuleFile.of(bundle, "warp")
+    assert (file.name, file.path) == ("warp", bundle.file("warp.onnx"))
+    assert file.inputs == bundle.manifest.modules["warp"].inputs
