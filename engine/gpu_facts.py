@@ -43,7 +43,7 @@ def gpu_facts(ordinals: Iterable[int]) -> dict[str, Any]:
 def driver_version() -> str | None:
     """The version of the driver's kernel module, e.g. ``580.65.06``; None where nothing says it."""
     try:
-        found = re.search(r"Kernel Module\D*?\s(\d+(?:\.\d+)+)", _KERNEL_MODULE.read_text("ascii", "replace"))
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _KERNEL_MODULE.read_text("ascii", "replace"))
         if found is not None:
             return found[1]
     except OSError:

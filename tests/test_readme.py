@@ -43,14 +43,17 @@ def scripts() -> dict[str, str]:
     return found
 
 
-def console_lines() -> Iterator[str]:
+GPU_MARK = "  # needs a GPU"
+GPU_SCRIPT = "stream_gpu.py"
+
+
+def console_lines(*, gpu: bool = False) -> Iterator[str]:
+    """The lines of the console blocks: those that run anywhere, or those that are marked to need a GPU."""
     for block in blocks():
         if block.language == "console":
-            yield from block.text.splitlines()
-
-
-def warpcache_commands() -> list[list[str]]:
-    return [shlex.split(line)[1:] for line in console_lines() if line.startswith("warpcache ")]
+            for line in block.text.splitlines():
+                if line.endswith(GPU_MARK) == gpu:
+                    yield line.removesuffix(GPU_MARK)
 
 
 def run(*arguments: str, cwd: Path) -> str:
@@ -69,6 +72,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     printed = {}
     for line in console_lines():
         words = shlex.split(line)
+        if words[:2] == ["warpcache", "build"]:
+            pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
         if words[0] == "pip":
             continue  # the continuous integration does that part, in an environment of its own
         if words[0] == "python":
@@ -109,6 +114,34 @@ def test_the_python_example_runs_without_torch(done: tuple[Path, dict[str, str]]
     folder, _ = done
     code = "import sys, runpy; sys.modules.update(torch=None, onnx=None); runpy.run_path('stream.py')"
     assert run("-c", code, cwd=folder)
+
+
+def test_the_bundle_is_converted_and_carried_away(done: tuple[Path, dict[str, str]]) -> None:
+    from warpcache.engine.building import precision_of
+    from warpcache.engine.bundle import Bundle
+
+    folder, _ = done
+    for path in (folder / "mine.fp16.warp", folder / "edge" / "mine.fp16.warp"):
+        bundle = Bundle.open(path)
+        assert precision_of(bundle) == "fp16"
+        assert set(bundle.manifest.created["precision"]["parity"]) == {"whole", "plain", "warp"}
+    assert len(list((folder / "edge" / "engines").glob("*.engine"))) == 4
+
+
+def test_what_needs_a_gpu_runs_on_one_and_says_so_without(done: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = done
+    commands = [["-m", *shlex.split(line)] for line in console_lines(gpu=True)]
+    assert commands
+    for arguments in (*commands, [GPU_SCRIPT]):
+        result = subprocess.run(
+            [sys.executable, "-P", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+        if result.returncode != 0:
+            # There is no GPU here, or none that TensorRT-RTX builds for (it has no code for data centres' newest).
+            last = result.stderr.splitlines()[-1]
+            refusals = ("no NVIDIA driver was found", "starting the CUDA driver failed", "has no code for")
+            assert any(refusal in last for refusal in refusals), result.stderr
+            assert last.startswith("warpcache: ") or arguments == [GPU_SCRIPT], result.stderr
 
 
 def test_the_example_is_short() -> None:

@@ -303,6 +303,10 @@ def bench_bundle(
     step = measure_every or max(1, -(-stream.frames // MEASURED_FRAMES))
     rate = fps or stream.fps or bundle.manifest.fps
 
+    # Beside async, what it is measured against: there is no producer there that could be elsewhere. Without async the
+    # engine refuses the option.
+    others = on.without_producers() if any(policy.kind == "async" for policy in policies) else on
+
     def run(policy: Policy) -> Recording:
         return record(
             bundle,
@@ -311,7 +315,7 @@ def bench_bundle(
             exit_name=exit_name,
             fps=pace(policy, None, rate),
             threads=threads,
-            on=on,
+            on=on if policy.kind == "async" else others,
             keep=lambda index: index % step == 0,
             progress=progress,
         )

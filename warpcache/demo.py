@@ -153,6 +153,7 @@ def run_demo(
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; choose another folder with --out")
     network = load_lpips(lpips)
+    facts = on.facts()  # before the head is drawn: a GPU that is not there is found out at once
     inputs = demo_inputs(bundle, frames, progress)
 
     fps = bundle.manifest.fps or 30.0
@@ -160,7 +161,18 @@ def run_demo(
     recordings = []
     for policy in (Policy("full"), Policy("async")):
         images: dict[int, NDArray[np.uint8]] = {}
-        recordings.append(_stream(bundle, inputs, policy, fps, threads, on, images, progress))
+        recordings.append(
+            _stream(
+                bundle,
+                inputs,
+                policy,
+                fps,
+                threads,
+                on if policy.kind == "async" else on.without_producers(),
+                images,
+                progress,
+            )
+        )
         shown.append(images)
     references = {WHOLE_LABEL: recordings[0].images, "rendered truth": inputs.truth}
     results = [result_of(recording, references, lpips=network, progress=progress) for recording in recordings]
@@ -169,8 +181,6 @@ def run_demo(
         f"answered; async gets {fps:g} a second. Latency from a frame's arrival to its answer."
     )
     title = f"Synthetic head, {bundle.manifest.name}"
-
-    facts = on.facts()
 
     # Both files are made in a folder of their own and moved at the end, so that an interrupt leaves an old pair whole.
     out.parent.mkdir(parents=True, exist_ok=True)

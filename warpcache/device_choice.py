@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 __all__ = ["DeviceChoice"]
@@ -37,6 +37,10 @@ class DeviceChoice:
         if parse_device(self.device) is not None or self.graphs is not None or self.producer_devices:
             cuda = CudaOptions(graphs=self.graphs or "auto", producer_devices=self.producer_devices)
         return {"device": self.device, "backend": self.backend, "cuda": cuda}
+
+    def without_producers(self) -> DeviceChoice:
+        """The same choice with producers on the consumer's GPU, where a policy has none that run beside it."""
+        return replace(self, producer_devices=())
 
     def facts(self) -> dict[str, Any]:
         """What a record of measurements says of the GPUs and their driver; empty on the CPU.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
+import shutil
 import site
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 
@@ -305,3 +308,47 @@ def test_an_interrupted_deployment_leaves_nothing(
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("warpcache: interrupted; ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_edge_folder_answers_on_a_gpu_in_software(software_cuda_driver: Any, edge: Path, tmp_path: Path) -> None:
+    session = onnxruntime.InferenceSession(edge / "tiny.warp" / "generator.onnx", providers=["CPUExecutionProvider"])
+    frames = np.random.default_rng(3).uniform(-1, 1, (6, 3, 16, 16)).astype(np.float32)
+    image = np.concatenate([session.run(["image"], {"x": frame[None]})[0] for frame in frames])
+    inputs, answers = tmp_path / "inputs.npz", tmp_path / "answers.npz"
+    np.savez(inputs, x=frames)
+    edge = shutil.copytree(edge, tmp_path / "edge")
+    # The folder's own runtime and example, in a process that has the driver and TensorRT-RTX in software. The engines
+    # are the real library's, so the double builds its own.
+    code = f"""
+import ctypes, importlib, runpy, sys
+sys.path.append({str(Path(__file__).resolve().parents[1] / "software_tensorrt")!r})
+sys.path.insert(0, {str(edge)!r})
+driver = ctypes.CDLL({str(software_cuda_driver._library._name)!r}, mode=ctypes.RTLD_GLOBAL)
+driver.swcuda_configure(b"compute_major", ctypes.c_longlong(8))
+sys.modules["tensorrt_rtx"] = importlib.import_module("tests_software_tensorrt")
+sys.argv[1:] = [{str(inputs)!r}, {str(answers)!r}]
+runpy.run_path({str(edge / "run.py")!r}, run_name="__main__")
+import warpcache
+assert warpcache.__file__.startswith({str(edge)!r}), warpcache.__file__
+"""
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    *lines, statistics = result.stdout.strip().splitlines()
+    assert statistics.startswith("SessionStatistics(")
+    with np.load(answers) as arrays:
+        assert len(arrays["image"]) == len(lines) > 0
+        for line, answered in zip(lines, arrays["image"], strict=True):
+            index, age, route = line.split()[:3]
+            t, s = int(index), int(index) - int(age)
+            expected = image[s] + np.float32(0.1) * frames[t] if route == "warp" else image[s]
+            # ONNX Runtime's float32 on both sides, fused differently at most: 72 products of values below 4.
+            np.testing.assert_allclose(answered, expected, atol=1e-5)
+
+
+def test_the_commands_of_the_guide_parse() -> None:
+    guide = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    lines = [line.strip() for line in guide.splitlines() if line.startswith("    ") and "warpcache " in line]
+    commands = [shlex.split(line[line.index("warpcache ") :], comments=True)[1:] for line in lines]
+    assert {words[0] for words in commands} == {"build", "run", "bench", "doctor"}
+    for words in commands:
+        cli.commands[words[0]].make_context(words[0], words[1:])
