@@ -54,7 +54,8 @@ class Frame:
 
     Attributes:
         index: Position in the session's sequence, from 0; a gap means that frames were dropped or refused.
-        outputs: The generator's outputs by name, leading axis 1; arrays that belong to the caller.
+        outputs: The generator's outputs by name, leading axis 1; arrays that belong to the caller. NumPy's, on a GPU in
+            pinned memory; with ``CudaOptions(outputs="device")`` a `DeviceArray` each, complete, to be taken by DLPack.
         age: Age of the cache it was answered from, in frames; 0 where it is exactly the generator's output.
         route: The exit that answered: ``whole``, ``plain`` or ``warp``.
         latency_ms: From the arrival of the frame's inputs to the answer. They arrive when `Session.submit` is called;
@@ -64,7 +65,7 @@ class Frame:
     """
 
     index: int
-    outputs: dict[str, Array]
+    outputs: dict[str, Any]
     age: int
     route: Route
     latency_ms: float
@@ -139,13 +140,13 @@ class Session:
         """What the session has done so far."""
         return self._telemetry.snapshot()
 
-    def render(self, inputs: Mapping[str, Array], *, fps: float | None = None) -> Iterator[Frame]:
+    def render(self, inputs: Mapping[str, Any], *, fps: float | None = None) -> Iterator[Frame]:
         """Answer a stream of inputs.
 
         Args:
             inputs: One array per input of the bundle, its leading axis time instead of the batch axis of 1; an array of
                 leading extent 1 never changes. They are not copied where they are C-contiguous: leave them as they are
-                until the last frame is answered.
+                until the last frame is answered. On a GPU also arrays there (DLPack, `__cuda_array_interface__`).
             fps: Frames arrive at this rate, in real time, from the first time the iterator is asked, and under a live
                 policy the newest input wins. None: a frame arrives when the one before it was answered.
 
@@ -164,11 +165,15 @@ class Session:
         self._require_open()
         return Rendering(self, inputs, fps)
 
-    def submit(self, inputs: Mapping[str, Array], *, timeout: float | None = None) -> int:
+    def submit(self, inputs: Mapping[str, Any], *, timeout: float | None = None) -> int:
         """Hand in the inputs of one frame; `frames` gives the answer. Safe from any thread.
 
         The arrays are copied, so the caller may use them again at once. Under a live policy a frame that still waits
         is dropped for this one; under lockstep nothing is dropped, and the call waits while the queue is full.
+
+        On a GPU, arrays that are there already are borrowed instead, by DLPack or `__cuda_array_interface__`, in order
+        on their owner's stream: leave them as they are until the frame, and a producer that took it, have ended
+        (`Engine.synchronize`). Their values are not looked at, whatever `validate` says.
 
         Args:
             inputs: One array per input of the bundle, leading axis 1.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from onnx import ModelProto
@@ -11,11 +11,10 @@ from onnx import ModelProto
 from ..engine.bundle import Bundle
 from ..engine.errors import InputError
 from ..engine.manifest import CACHE_PREFIX
-from ..engine.spec import Array
 from .casting import Casting, HalfType, Reason, cast_model, coordinate_values
 from .graph import GraphIndex, load_model, normalise
 from .parity import PRODUCER
-from .quantize import Histogram, QuantType, collect_ranges, quantisable, quantise, scales
+from .quantize import Histogram, QuantType, quantisable, quantise, scales
 
 __all__ = ["Choice", "Conversion"]
 
@@ -57,7 +56,7 @@ class Conversion:
         models: Module -> float32 graph.
         layers: Module -> layer -> its nodes, in the graph's order.
         rules: Module -> node -> the rule that keeps it in float32 (`casting`).
-        histograms: Module -> value -> distribution, filled by `collect`.
+        histograms: Module -> value -> distribution; has to be set before anything is quantised.
 
     Raises:
         InputError: If a name to keep names nothing.
@@ -85,7 +84,7 @@ class Conversion:
                 raise self._unknown(wanted)
         self._quantisable = {name: frozenset(quantisable(model)) for name, model in self.models.items()}
         self.layers = {name: _layers(index) for name, index in self._indices.items()}
-        self.histograms: dict[str, dict[str, Histogram]] = {name: {} for name in self.models}
+        self.histograms: dict[str, dict[str, Histogram]] = {}
         self.rules: dict[str, dict[str, Reason]] = {name: {} for name in self.models}
         for name, casting in self.convert(Choice(half_cache=True)).items():
             self.rules[name] = {node: reason for node, reason in casting.kept.items() if reason != "asked"}
@@ -102,10 +101,6 @@ class Conversion:
             else spec.dtype
             for spec in self._cache
         }
-
-    def collect(self, module: str, frames: Iterable[Mapping[str, Array]]) -> None:
-        """Count what goes into a module's quantisable nodes when its float32 graph answers these inputs."""
-        collect_ranges(self.models[module], frames, self.histograms[module])
 
     def lowered(self, module: str, *, quantised: bool) -> frozenset[str]:
         """Nodes that no rule and no wish keeps in float32: all, or those that can be quantised."""

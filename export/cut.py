@@ -50,20 +50,6 @@ SCORE_DB_PER_COST_RATIO = 20.0
 SCORE_DB_PER_DOUBLING = 0.25
 # Identical frames have infinite PSNR; 60 dB is beyond what 8-bit video can show.
 PSNR_CAP_DB = 60.0
-# Pairs that become one kernel where nothing else reads the value between them.
-_FUSES = frozenset(
-    {
-        ("Conv", "Add"),
-        ("Conv", "Mul"),
-        ("Conv", "BatchNormalization"),
-        ("MatMul", "Add"),
-        ("Gemm", "Relu"),
-        ("Add", "LayerNormalization"),
-        ("Add", "Gelu"),
-        ("Add", "Erf"),
-    }
-)
-_ACTIVATIONS = frozenset({"Relu", "Sigmoid", "Tanh", "LeakyRelu", "Clip", "HardSigmoid"})
 _MAX_POSITIONS = 400
 _ALL_SUBSETS_UP_TO = 4
 _FLOATS = ("float32", "float16", "float64")
@@ -358,12 +344,8 @@ class _Finder:
         for i in self.alive:
             for name in index.nodes[i].output:
                 spec = index.specs.get(name)
-                # The addition after a convolution may be part of its kernel, which the value between does not show.
-                joined = any(
-                    r in self.fusions.blocked and index.nodes[i].op_type == "Conv"
-                    for r in index.consumers.get(name, ())
-                )
-                if name in self.fusions.survivors and spec is not None and spec.dtype in _FLOATS and not joined:
+                fits = spec is not None and spec.dtype in _FLOATS
+                if fits and name in self.fusions.survivors and not self.fusions.joins(index, name):
                     found.append(name)
         return frozenset(found)
 
@@ -423,22 +405,13 @@ class _Finder:
 
     def stays_exact(self, chosen: Iterable[str], rest: frozenset[int]) -> bool:
         """Whether both halves keep the kernels of the whole, as far as the graph tells."""
-        made = self.index.closure(chosen)
-        return all(self.fusions.keeps_kernels(part) and not self._fuses_anew(part, chosen) for part in (rest, made))
-
-    def _fuses_anew(self, part: frozenset[int], chosen: Iterable[str]) -> bool:
-        """Whether a value loses all readers but one in `part`, and that one would then join its maker's kernel."""
-        index = self.index
-        given_out = {*chosen, *index.outputs}
-        for i in part:
-            for name in index.nodes[i].output:
-                readers = index.consumers.get(name, ())
-                left = [r for r in readers if r in part]
-                if len(left) == 1 and len(readers) > 1 and name not in given_out:
-                    pair = (index.nodes[i].op_type, index.nodes[left[0]].op_type)
-                    if pair in _FUSES or (pair[0] == "Conv" and pair[1] in _ACTIVATIONS):
-                        return True
-        return False
+        names = frozenset(chosen)
+        if not self.fusions.keeps_layout(self.index, names, rest):
+            return False
+        parts = (rest, self.index.closure(names))
+        return all(
+            self.fusions.keeps_kernels(part) and not self.fusions.fuses_anew(self.index, part, names) for part in parts
+        )
 
     def used(self, chosen: Iterable[str], rest: frozenset[int]) -> frozenset[str]:
         """Those of `chosen` that the consumer made of the nodes `rest` reads or gives out."""

@@ -8,6 +8,7 @@ Such a tensor is *anchored*: a 1x1 max pooling, which changes no value, makes th
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,20 +16,41 @@ from pathlib import Path
 
 import onnx
 import onnxruntime as ort
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from .graph import GraphIndex
 from .run import open_session
 
-__all__ = ["PROFILE_LEVEL", "Fusions", "find_fusions", "fused_group"]
+__all__ = ["PROFILE_LEVEL", "Fusions", "block_channels", "find_fusions", "fused_group"]
 
 # At ENABLE_ALL the NCHWc layout renames most convolutions; at EXTENDED nearly all of the time keeps its node's name.
 PROFILE_LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 _NCHWC = "com.microsoft.nchwc"
+# What the optimiser calls the float32 form of a float16 value between kernels that there are in float32 only.
+_UNROUNDED = "InsertedPrecisionFreeCast_"
 # These are blocked whatever the layout of their input.
-_BLOCKING = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
+_BLOCKING = frozenset({"Conv", "MaxPool", "AveragePool"})
 # These have another kernel in the blocked layout, which may round differently.
-_LAYOUT_KERNELS = frozenset({"BatchNormalization", "Resize", "Upsample"})
+_LAYOUT_KERNELS = frozenset({"BatchNormalization", "GlobalAveragePool", "GlobalMaxPool", "Resize", "Upsample"})
+# These are blocked where they read blocked values, and also where they read an input of the graph itself.
+_GLOBAL_POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool"})
+# Pairs that become one kernel where nothing else reads the value between them.
+_FUSES = frozenset(
+    {
+        ("Sigmoid", "Mul"),
+        ("MatMul", "Add"),
+        ("Gemm", "Relu"),
+        ("Add", "LayerNormalization"),
+        ("Add", "Gelu"),
+        ("Add", "Erf"),
+    }
+)
+# What a convolution's kernel takes in from behind it.
+_AFTER_CONV = frozenset(
+    {"Add", "BatchNormalization", "Clip", "HardSigmoid", "LeakyRelu", "Mul", "Relu", "Sigmoid", "Sum", "Tanh"}
+)
+# These move values and compute none; the optimiser cancels them, and looks for pairs again.
+_MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,70 @@ class Fusions:
                     todo.extend(index.reads[maker])
         return tuple(sorted(found))
 
+    def keeps_layout(self, index: GraphIndex, cut: Iterable[str], rest: frozenset[int]) -> bool:
+        """Whether the consumer made of the nodes `rest` can have the layout kernels of the whole.
+
+        The anchor blocks a tensor only if its channels fill whole blocks. And a global pooling that is plain in the
+        whole is blocked where it reads the consumer's input.
+        """
+        names = set(cut)
+        if any(not _fills_blocks(index, name) for name in self.anchors(index, names, rest)):
+            return False
+        for node in rest - self.blocked:
+            read = index.reads[node]
+            if index.nodes[node].op_type in _GLOBAL_POOLS and read[0] in names and _fills_blocks(index, read[0]):
+                return False
+        return True
+
+    def convolves(self, index: GraphIndex, node: int) -> bool:
+        """Whether the node's kernel is, or in the blocked layout may be, a convolution.
+
+        That holds for a normalisation and for a scale by channel as well, and for what a convolution has taken in.
+        """
+        found = index.nodes[node]
+        if found.op_type in ("Conv", "BatchNormalization"):
+            return True
+        if found.op_type == "Mul" and any(index.is_constant(name) for name in found.input):
+            return True
+        return any(index.nodes[k].op_type == "Conv" for group in self.groups if node in group for k in group)
+
+    def joins(self, index: GraphIndex, value: str) -> bool:
+        """Whether an addition that reads `value` is part of the kernel that makes it; graphs do not show it."""
+        maker = index.producer[value]
+        read = any(reader in self.blocked for reader in index.consumers.get(value, ()))
+        return read and self.convolves(index, maker)
+
+    def fuses_anew(self, index: GraphIndex, part: frozenset[int], chosen: Iterable[str]) -> bool:
+        """Whether a value loses all readers but one in `part`, and that one would then join its maker's kernel.
+
+        Args:
+            index: The whole.
+            part: Nodes of one half.
+            chosen: The cut's tensors, which a half gives out.
+        """
+        given_out = {*chosen, *index.outputs}
+        for i in part:
+            if index.nodes[i].op_type in _MOVES:
+                continue
+            lost, last = False, i
+            while True:
+                names = [name for name in index.nodes[last].output if name]
+                readers = [r for name in names for r in index.consumers.get(name, ())]
+                left = [r for r in readers if r in part]
+                if len(left) != 1 or not given_out.isdisjoint(names):
+                    break
+                lost = lost or len(readers) > 1
+                last = left[0]
+                if index.nodes[last].op_type not in _MOVES:
+                    if lost and self._fuse(index, i, last):
+                        return True
+                    break
+        return False
+
+    def _fuse(self, index: GraphIndex, first: int, second: int) -> bool:
+        pair = (index.nodes[first].op_type, index.nodes[second].op_type)
+        return pair in _FUSES or (pair[1] in _AFTER_CONV and self.convolves(index, first))
+
 
 def find_fusions(model: ModelProto) -> Fusions:
     """Ask ONNX Runtime what it fuses, by its optimised graphs.
@@ -85,7 +171,7 @@ def find_fusions(model: ModelProto) -> Fusions:
         blocked = GraphIndex(onnx.load(path, load_external_data=False))
     groups = [fused_group(index, fused, position) for position in range(len(fused.nodes))]
     return Fusions(
-        survivors=frozenset(fused.producer),
+        survivors=frozenset(name for name in fused.producer if not _read_unrounded(fused, name)),
         groups=tuple(group for group in groups if len(group) > 1),
         blocked=frozenset(_blocked(index, fused, blocked)),
     )
@@ -99,12 +185,42 @@ def fused_group(index: GraphIndex, fused: GraphIndex, position: int) -> frozense
     return index.closure(outputs, stop=stop) - index.constant
 
 
+@functools.cache
+def block_channels() -> int | None:
+    """Channels of one block of the NCHWc layout on this processor; None where ONNX Runtime has no such layout here."""
+    for channels in (4, 8, 16, 32):
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, channels, 2, 2))
+        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, channels, 2, 2))
+        node = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[1, 1])
+        opset = helper.make_opsetid("", 20)
+        model = helper.make_model(helper.make_graph([node], "probe", [x], [y]), opset_imports=[opset], ir_version=10)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "probe.onnx"
+            open_session(model, threads=1, optimized_path=path)
+            if any(node.domain == _NCHWC for node in onnx.load(path).graph.node):
+                return channels
+    return None
+
+
+def _fills_blocks(index: GraphIndex, value: str) -> bool:
+    block, spec = block_channels(), index.specs.get(value)
+    return block is not None and spec is not None and len(spec.shape) == 4 and spec.shape[1] % block == 0
+
+
+def _read_unrounded(fused: GraphIndex, value: str) -> bool:
+    """Whether kernels read a float16 value before it is rounded: they compute in float32, it is only given out."""
+    maker = fused.producer.get(_UNROUNDED + value)
+    return maker is not None and value not in fused.reads[maker]
+
+
 def _blocked(index: GraphIndex, fused: GraphIndex, blocked: GraphIndex) -> Iterable[int]:
-    # The layout pass names a convolution after the value that it makes.
+    # The layout pass names a convolution after the value that it makes, with what it was before.
     sums = {
-        node.name.partition("_nchwc")[0]
+        name.removesuffix(kind)
         for node in blocked.nodes
         if node.domain == _NCHWC and node.op_type == "Conv" and len(node.input) >= 4 and node.input[3]
+        for name in [node.name.partition("_nchwc")[0]]
+        for kind in ("", "_bn", "_mul")
     }
     for node in fused.nodes:
         value = node.output[0]

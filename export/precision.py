@@ -28,7 +28,7 @@ from .calibrate import calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
 from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept
-from .quantize import METHODS, QuantType
+from .quantize import METHODS, QuantType, RangeCollector
 from .recording import Progress
 from .run import frame_at, open_session, run_session
 
@@ -38,6 +38,8 @@ Precision = Literal["fp16", "bf16", "int8", "fp8"]
 
 # What parity may change in the calibrated PSNR before the calibration is measured again, in dB.
 _CALIBRATION_SHIFT_DB = 0.1
+# To rank layers by their harm, this many answers an exit will do.
+_RANKING_ANSWERS = 2
 _IN_FP32 = "measured in fp32"
 
 logger = logging.getLogger(__name__)
@@ -267,7 +269,7 @@ class _Fit:
         harm = {}
         for layer in layers:
             others = [other for other in layers if other != layer]
-            parity = self._measure(_with_unquantised(choice, others), exits)
+            parity = self._measure(_with_unquantised(choice, others), exits, answers=_RANKING_ANSWERS)
             harm[layer] = min(min(p.psnr_db) for p in parity.values())
         return sorted(layers, key=lambda layer: harm[layer])
 
@@ -275,16 +277,17 @@ class _Fit:
         """Distributions of what quantisable nodes read, over the calibration frames; consumers at age 0 and aged."""
         length = _length(self.frames)
         chosen = _spread(length, self.options.calibration_frames)
+        collectors = {name: RangeCollector(model) for name, model in self.conversion.models.items()}
         producer = open_session(self.conversion.models[PRODUCER])
-        feeds: dict[str, list[Mapping[str, Array]]]
         for done, t in enumerate(chosen):
-            cache = run_session(producer, frame_at(self.frames, t))
-            ages = sorted({t, min(t + self.options.age, length - 1)})
-            consumed = [{**frame_at(self.frames, later), **cache} for later in ages]
-            feeds = {GENERATOR: [frame_at(self.frames, t)], PRODUCER: [frame_at(self.frames, t)]}
-            for name in self.conversion.models:
-                self.conversion.collect(name, feeds.get(name, consumed))
+            now = frame_at(self.frames, t)
+            cache = run_session(producer, now)
+            for name, collector in collectors.items():
+                aged = [] if name in (GENERATOR, PRODUCER) else [min(t + self.options.age, length - 1)]
+                for feeds in (now, *(frame_at(self.frames, later) for later in aged if later != t)):
+                    collector.add({**feeds, **cache})
             self.progress("collecting ranges", done + 1, len(chosen))
+        self.conversion.histograms = {name: collector.histograms for name, collector in collectors.items()}
 
     def _fitted(self, choice: Choice) -> _Fitted:
         """The choice with its graphs and their parity; an exit that does not reach its floor is left at that answer."""

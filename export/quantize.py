@@ -10,7 +10,7 @@ dozens of times.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,16 +24,7 @@ from .casting import elem_types
 from .graph import SCOPES_KEY, GraphIndex, copy_model, give_out
 from .run import open_session, run_session
 
-__all__ = [
-    "METHODS",
-    "Histogram",
-    "QuantType",
-    "collect_ranges",
-    "quantisable",
-    "quantise",
-    "quantised_values",
-    "scales",
-]
+__all__ = ["METHODS", "Histogram", "QuantType", "RangeCollector", "quantisable", "quantise", "scales"]
 
 QuantType = Literal["int8", "fp8"]
 
@@ -82,7 +73,9 @@ class Histogram:
         while largest > self.width * _BINS:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(_BINS // 2, np.int64)])
             self.width *= 2
-        self.counts += np.histogram(values, bins=_BINS, range=(0.0, self.width * _BINS))[0]
+        # Several times faster than np.histogram. The largest value of all falls on the end of the last bin.
+        places = np.minimum((values * np.float32(1 / self.width)).astype(np.int32), _BINS - 1)
+        self.counts += np.bincount(places, minlength=_BINS)
 
     def range(self, method: str, kind: QuantType) -> float:
         """The magnitude that the largest quantised value is to stand for; 1 for a value that is always 0.
@@ -122,34 +115,27 @@ def quantisable(model: ModelProto) -> tuple[str, ...]:
     return tuple(index.names[target.node] for target in _targets(index))
 
 
-def quantised_values(model: ModelProto) -> tuple[str, ...]:
-    """The values that those nodes read, whose ranges quantisation needs."""
-    return tuple(dict.fromkeys(target.value for target in _targets(GraphIndex(model))))
-
-
-def collect_ranges(
-    model: ModelProto, frames: Iterable[Mapping[str, Array]], histograms: dict[str, Histogram] | None = None
-) -> dict[str, Histogram]:
-    """Run the float32 graph over frames and count what goes into its quantisable nodes.
+class RangeCollector:
+    """Counts what goes into a graph's quantisable nodes, over as many runs as it is given.
 
     Args:
-        model: The graph before any quantisation.
-        frames: Inputs of each run.
-        histograms: Counted on top of, where given.
+        model: The float32 graph, before any quantisation.
 
-    Returns:
-        Value name -> its distribution.
+    Attributes:
+        histograms: Value name -> distribution.
     """
-    histograms = {} if histograms is None else histograms
-    names = quantised_values(model)
-    inputs = set(GraphIndex(model).inputs)
-    inner = [name for name in names if name not in inputs]
-    session = open_session(give_out(model, inner))
-    for feeds in frames:
-        values = dict(feeds) | (run_session(session, feeds, inner) if inner else {})
-        for name in names:
-            histograms.setdefault(name, Histogram()).add(values[name])
-    return histograms
+
+    def __init__(self, model: ModelProto) -> None:
+        index = GraphIndex(model)
+        self.histograms = {target.value: Histogram() for target in _targets(index)}
+        self._inner = [name for name in self.histograms if name not in index.inputs]
+        self._session = open_session(give_out(model, self._inner))
+
+    def add(self, feeds: Mapping[str, Array]) -> None:
+        """Run the graph once and count."""
+        values = dict(feeds) | (run_session(self._session, feeds, self._inner) if self._inner else {})
+        for name, histogram in self.histograms.items():
+            histogram.add(values[name])
 
 
 def scales(histograms: Mapping[str, Histogram], kind: QuantType, method: str) -> dict[str, float]:

@@ -64,7 +64,9 @@ __device__ __forceinline__ void measure_blocks(const ChangePair& pair, float* bl
                 }
             }
         } else {
+#pragma unroll 1
             for (int c = 0; c < pair.channels; ++c) {
+#pragma unroll 1
                 for (int i = 0; i < kGroup && x + i < pair.width; ++i) {
                     const float difference = fabsf(widened(first[c * pair.first_channel + i]) -
                                                    widened(second[c * pair.second_channel + i]));

@@ -68,6 +68,7 @@ __device__ __forceinline__ void load_pixels(const ImagePlan& plan, int x, int y)
         }
         return;
     }
+#pragma unroll 1
     for (int i = 0; i < kGroup && x + i < plan.width; ++i) {
 #pragma unroll
         for (int k = 0; k < C; ++k) {
@@ -99,6 +100,7 @@ __device__ __forceinline__ void store_pixels(const ImagePlan& plan, int x, int y
         *reinterpret_cast<Words<C>*>(pixel) = words;
         return;
     }
+#pragma unroll 1
     for (int i = 0; i < kGroup && x + i < plan.width; ++i) {
 #pragma unroll
         for (int k = 0; k < C; ++k) {

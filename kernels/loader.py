@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.resources
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,8 @@ class KernelLibrary:
         self.source = source
         text = (importlib.resources.files(__package__) / source).read_text("utf-8")
         code = cached_cubin(text, context.architecture, name=source, defines=defines or {})
+        # Every kernel has a section of its own in a cubin.
+        self._names = {name.decode() for name in re.findall(rb"\0\.text\.(\w+)(?=\0)", code)}
         cuda = load()
         context.make_current()
         self._module: Any = check(cuda.cuModuleLoadData(code), f"loading {source} on {context}")
@@ -61,6 +64,11 @@ class KernelLibrary:
             DeviceError: If the file has no such kernel, or the library is closed.
         """
         self.require_open()
+        if name not in self._names:
+            raise DeviceError(
+                f"{self.source} has no kernel {name!r}; it has {', '.join(sorted(self._names)) or 'none'}, "
+                'declared extern "C" __global__'
+            )
         with self._lock:
             kernel = self._kernels.get(name)
             if kernel is None:

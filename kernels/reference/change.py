@@ -25,7 +25,8 @@ def measure_change(
         Per block mean and maximum over its pixels and channels, float32 [2, blocks down, blocks across]; and float32
         [3]: mean and maximum of the whole, share of changed blocks. NaN reaches every figure that it is part of.
     """
-    difference = np.abs(first.astype(np.float32) - second.astype(np.float32))
+    with np.errstate(invalid="ignore"):  # infinity less infinity is NaN, and shall be
+        difference = np.abs(first.astype(np.float32) - second.astype(np.float32))
     _, height, width = difference.shape
     rows, columns = range(0, height, block), range(0, width, block)
     blocks = np.empty((2, len(rows), len(columns)), np.float32)

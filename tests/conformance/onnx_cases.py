@@ -184,18 +184,18 @@ def _narrow(case: onnx.backend.test.case.test_case.TestCase) -> None:
         if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     case.data_sets[0] = tuple(
-        [a.astype(np.float32) if a.dtype == np.float64 else a for a in map(_array, arrays)]
+        [a.astype(np.float32) if a.dtype == np.float64 else a for a in map(array_of, arrays)]
         for arrays in case.data_sets[0]
     )
 
 
 def _as_exported(case: onnx.backend.test.case.test_case.TestCase) -> NodeCase:
-    model = _lowered(case.model)
+    model = lowered(case.model, OPSET)
     graph = model.graph
     (node,) = graph.node
     (data,) = case.data_sets
-    inputs = {value.name: _array(array) for value, array in zip(graph.input, data[0], strict=True)}
-    outputs = {value.name: _array(array) for value, array in zip(graph.output, data[1], strict=True)}
+    inputs = {value.name: array_of(array) for value, array in zip(graph.input, data[0], strict=True)}
+    outputs = {value.name: array_of(array) for value, array in zip(graph.output, data[1], strict=True)}
     if node.op_type in _ONE_OUTPUT:
         del node.output[1:]
         del graph.output[1:]
@@ -217,34 +217,38 @@ def _as_exported(case: onnx.backend.test.case.test_case.TestCase) -> NodeCase:
     return NodeCase(case.name, node.op_type, dtype, model, inputs, outputs, case.rtol, case.atol)
 
 
-def _array(value: np.ndarray | np.generic | TensorProto) -> np.ndarray:
+def array_of(value: np.ndarray | np.generic | TensorProto) -> np.ndarray:
     array = numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.asarray(value)
     # Unlike np.ascontiguousarray this keeps a scalar a scalar.
     return np.array(array, order="C", copy=True)
 
 
-def _lowered(model: ModelProto) -> ModelProto:
-    """The model in operator set 22 where it is valid there; the expected outputs show whether it means the same."""
-    (node,) = model.graph.node
-    lowered = ModelProto()
-    lowered.CopyFrom(model)
-    for entry in lowered.opset_import:
-        if entry.domain != "" or node.domain != "" or entry.version <= OPSET:
+def lowered(model: ModelProto, opset: int) -> ModelProto:
+    """A copy in operator set `opset` where it is newer and valid there; expected outputs show if it means the same.
+
+    The version of the file format becomes the oldest that fits: ONNX stamps its cases with its own newest one, which
+    executors refuse.
+    """
+    found = ModelProto()
+    found.CopyFrom(model)
+    for entry in found.opset_import:
+        if entry.domain != "" or entry.version <= opset:
             continue
-        newer = onnx.defs.get_schema(node.op_type, entry.version, "").attributes
-        # What is written out though it is the default would be an unknown attribute there.
-        kept = [a for a in node.attribute if not _is_default(a, newer[a.name].default_value)]
-        del lowered.graph.node[0].attribute[:]
-        lowered.graph.node[0].attribute.extend(kept)
-        entry.version = OPSET
+        for node in found.graph.node:
+            if node.domain == "":
+                newer = onnx.defs.get_schema(node.op_type, entry.version, "").attributes
+                # What is written out though it is the default would be an unknown attribute there.
+                kept = [a for a in node.attribute if not _is_default(a, newer[a.name].default_value)]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        entry.version = opset
         try:
-            onnx.checker.check_model(lowered, full_check=True)
+            onnx.checker.check_model(found, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
-            lowered.CopyFrom(model)
+            found.CopyFrom(model)
         break
-    # ONNX stamps its cases with its own newest file version, which executors refuse; what is in them is older.
-    lowered.ir_version = helper.find_min_ir_version_for(lowered.opset_import)
-    return lowered
+    found.ir_version = helper.find_min_ir_version_for(found.opset_import, ignore_unknown=True)
+    return found
 
 
 def _is_default(attribute: onnx.AttributeProto, default: onnx.AttributeProto) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -80,18 +79,17 @@ def test_what_onnx_runtime_gets_wrong_is_known(outcomes: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_one_wrong_element_is_a_difference(outcomes: Any, dtype: str) -> None:
+def test_one_wrong_element_is_a_difference(dtype: str) -> None:
     """Seeded defect, so that the comparison can be trusted: 1 % of the largest element, in one place."""
-    case = next(c for c in outcomes.collection.tried if c.operator == "Conv" and c.dtype == dtype)
-    want = np.linspace(-1, 1, 24).reshape(2, 12)
-    got = want.astype(dtype)
-    case = dataclasses.replace(case, rtol=0.0)
-    assert ort_runs.difference(case, got, want if case.derived_from else got.copy()) is None
+    want = np.linspace(-1, 1, 24).reshape(2, 12).astype(dtype)
+    got = want.copy()
+    assert ort_runs.difference(got, want, rtol=1e-3, atol=1e-7) is None
     got[1, 3] += 0.01
-    assert ort_runs.difference(case, got, want.astype(dtype)) == "gives other values"
+    assert ort_runs.difference(got, want, rtol=1e-3, atol=1e-7) == "gives other values"
     got[1, 3] = np.nan
-    assert ort_runs.difference(case, got, want.astype(dtype)) == "gives other values"
-    assert ort_runs.difference(case, got[:1], want.astype(dtype)) == "gives another shape"
+    assert ort_runs.difference(got, want, rtol=1e-3, atol=1e-7) == "gives other values"
+    assert ort_runs.difference(want[:1], want, rtol=1e-3, atol=1e-7) == "gives another shape"
+    assert ort_runs.difference(want.astype(np.float64), want, rtol=1e-3, atol=1e-7) == "gives another type"
 
 
 def test_a_graph_that_ends_the_builder_is_a_result(outcomes: Any) -> None:

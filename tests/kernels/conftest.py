@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
 from warpcache.engine.spec import TensorSpec
+from warpcache.kernels import change, image, warp
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import Context
 
 Array = NDArray[np.generic]
 
 # Asked of the system and not of the driver: a process has one driver, and asking would settle which.
-_DEVICE_FILES = ("/dev/nvidia0", "/dev/dxg", "/dev/nvhost-gpu")
+_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu")
 _CANARY = 0xA5
 
 
@@ -34,7 +36,7 @@ class Placed:
         self._where = tuple(slice(pad[axis][0], pad[axis][0] + values.shape[axis]) for axis in range(values.ndim))
         view = self._inside(self._base)
         view[...] = values
-        self._memory = gpu.device.upload(self._base)
+        self._memory = gpu.keep(gpu.device.upload(self._base))
         offset = view.__array_interface__["data"][0] - self._base.__array_interface__["data"][0]
         self.array = DeviceArray(
             self._memory.pointer + offset,
@@ -65,6 +67,7 @@ class Gpu:
         self.context = context
         self.device = CudaDevice(context.ordinal)
         self.stream: CudaStream = self.device.stream("kernels")
+        self._kept: list[DeviceArray] = []
 
     def place(
         self, values: Array, *, pad: tuple[tuple[int, int], ...] | None = None, order: tuple[int, ...] | None = None
@@ -88,10 +91,17 @@ class Gpu:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         """Zeroed memory, where what is in it does not matter."""
-        return self.device.allocate(TensorSpec("array", dtype, shape))
+        return self.keep(self.device.allocate(TensorSpec("array", dtype, shape)))
+
+    def keep(self, array: DeviceArray) -> DeviceArray:
+        """Have the array's memory given back by `close`: pytest holds what fixtures return for longer than that."""
+        self._kept.append(array)
+        return array
 
     def close(self) -> None:
         self.device.close()
+        for array in self._kept:
+            array.owner.close()
 
 
 @pytest.fixture(
@@ -109,6 +119,38 @@ def cuda_context(request: pytest.FixtureRequest) -> Iterator[Context]:
     context = Context(0)
     yield context
     context.close()
+
+
+class NoGpu:
+    """What launchers ask of a context before they launch anything."""
+
+    ordinal = 0
+
+    def attribute(self, name: str) -> int:
+        """As an H200 has it."""
+        return {"MULTIPROCESSOR_COUNT": 132}[name]
+
+    def __str__(self) -> str:
+        return "cuda:0"
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Context:
+    """A context for tests of what is refused: launchers made on it have no kernels to get as far as."""
+
+    class NoLibrary:
+        def __init__(self, context: object, source: str) -> None:
+            self.source = source
+
+        def function(self, name: str) -> NoLibrary:
+            return self
+
+        def prepare(self, *given: object) -> object:
+            return given
+
+    for launcher in (image, change, warp):
+        monkeypatch.setattr(launcher, "KernelLibrary", NoLibrary)
+    return cast(Context, NoGpu())
 
 
 @pytest.fixture

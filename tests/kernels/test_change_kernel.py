@@ -210,9 +210,9 @@ def array(shape: tuple[int, ...], dtype: str = "float32", *, pointer: int = 4096
 
 class TestRefused:
     @pytest.mark.parametrize("block", [0, 2, 12, 256])
-    def test_a_block_of_another_size(self, cuda_context: Any, block: int) -> None:
+    def test_a_block_of_another_size(self, no_gpu: Any, block: int) -> None:
         with pytest.raises(InputError, match=f"^a block of {block} pixels is not supported"):
-            ChangeMetric(cuda_context, block=block)
+            ChangeMetric(no_gpu, block=block)
 
     @pytest.mark.parametrize(
         ("replaced", "message"),
@@ -231,7 +231,7 @@ class TestRefused:
             ({"threshold": float("nan")}, "threshold is nan, expected a finite number"),
         ],
     )
-    def test_arguments(self, metric: Callable[[int], ChangeMetric], replaced: dict[str, Any], message: str) -> None:
+    def test_arguments(self, no_gpu: Any, replaced: dict[str, Any], message: str) -> None:
         given: dict[str, Any] = {
             "first": array((3, 20, 20)),
             "second": array((3, 20, 20)),
@@ -240,5 +240,5 @@ class TestRefused:
             "threshold": 1.0,
         }
         with pytest.raises(InputError) as caught:
-            metric(16).prepare(**given | replaced)
+            ChangeMetric(no_gpu, block=16).prepare(**given | replaced)
         assert str(caught.value).startswith(message)

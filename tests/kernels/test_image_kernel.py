@@ -200,7 +200,8 @@ class TestRefused:
             (array((4, 4, 3), "uint8"), array((3, 4, 4), "float32", pointer=4098), "image starts at address 0x1002"),
         ],
     )
-    def test_arrays(self, images: ImageKernels, pixels: Any, image: DeviceArray, message: str) -> None:
+    def test_arrays(self, no_gpu: Any, pixels: Any, image: DeviceArray, message: str) -> None:
+        images = ImageKernels(no_gpu)
         for prepare in (lambda: images.prepare_load(pixels, image), lambda: images.prepare_store(image, pixels)):
             with pytest.raises(InputError) as caught:
                 prepare()
@@ -214,11 +215,13 @@ class TestRefused:
             ({"scale": [1, 0, 1]}, "a scale of 0 cannot be undone"),
         ],
     )
-    def test_options(self, images: ImageKernels, options: dict[str, Any], message: str) -> None:
+    def test_options(self, no_gpu: Any, options: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError) as caught:
-            images.prepare_store(array((3, 4, 4), "float32"), array((4, 4, 3), "uint8"), **options)
+            ImageKernels(no_gpu).prepare_store(array((3, 4, 4), "float32"), array((4, 4, 3), "uint8"), **options)
         assert str(caught.value).startswith(message)
 
-    def test_one_channel_has_nothing_to_swap(self, images: ImageKernels) -> None:
+    def test_one_channel_has_nothing_to_swap(self, no_gpu: Any) -> None:
         with pytest.raises(InputError, match=r"^red and blue cannot change places"):
-            images.prepare_load(array((4, 4, 1), "uint8"), array((1, 4, 4), "float32"), swap_red_blue=True)
+            ImageKernels(no_gpu).prepare_load(
+                array((4, 4, 1), "uint8"), array((1, 4, 4), "float32"), swap_red_blue=True
+            )

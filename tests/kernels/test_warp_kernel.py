@@ -54,9 +54,9 @@ class TestReference:
             padding_mode=padding,
             align_corners=False,
         )[0].numpy()
-        # Both in float32, torch in vectors that may fuse and reorder: 8 roundings of sums of 4 values of up to 2, and a
-        # position rounded once more, at slopes of up to 4 a pixel and positions of up to 16: 16 * 2 ** -24 * 4 * 2.
-        np.testing.assert_allclose(warp_map(source, grid, padding=padding), expected, rtol=0, atol=1.6e-5)
+        # Both in float32, but torch may fuse and reorder: a position near 16 is then rounded at twice that once less
+        # (half a unit of 2 ** -19, halved), where values change by up to 4 a pixel; sums of values of up to 2 add less.
+        np.testing.assert_allclose(warp_map(source, grid, padding=padding), expected, rtol=0, atol=4.5e-6)
 
     def test_the_identity_and_whole_pixels_move_nothing_but_whole_pixels(self) -> None:
         source = random_map(2, 8, 16)
@@ -129,11 +129,12 @@ class TestKernel:
         shapes = [(1, 8, 8), (9, 8, 8), (3, 5, 11), (16, 4, 4), (2, 4, 4), (30, 9, 2), (1, 1, 1), (7, 8, 8)]
         sources = [random_map(*shape, ("float32", "float16")[i % 3 == 1]) for i, shape in enumerate(shapes)]
         assert len(sources) == MOST_MAPS
-        assert kernel._channels_a_thread(69, 70) == 9
+        assert kernel._channels_a_thread(69, 70) <= 30
         for source, found in zip(sources, warped(gpu, kernel, sources, grid, padding), strict=True):
             np.testing.assert_array_equal(found, warp_map(source, grid, padding=padding))
 
-    def test_all_channels_in_one_thread_where_there_are_pixels_enough(self, kernel: WarpKernel) -> None:
+    def test_all_channels_in_one_thread_where_there_are_pixels_enough(self, no_gpu: Any) -> None:
+        kernel = WarpKernel(no_gpu)
         assert kernel._channels_a_thread(64, 1 << 22) == 64
         assert kernel._channels_a_thread(3, 1) == 3
 
@@ -246,19 +247,20 @@ class TestRefused:
             ({"padding": "reflection"}, "padding is 'reflection', expected 'zeros' or 'border'"),
         ],
     )
-    def test_arguments(self, kernel: WarpKernel, replaced: dict[str, Any], message: str) -> None:
+    def test_arguments(self, no_gpu: Any, replaced: dict[str, Any], message: str) -> None:
         given: dict[str, Any] = {
             "sources": [array((3, 4, 4), pointer=SOURCE)],
             "grid": array((2, 5, 6), pointer=GRID),
             "targets": [array((3, 5, 6), pointer=TARGET)],
         }
         with pytest.raises(InputError) as caught:
-            kernel.prepare(**given | replaced)
+            WarpKernel(no_gpu).prepare(**given | replaced)
         assert str(caught.value).startswith(message)
 
-    def test_neighbours_in_one_block_of_memory_do_not_overlap(self, kernel: WarpKernel) -> None:
+    def test_neighbours_in_one_block_of_memory_do_not_overlap(self, no_gpu: Any) -> None:
         sources = [array((3, 4, 4), pointer=SOURCE), array((3, 4, 4), pointer=SOURCE)]
         targets = [array((3, 5, 6), pointer=SOURCE + 192), array((3, 5, 6), pointer=SOURCE + 192 + 360)]
+        kernel = WarpKernel(no_gpu)
         kernel.prepare(sources, array((2, 5, 6), pointer=GRID), targets)
         with pytest.raises(InputError, match=r"^target 1 and target 0 lie in the same memory"):
             kernel.prepare(sources, array((2, 5, 6), pointer=GRID), [targets[0], targets[0]])

@@ -18,7 +18,7 @@ from pathlib import Path
 __all__ = ["BuildError", "build_driver", "build_kernels", "compiler", "host_source"]
 
 HERE = Path(__file__).resolve().parent
-DRIVER_PARTS = ("device", "memory", "stream", "capture", "kernels", "executor")
+DRIVER_PARTS = ("device", "control", "memory", "stream", "capture", "kernels", "executor")
 # -O1: twice as fast to compile as -O2, and most of the way to its speed.
 # No contraction: what a test compares with NumPy must not depend on whether the host has fused multiply-add.
 # No fortification: its longjmp refuses to leave one fibre's stack for another's.
@@ -31,6 +31,14 @@ FLAGS = (
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-U_FORTIFY_SOURCE",
+)
+# In kernels an index that leaves its array stops the thread (so does one of a shared array), and a local array that is
+# written past its end is found when the function returns.
+KERNEL_FLAGS = (
+    "-fsanitize=bounds",
+    "-fsanitize-undefined-trap-on-error",
+    "-fstack-protector-strong",
+    "-Wno-unknown-pragmas",
 )
 
 
@@ -118,7 +126,7 @@ def build_kernels(source: str, name: str, *, include: Sequence[Path] = ()) -> Pa
         unit.write_text(generated)
         built = Path(scratch) / "kernels.so"
         includes = ["-I", str(HERE), "-I", str(HERE / "include"), "-isystem", str(_cuda_headers())]
-        _run([*FLAGS, "-Wno-unknown-pragmas", *includes, "-shared", str(unit), "-o", str(built)])
+        _run([*FLAGS, *KERNEL_FLAGS, *includes, "-shared", str(unit), "-o", str(built)])
         built.replace(target)
     return target
 
@@ -142,7 +150,10 @@ def host_source(source: str, name: str, *, table: bool = True) -> str:
 
 
 _ALIGN = r"(?:(?:__align__|alignas)\s*\(\s*\w+\s*\)\s*)?"
-_TYPE = r"((?:(?:const|unsigned|signed|volatile|struct)\s+)*[A-Za-z_][\w:]*(?:<[^;<>]*>)?(?:\s+(?:int|long|char|short))*\s*\**)"
+_TYPE = (
+    r"((?:(?:const|unsigned|signed|volatile|struct)\s+)*[A-Za-z_][\w:]*(?:<[^;<>]*>)?"
+    r"(?:\s+(?:int|long|char|short))*\s*\**)"
+)
 _EXTERN_SHARED = re.compile(rf"\bextern\s+__shared__\s+{_ALIGN}{_TYPE}\s*\b(\w+)\s*\[\s*\]\s*;")
 _SHARED = re.compile(rf"\b__shared__\s+{_ALIGN}{_TYPE}\s*\b(\w+\s*(?:\[[^;]*\])?(?:\s*,\s*\w+\s*(?:\[[^;]*\])?)*)\s*;")
 _BOUNDS = r"(?:__launch_bounds__\s*\((?P<{0}>[^()]*(?:\([^()]*\)[^()]*)*)\)\s*)?"
@@ -199,7 +210,7 @@ def _cuda_headers() -> Path:
 
 
 def _folder(what: str, contents: list[bytes]) -> Path:
-    digest = hashlib.sha256(f"{compiler()} {_compiler_version()} {FLAGS} {sys.platform}".encode())
+    digest = hashlib.sha256(f"{compiler()} {_compiler_version()} {FLAGS} {KERNEL_FLAGS} {sys.platform}".encode())
     for content in contents:
         digest.update(len(content).to_bytes(8, "little") + content)
     root = Path(tempfile.gettempdir()) / f"warpcache-software-cuda-{os.getuid()}"

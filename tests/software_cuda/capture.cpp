@@ -288,7 +288,7 @@ CUresult cuGraphCreate(CUgraph* handle, unsigned) {
 }
 
 CUresult cuGraphDestroy(CUgraph handle) {
-    SW_ENTER_ANY
+    SW_ENTER_RELEASE
     return state().graphs.erase(handle) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
@@ -373,7 +373,7 @@ CUresult cuGraphInstantiateWithParams(CUgraphExec* exec, CUgraph graph, CUDA_GRA
 }
 
 CUresult cuGraphExecDestroy(CUgraphExec handle) {
-    SW_ENTER_ANY
+    SW_ENTER_RELEASE
     return state().graph_execs.erase(handle) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 

@@ -36,10 +36,52 @@ struct WarpBarrier {
     std::vector<Fibre*> waiting;
 };
 
-struct SharedVariable {
-    std::unique_ptr<unsigned char[]> memory;
-    size_t bytes = 0;
-    bool fresh = false;
+// Shared memory of a block: it ends where its last page ends, and the next page may not be touched; what lies beside it
+// in its own pages holds a pattern that is looked at when the block has ended.
+class SharedMemory {
+public:
+    SharedMemory() = default;
+    SharedMemory(const SharedMemory&) = delete;
+    SharedMemory& operator=(const SharedMemory&) = delete;
+    ~SharedMemory() {
+        if (map_) munmap(map_, map_bytes_);
+    }
+
+    // Filled as fresh memory of the device is: NaN.
+    void* begin_block(size_t bytes) {
+        size_t space = (bytes + 15) / 16 * 16, body = (space + page + before - 1) / page * page;
+        if (!map_ || body + page > map_bytes_) {
+            if (map_) munmap(map_, map_bytes_);
+            map_bytes_ = body + page;
+            map_ = static_cast<unsigned char*>(
+                mmap(nullptr, map_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+            mprotect(map_ + map_bytes_ - page, page, PROT_NONE);
+        }
+        end_ = map_ + map_bytes_ - page;
+        start_ = end_ - space;
+        std::memset(start_ - before, canary, before);
+        std::memset(start_, 0xff, bytes);
+        std::memset(start_ + bytes, canary, space - bytes);
+        bytes_ = bytes;
+        in_use = true;
+        return start_;
+    }
+    void* start() const { return start_; }
+    bool intact() const {
+        for (auto* p = start_ - before; p < start_; ++p)
+            if (*p != canary) return false;
+        for (auto* p = start_ + bytes_; p < end_; ++p)
+            if (*p != canary) return false;
+        return true;
+    }
+
+    bool in_use = false;
+
+private:
+    static constexpr size_t page = 4096, before = 64;
+    static constexpr unsigned char canary = 0xc5;
+    unsigned char *map_ = nullptr, *start_ = nullptr, *end_ = nullptr;
+    size_t map_bytes_ = 0, bytes_ = 0;
 };
 
 // One kernel under way on this thread.
@@ -59,17 +101,19 @@ struct Run {
     std::vector<Fibre*> waiting;
     // per warp
     std::vector<std::map<unsigned, std::unique_ptr<WarpBarrier>>> warps;
-    std::map<const void*, SharedVariable> shared;
-    std::vector<unsigned char> dynamic_shared;
     CUresult error = CUDA_SUCCESS;
     std::string message;
     volatile uintptr_t fault_address = 0;
+    volatile int fault = 0;
 };
 
 thread_local Run* running = nullptr;
 
+// Kept from one kernel to the next.
 struct Stacks {
     std::vector<std::unique_ptr<Fibre>> all;
+    std::map<const void*, SharedMemory> shared;
+    SharedMemory dynamic_shared;
     void* signal_stack = nullptr;
     ~Stacks() {
         for (auto& fibre : all) munmap(fibre->stack, stack_bytes + guard_bytes);
@@ -83,14 +127,18 @@ struct Stacks {
 };
 thread_local Stacks stacks;
 
-struct sigaction previous_segv, previous_bus;
+// What a kernel's mistakes come out as: memory that is not there; an index that leaves its array (see build.py), which
+// is an illegal instruction; an integer divided by zero.
+constexpr int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+struct sigaction previous_actions[NSIG];
 
 void on_fault(int signal, siginfo_t* info, void* context) {
     if (running) {
         running->fault_address = reinterpret_cast<uintptr_t>(info->si_addr);
+        running->fault = signal;
         siglongjmp(running->abort, 1);
     }
-    struct sigaction& previous = signal == SIGBUS ? previous_bus : previous_segv;
+    struct sigaction& previous = previous_actions[signal];
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(signal, info, context);
     } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
@@ -104,12 +152,12 @@ void on_fault(int signal, siginfo_t* info, void* context) {
 void catch_faults() {
     static std::mutex& lock = *new std::mutex;
     std::lock_guard<std::mutex> guard(lock);
-    for (int signal : {SIGSEGV, SIGBUS}) {
+    for (int signal : faults) {
         struct sigaction now;
         sigaction(signal, nullptr, &now);
         // Somebody may have put a handler over ours since the last kernel (faulthandler does).
         if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_fault) continue;
-        (signal == SIGBUS ? previous_bus : previous_segv) = now;
+        previous_actions[signal] = now;
         struct sigaction ours {};
         ours.sa_sigaction = on_fault;
         ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -198,7 +246,9 @@ void run_block(Run& run) {
     run.arrived = 0;
     run.waiting.clear();
     for (auto& warp : run.warps) warp.clear();
-    for (auto& [key, variable] : run.shared) variable.fresh = false;
+    for (auto& [key, variable] : stacks.shared) variable.in_use = false;
+    void* dynamic = stacks.dynamic_shared.begin_block(run.launch->shared_bytes);
+    for (auto& lane : run.lanes) lane.shared = dynamic;
     for (;;) {
         Fibre* fibre = nullptr;
         // Threads that have not begun come first, so that a barrier is left by all in the order of their numbers.
@@ -213,7 +263,12 @@ void run_block(Run& run) {
         }
         resume(run, fibre);
     }
-    if (run.exits == run.lanes.size()) return;
+    if (run.exits == run.lanes.size()) {
+        bool intact = stacks.dynamic_shared.intact();
+        for (auto& [key, variable] : stacks.shared) intact = intact && (!variable.in_use || variable.intact());
+        if (!intact) abort_run(CUDA_ERROR_LAUNCH_FAILED, where(run) + " wrote outside of its shared memory");
+        return;
+    }
     std::string text = where(run) + ": ";
     if (run.arrived)
         text += std::to_string(run.arrived) + " of " + std::to_string(run.lanes.size()) +
@@ -226,14 +281,11 @@ void run_block(Run& run) {
 void run_grid(Run& run) {
     const Launch& launch = *run.launch;
     size_t threads = size_t(launch.block.x) * launch.block.y * launch.block.z;
-    run.dynamic_shared.resize(launch.shared_bytes + 16);
-    void* dynamic = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(run.dynamic_shared.data()) + 15) / 16 * 16);
     run.lanes.resize(threads);
     run.warps.resize((threads + 31) / 32);
     for (unsigned z = 0; z < launch.grid.z; ++z)
         for (unsigned y = 0; y < launch.grid.y; ++y)
             for (unsigned x = 0; x < launch.grid.x; ++x) {
-                std::memset(dynamic, 0xff, launch.shared_bytes);
                 for (unsigned number = 0; number < threads; ++number) {
                     swk::Lane& lane = run.lanes[number];
                     lane.thread = {number % launch.block.x, number / launch.block.x % launch.block.y,
@@ -242,7 +294,6 @@ void run_grid(Run& run) {
                     lane.block_size = launch.block;
                     lane.grid_size = launch.grid;
                     lane.number = number;
-                    lane.shared = dynamic;
                 }
                 run_block(run);
             }
@@ -267,8 +318,13 @@ CUresult run_kernel(const Launch& launch, std::string& message) {
         if (stopped == 1) {
             char address[32];
             snprintf(address, sizeof address, "0x%zx", size_t(run->fault_address));
-            run->error = CUDA_ERROR_ILLEGAL_ADDRESS;
-            run->message = where(*run) + " touched " + address + ", which is in no block of memory, or in one that was freed";
+            if (run->fault == SIGILL || run->fault == SIGFPE) {
+                run->error = CUDA_ERROR_LAUNCH_FAILED;
+                run->message = where(*run) + (run->fault == SIGILL ? ": an index left its array" : " divided an integer by zero");
+            } else {
+                run->error = CUDA_ERROR_ILLEGAL_ADDRESS;
+                run->message = where(*run) + " touched " + address + ", which is in no block of memory, or in one that was freed";
+            }
         }
     }
     running = nullptr;
@@ -327,21 +383,12 @@ const swk::Slot* swk_exchange(unsigned mask, const void* value, size_t bytes) {
 }
 
 void* swk_shared(const void* key, size_t bytes) {
-    SharedVariable& variable = running->shared[key];
-    if (variable.bytes != bytes) {
-        variable.memory = std::make_unique<unsigned char[]>(bytes + 16);
-        variable.bytes = bytes;
-    }
-    void* memory = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(variable.memory.get()) + 15) / 16 * 16);
-    if (!variable.fresh) {
-        variable.fresh = true;
-        std::memset(memory, 0xff, bytes);
-    }
-    return memory;
+    SharedMemory& variable = stacks.shared[key];
+    return variable.in_use ? variable.start() : variable.begin_block(bytes);
 }
 
 void swk_trap(const char* what, int line) {
-    abort_run(CUDA_ERROR_LAUNCH_FAILED, where(*running) + ": " + what + " in line " + std::to_string(line));
+    abort_run(CUDA_ERROR_LAUNCH_FAILED, where(*running) + ": " + what + (line ? " in line " + std::to_string(line) : std::string()));
 }
 
 }  // extern "C"

@@ -41,6 +41,11 @@ static_assert(sizeof(swk::Index) == sizeof(uint3) && sizeof(swk::Index) == sizeo
 #define gridDim (reinterpret_cast<const dim3&>(swk_lane->grid_size))
 constexpr int warpSize = 32;
 
+// A thread's own array was written past its end: the compiler's own check calls this when the function is left.
+extern "C" __attribute__((visibility("hidden"), noreturn)) void __stack_chk_fail() {
+    swk_trap("a local array was written outside of its bounds", 0);
+}
+
 // Barriers -------------------------------------------------------------------------------------------------------------
 
 #define __syncthreads() swk_sync_threads(__LINE__)

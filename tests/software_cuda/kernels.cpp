@@ -283,7 +283,7 @@ CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned, CUjit
     return cuModuleLoadData(module, image);
 }
 CUresult cuModuleUnload(CUmodule module) {
-    SW_ENTER
+    SW_ENTER_RELEASE
     return unload(registry().modules, module);
 }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
@@ -304,7 +304,7 @@ CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, 
     return load(code, nullptr, registry().libraries, reinterpret_cast<void**>(library));
 }
 CUresult cuLibraryUnload(CUlibrary library) {
-    SW_ENTER_ANY
+    SW_ENTER_RELEASE
     return unload(registry().libraries, library);
 }
 CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* name) {

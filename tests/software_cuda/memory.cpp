@@ -175,11 +175,11 @@ CUresult copy(Lock& lock, Context& context, uintptr_t destination, Side to, uint
     bool captured = stream->capture != nullptr;
     Work work;
     work.type = CU_GRAPH_NODE_TYPE_MEMCPY;
-    work.context = &context;
+    work.context = stream->context;
     work.destination = destination;
     work.source = source;
     work.bytes = shape.width * shape.height;
-    Context* where = &context;
+    Context* where = stream->context;
     if (origin.kind == Place::Kind::pageable && !captured) {
         // CUDA stages pageable memory before it returns; the copy to the device itself may come later.
         if (wait) {
@@ -265,11 +265,11 @@ CUresult fill(Lock& lock, Context& context, CUdeviceptr address, T value, size_t
     bool captured = stream->capture != nullptr;
     Work work;
     work.type = CU_GRAPH_NODE_TYPE_MEMSET;
-    work.context = &context;
+    work.context = stream->context;
     work.destination = address;
     work.bytes = count * sizeof(T);
     Range range = place.range;
-    Context* where = &context;
+    Context* where = stream->context;
     work.run = [range, value, count, where] {
         if (CUresult e = begin_use({range}, *where, "a memset")) return e;
         std::fill_n(reinterpret_cast<T*>(range.address), count, value);
@@ -356,7 +356,8 @@ CUresult cuMemAllocPitch(CUdeviceptr* pointer, size_t* pitch, size_t width, size
 }
 
 CUresult cuMemFree(CUdeviceptr pointer) {
-    SW_ENTER
+    SW_ENTER_RELEASE
+    if (Context* context = current_context(); context && context->sticky) return context->sticky;
     SW_UNSAFE_IN_CAPTURE
     return free_block(lock, pointer, Block::Kind::device);
 }
@@ -374,7 +375,8 @@ CUresult cuMemHostAlloc(void** pointer, size_t size, unsigned) {
 CUresult cuMemAllocHost(void** pointer, size_t size) { return cuMemHostAlloc(pointer, size, 0); }
 
 CUresult cuMemFreeHost(void* pointer) {
-    SW_ENTER
+    SW_ENTER_RELEASE
+    if (Context* context = current_context(); context && context->sticky) return context->sticky;
     SW_UNSAFE_IN_CAPTURE
     return free_block(lock, number(pointer), Block::Kind::pinned);
 }

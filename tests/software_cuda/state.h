@@ -195,7 +195,7 @@ struct State {
 // Never destroyed: streams' threads wait on it until the process is gone.
 State& state();
 
-// device.cpp
+// device.cpp, and control.cpp for what tests turn and read
 extern thread_local bool in_host_function;
 extern thread_local std::vector<Context*> current_contexts;
 extern thread_local CUstreamCaptureMode capture_mode;
@@ -204,10 +204,13 @@ Context* current_context();
 CUresult enter(Context*& context);
 // The same for calls that need only a started driver.
 CUresult enter_any();
+// The same for calls that give something back, or say which context is current: Python's collector runs them on any
+// thread, also on one that is in a host function, and nobody can keep it from that.
+CUresult enter_release();
 // Lose `context`: `error` from now on, `what` in the reports.
 void lose(Context& context, CUresult error, const std::string& what);
 void report(const std::string& what);
-void* control(const char* name);
+void end_context(Context& context);
 
 // memory.cpp
 struct Range {
@@ -249,6 +252,9 @@ void forget_capturing_stream(Stream& stream);
     swcuda::Lock lock(swcuda::state().lock);        \
     swcuda::Context* context = nullptr;            \
     if (CUresult entered = swcuda::enter(context)) return entered;
+#define SW_ENTER_RELEASE                    \
+    swcuda::Lock lock(swcuda::state().lock); \
+    if (CUresult entered = swcuda::enter_release()) return entered;
 #define SW_UNSAFE_IN_CAPTURE \
     if (CUresult forbidden = swcuda::forbid_unsafe()) return forbidden;
 #define SW_REQUIRE(condition, error) \

@@ -195,7 +195,7 @@ CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priori
 }
 
 CUresult cuStreamDestroy(CUstream handle) {
-    SW_ENTER_ANY
+    SW_ENTER_RELEASE
     auto found = state().streams.find(handle);
     SW_REQUIRE(found != state().streams.end(), CUDA_ERROR_INVALID_HANDLE)
     StreamPtr stream = found->second;
@@ -363,7 +363,7 @@ CUresult cuEventCreate(CUevent* handle, unsigned flags) {
 }
 
 CUresult cuEventDestroy(CUevent handle) {
-    SW_ENTER_ANY
+    SW_ENTER_RELEASE
     return state().events.erase(handle) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 
