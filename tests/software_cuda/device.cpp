@@ -29,6 +29,10 @@ CUresult enter_any() {
 CUresult enter(Context*& context) {
     if (CUresult e = enter_any()) return e;
     context = current_context();
+    return usable(context);
+}
+
+CUresult usable(const Context* context) {
     SW_REQUIRE(context, CUDA_ERROR_INVALID_CONTEXT)
     SW_REQUIRE(context->active, CUDA_ERROR_CONTEXT_IS_DESTROYED)
     return context->sticky;

@@ -357,7 +357,7 @@ CUresult cuMemAllocPitch(CUdeviceptr* pointer, size_t* pitch, size_t width, size
 
 CUresult cuMemFree(CUdeviceptr pointer) {
     SW_ENTER_RELEASE
-    if (Context* context = current_context(); context && context->sticky) return context->sticky;
+    if (CUresult e = usable(current_context())) return e;
     SW_UNSAFE_IN_CAPTURE
     return free_block(lock, pointer, Block::Kind::device);
 }
@@ -376,7 +376,7 @@ CUresult cuMemAllocHost(void** pointer, size_t size) { return cuMemHostAlloc(poi
 
 CUresult cuMemFreeHost(void* pointer) {
     SW_ENTER_RELEASE
-    if (Context* context = current_context(); context && context->sticky) return context->sticky;
+    if (CUresult e = usable(current_context())) return e;
     SW_UNSAFE_IN_CAPTURE
     return free_block(lock, number(pointer), Block::Kind::pinned);
 }

@@ -207,6 +207,8 @@ CUresult enter_any();
 // The same for calls that give something back, or say which context is current: Python's collector runs them on any
 // thread, also on one that is in a host function, and nobody can keep it from that.
 CUresult enter_release();
+// Whether there is a context, it has not ended, and it is not lost.
+CUresult usable(const Context* context);
 // Lose `context`: `error` from now on, `what` in the reports.
 void lose(Context& context, CUresult error, const std::string& what);
 void report(const std::string& what);
