@@ -208,6 +208,35 @@ def array(shape: tuple[int, ...], dtype: str = "float32", *, pointer: int = 4096
     return DeviceArray(pointer, shape, dtype, device=options.pop("device", 0), **options)
 
 
+class TestGrouping:
+    """Where four pixels are read at once. A GPU faults on a misaligned group; the host that stands for it does not."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "offset", "strides", "grouped"),
+        [
+            ("float32", 0, (400, 20, 1), True),
+            ("float32", 16, (404, 20, 1), True),
+            ("float32", 8, (400, 20, 1), False),  # the first row is not at a group
+            ("float32", 0, (402, 20, 1), False),  # the second channel is not
+            ("float32", 0, (400, 21, 1), False),  # the second row is not
+            ("float16", 8, (400, 20, 1), True),
+            ("float16", 4, (400, 20, 1), False),
+            ("uint8", 4, (400, 20, 1), True),
+            ("uint8", 2, (400, 20, 1), False),
+        ],
+    )
+    @pytest.mark.parametrize("other_first", [False, True])
+    def test_only_where_every_row_allows_it(
+        self, no_gpu: Any, dtype: str, offset: int, strides: tuple[int, ...], grouped: bool, other_first: bool
+    ) -> None:
+        pair = [array((3, 20, 20), dtype, pointer=4096 + offset, strides=strides), array((3, 20, 20), dtype)]
+        if other_first:
+            pair.reverse()
+        launch = ChangeMetric(no_gpu).prepare(*pair, array((2, 2, 2)), array((3,)), threshold=1)
+        _, _, (plan, _) = launch._launches[0]  # type: ignore[misc]  # what no_gpu gives for a launch
+        assert plan.grouped == grouped
+
+
 class TestRefused:
     @pytest.mark.parametrize("block", [0, 2, 12, 256])
     def test_a_block_of_another_size(self, no_gpu: Any, block: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -178,6 +178,45 @@ class TestKernel:
 def array(shape: tuple[int, ...], dtype: str, *, pointer: int = 4096, device: int = 0) -> DeviceArray:
     """An array that is looked at and never touched."""
     return DeviceArray(pointer, shape, dtype, device=device)
+
+
+class TestGrouping:
+    """Where four pixels are moved at once. A GPU faults on a misaligned group; the host that stands for it does not."""
+
+    @pytest.mark.parametrize(
+        ("channels", "dtype", "pixels", "image", "grouped"),
+        [
+            # Of pixels and image: offset of the first element in bytes, and strides in elements.
+            (3, "float32", (0, (60, 3, 1)), (0, (200, 20, 1)), True),
+            (3, "float32", (4, (64, 3, 1)), (16, (204, 24, 1)), True),
+            (3, "float32", (2, (60, 3, 1)), (0, (200, 20, 1)), False),  # not at a word
+            (3, "float32", (0, (61, 3, 1)), (0, (200, 20, 1)), False),  # the second row is not
+            (3, "float32", (0, (80, 4, 1)), (0, (200, 20, 1)), False),  # a gap after every pixel
+            (3, "float32", (0, (60, 3, -1)), (0, (200, 20, 1)), False),
+            (3, "float32", (0, (60, 3, 1)), (8, (200, 20, 1)), False),  # not at a group of four
+            (3, "float16", (0, (60, 3, 1)), (8, (200, 20, 1)), True),
+            (3, "float16", (0, (60, 3, 1)), (4, (200, 20, 1)), False),
+            (3, "float32", (0, (60, 3, 1)), (0, (202, 20, 1)), False),  # the second plane is not
+            (3, "float32", (0, (60, 3, 1)), (0, (210, 21, 1)), False),  # its second row is not
+            (3, "float32", (0, (60, 3, 1)), (0, (400, 40, 2)), False),  # pixels apart
+            (4, "float32", (16, (80, 4, 1)), (0, (200, 20, 1)), True),
+            (4, "float32", (4, (80, 4, 1)), (0, (200, 20, 1)), False),  # four channels are moved as 16 bytes
+            (4, "float32", (0, (84, 4, 1)), (0, (200, 20, 1)), False),
+            (1, "float16", (4, (20, 1, 7)), (0, (99, 20, 1)), True),  # one channel has no neighbour
+            (1, "float16", (4, (22, 1, 1)), (0, (200, 20, 1)), False),
+        ],
+    )
+    def test_only_where_every_row_allows_it(
+        self, no_gpu: Any, channels: int, dtype: str, pixels: Any, image: Any, grouped: bool
+    ) -> None:
+        source = DeviceArray(4096 + pixels[0], (10, 20, channels), "uint8", device=0, strides=pixels[1])
+        target = DeviceArray(8192 + image[0], (channels, 10, 20), dtype, device=0, strides=image[1])
+        for prepared in (
+            ImageKernels(no_gpu).prepare_load(source, target),
+            ImageKernels(no_gpu).prepare_store(target, source),
+        ):
+            _, _, (plan,) = cast(Any, prepared)
+            assert plan.grouped == grouped
 
 
 class TestRefused:

@@ -45,7 +45,7 @@ class TestReference:
     @pytest.mark.parametrize("padding", PADDINGS)
     @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 1), (2, 1, 9), (4, 16, 3)])
     def test_is_torchs_grid_sample(self, shape: tuple[int, int, int], padding: Literal["zeros", "border"]) -> None:
-        # At infinity torch's CPU and GPU kernels differ (NaN, and 0 where padding is zeros): there our own text decides.
+        # At infinity torch's CPU kernel gives NaN and its GPU kernel 0 (padding zeros): our own text decides there.
         source, grid = random_map(*shape), np.clip(random_grid(6, 11), -1e9, 1e9)
         expected = functional.grid_sample(
             torch.from_numpy(source)[None],
