@@ -27,6 +27,8 @@ __all__ = ["CudaLane", "CudaSlots", "HostInput", "StaticInputs"]
 
 logger = logging.getLogger(__name__)
 
+_ALIGNMENT = 256
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostInput:
@@ -197,7 +199,7 @@ class CudaLane:
             source = inputs[name]
             if isinstance(source, DeviceArray):
                 stream.wait_for(self._arrived)
-                if graph is None and source.device == self._device.ordinal and source.contiguous:
+                if graph is None and _bindable(source, self._device):
                     bindings[name] = source
                     continue
             self._inputs.fill(name, source, stream)
@@ -266,6 +268,11 @@ class CudaLane:
 
 def _issued_to(stream: Any) -> CudaStream:
     return stream.cuda if isinstance(stream, CudaWorkerStream) else cast(CudaStream, stream)
+
+
+def _bindable(array: DeviceArray, device: CudaDevice) -> bool:
+    """Whether a module can read the caller's memory itself; executors ask for memory as the driver aligns it."""
+    return array.device == device.ordinal and array.pointer % _ALIGNMENT == 0
 
 
 def _addresses(bindings: Mapping[str, DeviceArray]) -> tuple[int, ...]:

@@ -164,8 +164,10 @@ def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
         raise InputError(f"{name} is on the CPU, expected a GPU's memory; move it there first")
     try:
         view = _cuda_core_view(source, stream)
-    except (BufferError, ValueError, TypeError, RuntimeError) as exc:
-        raise InputError(f"{name} cannot be borrowed: {exc}; give a plain array on the GPU") from exc
+    # The owner's code runs here, and cuda.core's; their exceptions share no base class but this one.
+    except Exception as exc:
+        text = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        raise InputError(f"{name} cannot be borrowed: {text}; give a plain array on the GPU") from exc
     return DeviceArray(
         int(view.ptr),
         tuple(view.shape),

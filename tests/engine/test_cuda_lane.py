@@ -246,6 +246,20 @@ def test_without_graphs_the_callers_memory_is_bound_itself(
         assert software_cuda.count("copies") == copies
 
 
+def test_memory_that_is_not_aligned_is_copied_where_it_would_be_bound(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    x = images(1)
+    with make_engine(policy="full", cuda={"graphs": "off"}) as engine, CudaDevice(0) as device:
+        wide = device.upload(np.concatenate([np.zeros(1, np.float32), x.ravel()]))
+        odd = DeviceArray(wide.pointer + 4, SHAPE, "float32", device=0, owner=wide)
+        session = engine.session()
+        session.submit({"x": odd})
+        np.testing.assert_array_equal(
+            [next(session.frames()).outputs["image"]], on_the_cpu(tiny_bundle, x, policy="full")
+        )
+
+
 def test_answers_on_the_gpu_are_lent_by_dlpack(
     make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
 ) -> None:
