@@ -89,7 +89,7 @@ class Built:
         engines: One a module.
         folder: Where the engines are.
         deployment: The folder that was written, if one was asked for.
-        seconds: How long all of it took.
+        seconds: How long all of it took, conversion and kernels included.
     """
 
     bundle: Bundle
@@ -104,7 +104,7 @@ class Built:
     seconds: float
 
     def rows(self) -> list[dict[str, Any]]:
-        """One JSON-ready row an engine."""
+        """One JSON-ready row an engine; its seconds are those of all that were built with it."""
         return [
             {
                 "module": engine.module,
@@ -313,7 +313,7 @@ def print_built(built: Built, *, console: Console | None = None) -> None:
 
     from rich.console import Console
 
-    from .describe import PIPE_WIDTH, plain_table, size_text
+    from .describe import PIPE_WIDTH, plain_table, print_precision, size_text
 
     out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
@@ -323,16 +323,11 @@ def print_built(built: Built, *, console: Console | None = None) -> None:
     because = f" ({built.why})" if built.why else ""
     library = f"{built.flavour.title} {built.flavour.version}"
     say(f"{built.bundle.manifest.name}: {library}, for {', '.join(built.targets)}{because}")
-    table = plain_table(
-        f"Engines, {built.seconds:.1f} s in all",
-        "module",
-        "precision",
-        "size",
-        "targets",
-        "",
-        "seconds",
-        numeric=["size", "seconds"],
-    )
+    # One process builds them all, so there is one time for all of them.
+    taken = max((engine.seconds for engine in built.engines), default=0.0)
+    made = sum(not engine.reused for engine in built.engines)
+    title = f"Engines: {made} built in {taken:.1f} s, {len(built.engines) - made} found"
+    table = plain_table(title, "module", "precision", "size", "targets", "", numeric=["size"])
     for engine in built.engines:
         table.add_row(
             engine.module,
@@ -340,11 +335,11 @@ def print_built(built: Built, *, console: Console | None = None) -> None:
             size_text(engine.size_bytes),
             ", ".join(engine.targets),
             "found" if engine.reused else "built",
-            "–" if engine.reused else f"{engine.seconds:.1f}",
         )
     out.print(table)
     if built.converted:
-        _print_conversion(built, out)
+        print_precision(built.bundle.manifest, out)
+    say(f"{built.seconds:.1f} s in all")
     if built.deployment is None:
         if built.converted:
             say(f"wrote {built.bundle.path}")
@@ -370,37 +365,6 @@ def print_built(built: Built, *, console: Console | None = None) -> None:
     out.print(needs)
     say(f"wrote {deployment.path}")
     say(f"next:  python {_shown(deployment.path / 'run.py')} FRAMES.npz ANSWERS.npz  (on a machine with such a GPU)")
-
-
-def _print_conversion(built: Built, out: Console) -> None:
-    """Print how near the converted bundle is to the one of fp32, and what was kept."""
-    from .describe import plain_table
-
-    record = built.bundle.manifest.created["precision"]
-    if record["parity"] is None:
-        out.print("Parity with fp32 was not measured: no --inputs was given.")
-    else:
-        columns = ["frames", "PSNR dB, mean", "worst", "FLIP", "largest error", "NaN or Inf"]
-        table = plain_table("Parity with fp32", "exit", *columns, numeric=columns)
-        for name, parity in record["parity"].items():
-            psnr = parity["psnr_db"]
-            table.add_row(
-                name,
-                str(parity["frames"]),
-                f"{psnr['mean']:.2f}",
-                f"{psnr['worst']:.2f}",
-                "–" if parity["flip"] is None else f"{parity['flip']:.5f}",
-                f"{parity['max_error']:.2g}",
-                str(parity["nan"]),
-            )
-        out.print(table)
-        out.print(f"measured {record['measured']}", soft_wrap=True, markup=False)
-    lines = [f"the cache is in {record['cache']}"]
-    for what, by_module in (("kept in fp32", record["kept"]), ("left in fp16", record.get("unquantised", {}))):
-        names = list(dict.fromkeys(name for layers in by_module.values() for name in layers))
-        if names:
-            lines.append(f"{what}: {', '.join(names)}")
-    out.print("; ".join(lines), soft_wrap=True, markup=False)
 
 
 def _shown(path: Path) -> str:

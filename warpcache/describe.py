@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .engine.bundle import Bundle
     from .engine.manifest import Manifest
 
-__all__ = ["calibration_rows", "plain_table", "print_bundle", "size_text"]
+__all__ = ["calibration_rows", "plain_table", "print_bundle", "print_precision", "size_text"]
 
 # "frozen" is no exit: it is what showing the last frame again would have given, the figure every exit has to beat.
 FROZEN = "frozen"
@@ -41,7 +41,44 @@ def print_bundle(bundle: Bundle, *, console: Console | None = None) -> None:
         out.print("Quality by age: not calibrated, so nothing is promised; compile with --holdout to measure it.")
     else:
         out.print(_calibration(manifest))
+    if isinstance(manifest.created.get("precision"), Mapping):
+        print_precision(manifest, out)
     out.print(_files(manifest))
+
+
+def print_precision(manifest: Manifest, out: Console) -> None:
+    """Print what a converted bundle computes in, how near it is to the one of fp32, and what was kept.
+
+    Args:
+        manifest: Its `created` has a record ``precision``; what is missing in it is left out.
+        out: Where to.
+    """
+    record = manifest.created["precision"]
+    parity = record.get("parity")
+    if not isinstance(parity, Mapping):
+        out.print("Parity with fp32 was not measured: no --inputs was given.")
+    else:
+        columns = ["frames", "PSNR dB, mean", "worst", "FLIP", "largest error", "NaN or Inf"]
+        table = plain_table(f"Parity of {record.get('precision')} with fp32", "exit", *columns, numeric=columns)
+        for name, figures in parity.items():
+            psnr = figures.get("psnr_db") or {}
+            table.add_row(
+                name,
+                _number(figures.get("frames"), "d"),
+                _number(psnr.get("mean"), ".2f"),
+                _number(psnr.get("worst"), ".2f"),
+                _number(figures.get("flip"), ".5f"),
+                _number(figures.get("max_error"), ".2g"),
+                _number(figures.get("nan"), "d"),
+            )
+        out.print(table)
+        out.print(f"Parity was measured {record.get('measured')}.", soft_wrap=True, markup=False)
+    lines = [f"Computes in {record.get('precision')}; the cache is in {record.get('cache')}"]
+    for what, key in (("kept in fp32", "kept"), ("left in fp16", "unquantised")):
+        names = list(dict.fromkeys(name for layers in (record.get(key) or {}).values() for name in layers))
+        if names:
+            lines.append(f"{what}: {', '.join(names)}")
+    out.print("; ".join(lines) + ".", soft_wrap=True, markup=False)
 
 
 def calibration_rows(manifest: Manifest) -> list[dict[str, Any]]:

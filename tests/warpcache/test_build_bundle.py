@@ -155,12 +155,23 @@ def test_a_conversion_is_written_beside_and_built(make_bundle: Any, frames: Path
     for name, parity in document["precision"]["parity"].items():
         assert parity["psnr_db"]["worst"] >= 45, name  # what the conversion promises by default
         assert parity["nan"] == 0
-    for word in ("Parity with fp32", "whole", "plain", "warp", f"wrote {made}", f"next:  warpcache run {made} "):
+    for word in (
+        "Parity of fp16 with fp32",
+        "whole",
+        "plain",
+        "warp",
+        f"wrote {made}",
+        f"next:  warpcache run {made} ",
+    ):
         assert word in result.stdout, word
+    shown = CliRunner().invoke(cli, ["inspect", str(made)])
+    assert shown.exit_code == 0, shown.output
+    for word in ("Parity of fp16 with fp32", "Computes in fp16; the cache is in fp"):
+        assert word in shown.stdout, word
     # The converted bundle is built as it is, by the engines that are there, and cannot be converted again.
     again = call(made, *common)
     assert again.exit_code == 0, again.output
-    assert "built" not in again.stdout
+    assert "Engines: 0 built in 0.0 s, 4 found" in again.stdout
     for other in ("fp32", "bf16"):
         refused = call(made, "--backend", "tensorrt-rtx", "--precision", other)
         assert_failed(refused, f"the bundle '{made}' is fp16 already and cannot become {other}; convert the fp32")

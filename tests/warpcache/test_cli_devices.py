@@ -244,3 +244,17 @@ def test_run_on_the_gpu_that_is_here(tiny_bundle: Path, inputs: Path, frames: np
     with np.load(out) as arrays:
         # TF32 on the GPU: 10 bits of mantissa, 72 products of values below 1.
         np.testing.assert_allclose(arrays["image"], whole(tiny_bundle, frames), atol=5e-3)
+
+
+def test_doctor_prints_for_people_and_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warpcache.doctor as doctor
+
+    finding = doctor.Finding("NVIDIA driver", "missing", "not installed", "install the driver")
+    report = doctor.Report(findings=(finding,), pairs=(doctor.Pair("cuda", "tensorrt", False, "no driver"),))
+    # What it looks at takes seconds and is tested where it is written.
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    shown, printed = call("doctor"), call("doctor", "--json")
+    assert (shown.exit_code, printed.exit_code) == (0, 0)
+    for word in ("NVIDIA driver", "not installed", "install the driver", "tensorrt"):
+        assert word in shown.stdout, word
+    assert json.loads(printed.stdout) == report.to_json()
