@@ -72,7 +72,7 @@ def print_precision(manifest: Manifest, out: Console) -> None:
                 _number(figures.get("nan"), "d"),
             )
         out.print(table)
-        out.print(f"Parity was measured {record.get('measured')}.", soft_wrap=True, markup=False)
+        out.print(f"How parity was measured: {record.get('measured')}.", soft_wrap=True, markup=False)
     lines = [f"Computes in {record.get('precision')}; the cache is in {record.get('cache')}"]
     for what, key in (("kept in fp32", "kept"), ("left in fp16", "unquantised")):
         names = list(dict.fromkeys(name for layers in (record.get(key) or {}).values() for name in layers))
