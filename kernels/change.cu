@@ -52,7 +52,8 @@ __device__ __forceinline__ void measure_blocks(const ChangePair& pair, float* bl
         const T* first = static_cast<const T*>(pair.first) + y * pair.first_row + x;
         const T* second = static_cast<const T*>(pair.second) + y * pair.second_row + x;
         if (pair.grouped && x + kGroup <= pair.width) {
-#pragma unroll 4
+            // Three at a time, as colour images have them, so that their loads are under way together.
+#pragma unroll 3
             for (int c = 0; c < pair.channels; ++c) {
                 const Group<T> a = *reinterpret_cast<const Group<T>*>(first + c * pair.first_channel);
                 const Group<T> b = *reinterpret_cast<const Group<T>*>(second + c * pair.second_channel);

@@ -63,6 +63,41 @@ class TestCompile:
         assert plain != fused
 
 
+def ptx(source: str) -> str:
+    """What NVRTC makes before the machine code; cuda.core does so only with a driver."""
+    from cuda.bindings import nvrtc
+
+    code, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
+    assert code == 0
+    options = [b"--gpu-architecture=compute_90", b"-std=c++17", b"-fmad=false"]
+    options.append(b"-I" + str(compiler._header_directory()).encode())
+    assert nvrtc.nvrtcCompileProgram(program, len(options), options) == (0,)
+    text = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
+    nvrtc.nvrtcGetPTX(program, text)
+    nvrtc.nvrtcDestroyProgram(program)
+    return text.decode()
+
+
+class TestQuality:
+    """What costs a kernel its bandwidth, and shows in no result."""
+
+    @pytest.mark.parametrize("source", ["image.cu", "change.cu", "warp.cu"])
+    def test_no_thread_copies_its_arguments_to_local_memory(self, source: str) -> None:
+        # An argument's array that is indexed by a variable is copied, thread by thread.
+        assert "__local_depot" not in ptx((KERNELS / source).read_text("utf-8"))
+        spoilt = (
+            'struct P { int n; int a[8]; }; extern "C" __global__ void k(P p) { p.a[p.n] = 1; p.a[0] = p.a[p.n + 1]; '
+        )
+        assert "__local_depot" in ptx(spoilt + "*(int*)8 = p.a[threadIdx.x]; }")
+
+    @pytest.mark.parametrize("source", ["image.cu", "change.cu"])
+    def test_groups_are_moved_at_once(self, source: str) -> None:
+        text = ptx((KERNELS / source).read_text("utf-8"))
+        assert "ld.global.v4.f32" in text or "ld.global.v4.u32" in text
+        # Addresses that the compiler cannot tell to be global memory's cost it a look-up.
+        assert not re.search(r"\b(ld|st)\.(v4\.)?(u8|u16|u32|f32)", text)
+
+
 class TestErrors:
     def test_the_log_names_the_line(self) -> None:
         with pytest.raises(BackendError, match=r"^broken\.cu does not compile for sm_90") as caught:

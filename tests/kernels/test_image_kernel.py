@@ -96,6 +96,15 @@ class TestKernel:
             images.store(source.array, target.array, stream=gpu.stream.handle)
             np.testing.assert_array_equal(target.read(), store_image(image), err_msg=f"{height}x{width}")
 
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_halves_go_to_the_even_byte(self, gpu: Any, images: ImageKernels, dtype: str) -> None:
+        # Also from below 0 to above 255; all of them are exact in float16.
+        image = np.arange(-2, 258, 0.5).astype(dtype).reshape(1, 20, 26)
+        source, target = gpu.place(image), gpu.empty((20, 26, 1), "uint8")
+        images.store(source.array, target.array, stream=gpu.stream.handle, scale=1, offset=0)
+        exact = np.clip(np.rint(np.arange(-2, 258, 0.5)), 0, 255)
+        np.testing.assert_array_equal(target.read().ravel(), exact)
+
     # Of the pixels, pad and order; of the image, pad and order.
     LAYOUTS: tuple[tuple[Any, ...], ...] = (
         (((0, 0), (0, 4), (0, 0)), None, ((0, 0), (0, 0), (0, 4)), None),  # a pitch that keeps groups whole
