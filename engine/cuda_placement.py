@@ -127,8 +127,8 @@ class CudaPlacement:
             self.device = self._open(ordinal)
             for other in options.producer_ordinals:
                 self._connect(self._open(other))
+            self._stream = self.device.stream("warpcache-consumer", priority="high")
             undo.pop_all()
-        self._stream = self.device.stream("warpcache-consumer", priority="high")
 
     def load(self, exits: Iterable[Route]) -> None:
         """Build what is missing, then load the producers that the policy needs, and these exits."""

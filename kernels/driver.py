@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import threading
+import weakref
 from typing import Any
 
 from .errors import DeviceError
@@ -29,6 +31,8 @@ _REMEDIES = {
     "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel left its memory, and the GPU's context is lost; start the process again",
     "CUDA_ERROR_LAUNCH_FAILED": "a kernel crashed, and the GPU's context is lost; start the process again",
 }
+
+logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 
@@ -126,6 +130,9 @@ class Context:
         self._handle: Any = check(
             self._cuda.cuDevicePrimaryCtxRetain(self._device), f"making a context on cuda:{ordinal}"
         )
+        # What was made in the context keeps this object, so it is given back after all of that.
+        self._release = weakref.finalize(self, _release_context, self._cuda, self._device, ordinal)
+        self._release.atexit = False
         raw_name = check(self._cuda.cuDeviceGetName(256, self._device), f"naming cuda:{ordinal}")
         self.name = bytes(raw_name).split(b"\0", 1)[0].decode("utf-8", "replace")
 
@@ -178,12 +185,18 @@ class Context:
 
     def close(self) -> None:
         """Give the context back; safe to call twice. It ends with its last user in the process."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            check(self._cuda.cuDevicePrimaryCtxRelease(self._device), f"leaving cuda:{self.ordinal}")
+        self._handle = None
+        self._release()
 
     def __str__(self) -> str:
         return f"cuda:{self.ordinal}"
+
+
+def _release_context(cuda: Any, device: Any, ordinal: int) -> None:
+    # Also called when a context is forgotten, where nothing can be raised.
+    (code,) = cuda.cuDevicePrimaryCtxRelease(device)
+    if code != 0:
+        logger.warning("%s", _sentence(code, f"leaving cuda:{ordinal}"))
 
 
 def _sentence(code: Any, doing: str) -> str:
