@@ -570,9 +570,9 @@ def test_full_tensorrt_keeps_no_runtime_cache(load, tmp_path, software_cuda):
 
 
 def test_a_closed_module_refuses_and_gives_its_memory_back(software_cuda, device, load, flavour):
-    before = software_cuda.live()["device_bytes"]
+    before = software_cuda.live()
     module, stream = load("warp", flavour), device.stream("s")
-    assert software_cuda.live()["device_bytes"] > before
+    assert software_cuda.live()["device_bytes"] > before["device_bytes"]
     bindings = buffers(device, module, noise(module.inputs))
     module.enqueue(bindings, stream).wait()
     module.close()
@@ -583,7 +583,7 @@ def test_a_closed_module_refuses_and_gives_its_memory_back(software_cuda, device
         _ = module.capturable
     assert isinstance(module.enqueue(bindings, stream).error, ClosedError)
     del bindings
-    assert software_cuda.live()["device_bytes"] == before
+    assert "device_bytes" not in software_cuda.left_since(before)
 
 
 def test_a_load_that_fails_gives_its_memory_back(software_cuda, load, flavour, monkeypatch):
@@ -591,7 +591,7 @@ def test_a_load_that_fails_gives_its_memory_back(software_cuda, load, flavour, m
     monkeypatch.setattr(IExecutionContext, "set_device_memory", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
     with pytest.raises(RuntimeError, match=r"^no$"):
         load("warp", flavour)
-    assert software_cuda.live() == before
+    assert not software_cuda.left_since(before)
 
 
 # On hardware
