@@ -313,7 +313,8 @@ def extract(model: ModelProto, inputs: Sequence[str], outputs: Sequence[str]) ->
     part.input.extend(info(name) for name in inputs)
     part.output.extend(info(name) for name in outputs)
     made = {name for i in keep for name in index.nodes[i].output}
-    part.value_info.extend(v for v in model.graph.value_info if v.name in made and v.name not in outputs)
+    described = {*inputs, *outputs}
+    part.value_info.extend(v for v in model.graph.value_info if v.name in made and v.name not in described)
     return _wrap(part, model)
 
 
