@@ -6,7 +6,7 @@ Exits are run as the engine runs them: producer, cache (in its own type), consum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,12 +20,13 @@ from ..engine.spec import Array
 from .casting import elem_types, emulated
 from .run import frame_at, open_session, run_session
 
-__all__ = ["GENERATOR", "PRODUCER", "ExitParity", "Parity", "fewest_kept"]
+__all__ = ["GENERATOR", "PRODUCER", "ExitParity", "Parity", "fewest_kept", "open_answering"]
 
 GENERATOR, PRODUCER = "generator", "producer"
 _FLOAT8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
 
 Group = TypeVar("Group")
+_Answer = tuple[tuple[int, int], dict[str, Array]]  # (frame, source), outputs
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ class Parity:
         wanted = {name: self.exits[name] for name in (exits if exits is not None else self.exits)}
         plan = {name: self._plan[name][:answers] for name in wanted}
         found: dict[str, ExitParity] = {}
-        for exit_, answers in _answer(models, wanted, plan, self._arrays, emulate=True):
+        for exit_, given in _answer(models, wanted, plan, self._arrays, emulate=True):
             psnr: list[float] = []
             flips: list[float] = []
             error, nan = 0.0, 0
-            for (t, s), outputs in answers:
+            for (t, s), outputs in given:
                 reference = self._reference[exit_, t, s]
                 for name in reference:
                     off, bad = _difference(outputs[name], reference[name])
@@ -201,7 +202,7 @@ def _answer(
     arrays: Mapping[str, Array],
     *,
     emulate: bool,
-) -> Any:
+) -> Iterator[tuple[str, Iterator[_Answer]]]:
     """Yield every exit with an iterator over ((frame, source), outputs) of its answers.
 
     A source's cache is made once for all consumers, when the first asks for it.
@@ -214,7 +215,7 @@ def _answer(
             opened[module] = open_answering(models[module]) if emulate else open_session(models[module])
         return opened[module]
 
-    def answers(module: str, pairs: Sequence[tuple[int, int]]) -> Any:
+    def answers(module: str, pairs: Sequence[tuple[int, int]]) -> Iterator[_Answer]:
         for t, s in pairs:
             feeds = frame_at(arrays, t)
             if module != GENERATOR and any(v.name.startswith(CACHE_PREFIX) for v in session(module).get_inputs()):

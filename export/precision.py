@@ -217,7 +217,7 @@ class _Fit:
             if len(found) == len(layers):
                 raise ExportError(
                     f"{self.options.precision} reaches {self.options.min_psnr_db:g} dB at exit {failing[0]!r} only "
-                    f"with all of its {len(layers)} layers in fp32 (of {self.trials} trials); lower min_psnr_db"
+                    f"with all of its {len(layers)} layers in fp32, by {self.trials} trials; lower min_psnr_db"
                 )
             choice = _with_kept(choice, found)
         return fitted
@@ -300,10 +300,12 @@ class _Fit:
         assert fitted.parity is not None
         return [name for name, p in fitted.parity.items() if not p.holds(self.options.min_psnr_db)]
 
-    def _measure(self, choice: Choice, exits: Sequence[str], *, floor_db: float | None = None) -> dict[str, ExitParity]:
+    def _measure(
+        self, choice: Choice, exits: Sequence[str], *, floor_db: float | None = None, answers: int | None = None
+    ) -> dict[str, ExitParity]:
         """One trial."""
         graphs = _graphs(self.conversion.convert(choice, self._modules(exits)))
-        parity = self.reference.measure(graphs, exits, floor_db=floor_db)
+        parity = self.reference.measure(graphs, exits, floor_db=floor_db, answers=answers)
         self.trials += 1
         stage = f"searching what {self.options.precision} breaks"
         self.progress(stage, self.trials, max(self.trials, self.options.max_trials))
@@ -380,7 +382,7 @@ def _record(conversion: Conversion, fitted: _Fitted, options: PrecisionOptions, 
     choice, parity = fitted.choice, fitted.parity
 
     def by_module(layers: Sequence[str]) -> dict[str, list[str]]:
-        return {name: [layer for layer in layers if layer in own] for name, own in conversion.layers.items()}
+        return {name: [layer for layer in own if layer in layers] for name, own in conversion.layers.items()}
 
     kept = by_module(choice.kept)
     for name in kept:

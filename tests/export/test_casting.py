@@ -82,7 +82,7 @@ def rtx(model: ModelProto, folder: Path, targets: tuple[str, ...] = ("sm_86", "s
 
 
 def elementwise_model() -> ModelProto:
-    """Only operators whose float16 result is one rounding of the exact one, so that both sides must agree to the bit."""
+    """Only operators whose float16 result is one rounding of the exact one, so both sides agree to the bit."""
     return graph(
         [
             node("Mul", ["x", "a"], ["m"]),

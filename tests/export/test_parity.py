@@ -33,7 +33,7 @@ def model(nodes: list[tuple[str, list[str], str]], inputs: list[str], output: st
 
 
 def models(scale: float = 0.7) -> dict[str, ModelProto]:
-    """generator: image = 0.7 x; producer: cache.h = x; plain: image = 0.7 cache.h; warp: image = 0.7 cache.h + 0.1 x."""
+    """generator: image = 0.7 x; producer: cache.h = x; plain: 0.7 cache.h; warp: 0.7 cache.h + 0.1 x."""
     return {
         "generator": model([("Mul", ["x", "a"], "image")], ["x"], "image", a=scale),
         "producer": model([("Identity", ["x"], "cache.h")], ["x"], "cache.h"),

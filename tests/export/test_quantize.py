@@ -19,7 +19,7 @@ RNG = np.random.default_rng(11)
 
 
 def network() -> ModelProto:
-    """Two convolutions that read one value, a transposed one, matrix products, and one product of two computed values."""
+    """Two convolutions that read one value, a transposed one, and products by a weight and by a computed value."""
 
     def weight(name: str, *shape: int) -> TensorProto:
         # Channels of very different sizes: one scale for all would show.
@@ -71,8 +71,13 @@ def constants(model: ModelProto) -> dict[str, np.ndarray]:
 
 
 def test_int8_is_what_onnx_runtimes_own_quantiser_gives(tmp_path: Path) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -102,7 +107,7 @@ def test_int8_is_what_onnx_runtimes_own_quantiser_gives(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a[f"{weight}.int8"], b[f"{weight}_quantized"])
         np.testing.assert_allclose(a[f"{weight}.scale"], b[f"{weight}_scale"], rtol=1e-6)
     for value in ("x", "h"):
-        # Theirs spreads the range over 255 steps of -127.5 to 127.5 and rounds to -127..127 as ours: 2/255 against 1/127.
+        # Theirs spreads the range over 255 steps, from -127.5 to 127.5: 2/255 against our 1/127.
         np.testing.assert_allclose(a[f"{value}.scale"], b[f"{value}_scale"], rtol=1 / 127)
     x = feeds[1]
     exact = run_model(model, x)["y"]
