@@ -31,6 +31,10 @@ class SoftwareCudaUnavailable(Exception):
 class SoftwareCuda:
     """The software driver, loaded into this process, and what tests turn and read in it.
 
+    Attributes:
+        path: Of its libcuda.so.1.
+        library: The driver for ctypes: the functions of CUDA's own interface by the names of cuda.h's macros.
+
     Raises:
         SoftwareCudaUnavailable: If there is a real driver, or no compiler or headers.
     """
@@ -46,15 +50,15 @@ class SoftwareCuda:
             raise SoftwareCudaUnavailable(str(exc)) from exc
         self.path = path
         # Globally: kernels find their barriers in it. cuda.bindings finds it by its name, libcuda.so.1.
-        self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        self._library.swcuda_configure.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
-        self._library.swcuda_count.argtypes = [ctypes.c_char_p]
-        self._library.swcuda_count.restype = ctypes.c_longlong
-        self._library.swcuda_hold.argtypes = [ctypes.c_ulonglong, ctypes.c_int, ctypes.c_int]
-        self._library.swcuda_pending.argtypes = [ctypes.c_ulonglong, ctypes.c_int]
-        self._library.swcuda_pending.restype = ctypes.c_longlong
-        self._library.swcuda_take_report.argtypes = [ctypes.c_char_p, ctypes.c_int]
-        self._library.swcuda_add_kernels.argtypes = [ctypes.c_char_p]
+        self.library = self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.library.swcuda_configure.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
+        self.library.swcuda_count.argtypes = [ctypes.c_char_p]
+        self.library.swcuda_count.restype = ctypes.c_longlong
+        self.library.swcuda_hold.argtypes = [ctypes.c_ulonglong, ctypes.c_int, ctypes.c_int]
+        self.library.swcuda_pending.argtypes = [ctypes.c_ulonglong, ctypes.c_int]
+        self.library.swcuda_pending.restype = ctypes.c_longlong
+        self.library.swcuda_take_report.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        self.library.swcuda_add_kernels.argtypes = [ctypes.c_char_p]
         cuda = importlib.import_module("cuda.bindings.driver")
         (code,) = cuda.cuInit(0)
         name = cuda.cuDeviceGetName(64, 0)[1]
@@ -74,7 +78,7 @@ class SoftwareCuda:
                 ``graph_launches``, ``host_functions``, ``streams_created``, ``events_created``,
                 ``graphs_instantiated``.
         """
-        value = int(self._library.swcuda_count(what.encode()))
+        value = int(self.library.swcuda_count(what.encode()))
         if value < 0:
             raise KeyError(f"software CUDA does not count {what!r}")
         return value
@@ -97,7 +101,7 @@ class SoftwareCuda:
         """What went wrong where no return code says it, oldest first; they are forgotten then."""
         text = ctypes.create_string_buffer(4096)
         found = []
-        while self._library.swcuda_take_report(text, len(text)):
+        while self.library.swcuda_take_report(text, len(text)):
             found.append(text.value.decode())
         return found
 
@@ -114,7 +118,7 @@ class SoftwareCuda:
                 CUDA_ERROR_LAUNCH_TIMEOUT, so that a forgotten hold does not hang the run).
         """
         for key, value in values.items():
-            if self._library.swcuda_configure(key.encode(), int(value)):
+            if self.library.swcuda_configure(key.encode(), int(value)):
                 raise KeyError(f"software CUDA has nothing called {key!r} to configure")
         _forget_loaded_driver()
 
@@ -142,7 +146,7 @@ class SoftwareCuda:
 
     def pending(self, stream: Any, *, device: int = 0) -> int:
         """How many pieces of work on `stream` are not finished."""
-        found = int(self._library.swcuda_pending(_handle(stream), device))
+        found = int(self.library.swcuda_pending(_handle(stream), device))
         if found < 0:
             raise ValueError(f"there is no stream {stream!r}")
         return found
@@ -165,17 +169,17 @@ class SoftwareCuda:
             library = build_kernels(source, "source.cu", include=include)
         if library in self._added and isinstance(source, Path):
             return
-        if self._library.swcuda_add_kernels(str(library).encode()) < 0:
+        if self.library.swcuda_add_kernels(str(library).encode()) < 0:
             raise BuildError("; ".join(self.reports()))
         self._added.add(library)
 
     def reset(self) -> None:
         """Bring back configuration, held streams and lost contexts, as after each test."""
-        self._library.swcuda_reset()
+        self.library.swcuda_reset()
         _forget_loaded_driver()
 
     def _hold(self, stream: Any, device: int, held: bool) -> None:
-        if self._library.swcuda_hold(_handle(stream), device, int(held)):
+        if self.library.swcuda_hold(_handle(stream), device, int(held)):
             raise ValueError(f"there is no stream {stream!r}")
 
 

@@ -84,22 +84,24 @@ bool has_name(const Image& image, const std::string& name) {
 
 CUresult get_function(Module& module, const char* name, Context* context, void** handle) {
     SW_REQUIRE(name && handle, CUDA_ERROR_INVALID_VALUE)
-    auto& slot = module.functions[std::string(name) + (context ? "" : "/kernel")];
-    if (!slot) {
+    std::string key = std::string(name) + (context ? "" : "/kernel");
+    auto known = module.functions.find(key);
+    if (known == module.functions.end()) {
         SW_REQUIRE(has_name(module.image, name), CUDA_ERROR_NOT_FOUND)
         auto host = registry().host.find(name);
         if (host == registry().host.end()) {
             report(std::string("kernel ") + name + " has no code for the host: give its source to add_kernels");
             return CUDA_ERROR_NOT_FOUND;
         }
-        slot = std::make_unique<Function>();
-        slot->kernel = host->second;
-        slot->module = &module;
-        slot->context = context;
-        slot->handle = static_cast<CUfunction>(state().fresh_handle());
-        registry().functions.emplace(slot->handle, slot.get());
+        auto made = std::make_unique<Function>();
+        made->kernel = host->second;
+        made->module = &module;
+        made->context = context;
+        made->handle = static_cast<CUfunction>(state().fresh_handle());
+        registry().functions.emplace(made->handle, made.get());
+        known = module.functions.emplace(key, std::move(made)).first;
     }
-    *handle = slot->handle;
+    *handle = known->second->handle;
     return CUDA_SUCCESS;
 }
 
