@@ -1,0 +1,476 @@
+"""What an engine takes on a GPU: host time a frame, tails under running producers, 512x512, parity, memory.
+
+    python -m benchmarks.gpu_engine --device cuda:0 --reference R.warp --json gpu_engine.json
+
+Every part stands alone: one that cannot run says why in its row. The exit code is 0 only if all that were asked for
+ran; a figure that misses its target is no failure. Executors are tried in the order of ``--backend``; the reference
+part reports each that runs, the others take the first.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from benchmarks.empty_backend import INPUT, EmptyCpuModule, EmptyCudaBackend, write_empty_bundle
+from benchmarks.measuring import Figure
+from benchmarks.memory_growth import Growth, resident_bytes, watch_memory
+from benchmarks.parts import (
+    Measured,
+    device_record,
+    device_title,
+    percentile_figures,
+    run_parts,
+    show_parts,
+    write_parts,
+)
+from benchmarks.rtx_probe import probe_rtx
+from benchmarks.streams import Streamed, as_clip, frames_for, on_device, stream
+from warpcache.demo import demo_bundle
+from warpcache.engine.bundle import Bundle
+from warpcache.engine.cuda_backends import choose_backend
+from warpcache.engine.cuda_device import CudaDevice
+from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda_options import CUDA_BACKENDS, CudaOptions, parse_device
+from warpcache.engine.engine import Engine
+from warpcache.engine.errors import BackendError, InputError, WarpcacheError
+from warpcache.engine.quality import measure_frames
+from warpcache.engine.session import Session
+from warpcache.engine.spec import TensorSpec
+from warpcache.kernels.driver import check, load
+
+__all__ = ["BACKENDS", "PARTS", "Setup", "main"]
+
+BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+"""In the order in which they are tried."""
+
+HOST_TARGET_US = 50.0
+TAIL_TARGET = 1.2
+REFERENCE_TARGET_MS = 1.0
+PARITY_TARGET_DB = 45.0
+# What Python's allocator takes from the system at a time. Less than that cannot be told from its own bookkeeping.
+HOST_GROWTH_TARGET_KIB = 1024.0
+
+# One cache at the beginning, and the consumer alone from then on.
+_ONE_CACHE = {"policy": "every:1000000000"}
+_PARITY_AGE = 4
+_REFUSALS = (WarpcacheError, ImportError, OSError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured, and how long.
+
+    Attributes:
+        device: ``cuda:N``.
+        backends: Executors to try, in order.
+        bundle: The fp32 bundle; None for the demo's.
+        fp16: The same in fp16; None converts it here.
+        reference: The 512x512 bundle; None where there is none.
+        engine_cache: Folder of built engines; None for the default.
+        frames: Frames of a latency figure.
+        host_frames: Frames of a host-time figure.
+        warmup: Frames before any figure.
+        fps: Of the paced stream.
+        drawn: Frames that are drawn, and used over and over.
+        empty_frames: Frames over which memory is watched, empty consumer.
+        demo_frames: The same, `bundle`.
+        parity_frames: Frames that fp16 and fp32 are compared on.
+    """
+
+    device: str = "cuda:0"
+    backends: tuple[str, ...] = BACKENDS
+    bundle: Path | None = None
+    fp16: Path | None = None
+    reference: Path | None = None
+    engine_cache: Path | None = None
+    frames: int = 2000
+    host_frames: int = 5000
+    warmup: int = 200
+    fps: float = 60.0
+    drawn: int = 48
+    empty_frames: int = 100_000
+    demo_frames: int = 10_000
+    parity_frames: int = 16
+
+    @property
+    def ordinal(self) -> int:
+        """The GPU's number."""
+        ordinal = parse_device(self.device)
+        if ordinal is None:
+            raise InputError(f"device {self.device!r} is no GPU; give cuda:N")
+        return ordinal
+
+    def open_bundle(self) -> Bundle:
+        """The fp32 bundle."""
+        return demo_bundle() if self.bundle is None else Bundle.open(self.bundle)
+
+
+def host_time_part(setup: Setup) -> Measured:
+    """From handing in a frame to having its answer, where modules do nothing: the session, copies, graph and waits."""
+    found = Measured()
+    policies: dict[str, dict[str, Any]] = {
+        "async": {"policy": "async"},
+        "lockstep": {"age": 1},
+        "one cache": _ONE_CACHE,
+    }
+    with ExitStack() as stack:
+        bundle = write_empty_bundle(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        device = stack.enter_context(CudaDevice(setup.ordinal))
+        host = frames_for(bundle, 2)
+        there = on_device(host, device)
+
+        def on_gpu(label: str, frames: Any, target: float | None, outputs: Any, **policy: Any) -> None:
+            cuda = CudaOptions(graphs="on", outputs=outputs)
+            with (
+                Engine(bundle, device=setup.device, backend=EmptyCudaBackend(), cuda=cuda, **policy) as engine,
+                engine.session() as session,
+            ):
+                _add_host_time(found, label, session, frames, setup, target)
+
+        for label, policy in policies.items():
+            on_gpu(f"answer a frame, {label}", host, HOST_TARGET_US, "host", **policy)
+        on_gpu("answer a frame, async, arrays on the GPU", there, None, "device", policy="async")
+        for label, policy in policies.items():
+            with Engine(bundle, backend=EmptyCpuModule, threads=1, **policy) as engine, engine.session() as session:
+                _add_host_time(found, f"the same without a device, {label}", session, host, setup, None)
+        round_trips = _bare_replay_us(device, setup.host_frames, setup.warmup)
+        found.figures.append(Figure("bare graph replay and wait, p50", float(np.median(round_trips)), None, "us"))
+        found.details["bare graph replay"] = [round(value, 3) for value in round_trips]
+    return found
+
+
+def producers_part(setup: Setup) -> Measured:
+    """Latency of the consumer while producers run beside it, and without them."""
+    found = Measured()
+    bundle = setup.open_bundle()
+    host = frames_for(bundle, setup.drawn)
+    with ExitStack() as stack:
+        there = on_device(host, stack.enter_context(CudaDevice(setup.ordinal)))
+        for place, frames in (("host", host), ("device", there)):
+            medians = {}
+            streams: list[tuple[str, dict[str, Any], float | None]] = [
+                ("without producers", _ONE_CACHE, None),
+                ("async, unpaced", {"policy": "async"}, None),
+                (f"async, {setup.fps:g} fps", {"policy": "async"}, setup.fps),
+            ]
+            for label, policy, fps in streams:
+                with _opened(setup, bundle, found, outputs=place, **policy) as opened:
+                    streamed = stream(opened.session, frames, setup.frames, warmup=setup.warmup, fps=fps)
+                    backend, graphs = opened.backend, opened.session.statistics.graphs
+                name = f"{label}, arrays on the {place}"
+                medians[label] = float(np.median(streamed.latency_ms))
+                target = TAIL_TARGET if policy is not _ONE_CACHE else None
+                found.figures += [
+                    Figure(f"latency p99 / p50, {name}", streamed.tail, target),
+                    Figure(f"latency p50, {name}", medians[label], None, "ms"),
+                ]
+                if policy is not _ONE_CACHE:
+                    found.figures += [
+                        Figure(f"p50 / without producers, {name}", medians[label] / medians["without producers"], None),
+                        Figure(f"age of the cache, mean, {name}", float(np.mean(streamed.ages)), None, "frames"),
+                    ]
+                found.details[name] = {**streamed.to_record(), "backend": backend, "graphs": graphs}
+    found.notes.insert(0, f"{bundle.path.name} by {backend}, {graphs} graphs, {setup.frames} frames each")
+    return found
+
+
+def reference_part(setup: Setup) -> Measured:
+    """The 512x512 consumer by every executor that runs here, arrays on the GPU and on the host."""
+    if setup.reference is None:
+        raise InputError(
+            "no reference bundle was named; make one with `python -m benchmarks.reference_bundle --out R.warp`, and "
+            "give --reference R.warp"
+        )
+    found = Measured()
+    bundle = Bundle.open(setup.reference)
+    host = frames_for(bundle, min(setup.drawn, 8))
+    size = "x".join(map(str, bundle.manifest.outputs[0].shape[2:]))
+    best: dict[str, float] = {}
+    with ExitStack() as stack:
+        there = on_device(host, stack.enter_context(CudaDevice(setup.ordinal)))
+        for backend in setup.backends:
+            one = Measured()
+            try:
+                for place, label, policy in (
+                    ("device", "consumer alone", _ONE_CACHE),
+                    ("device", "producers running", {"policy": "async"}),
+                    ("host", "consumer alone", _ONE_CACHE),
+                ):
+                    with _opened_by(setup, bundle, backend, outputs=place, **policy) as opened:
+                        frames = there if place == "device" else host
+                        streamed = stream(opened.session, frames, setup.frames, warmup=setup.warmup)
+                        graphs = opened.session.statistics.graphs
+                    name = f"{size} {label}, {backend}, {place} to {place}"
+                    one.figures += percentile_figures(name, streamed.answer_ms, unit="ms")
+                    one.details[name] = {**streamed.to_record(), "graphs": graphs}
+                    if place == "device" and policy is _ONE_CACHE:
+                        best[backend] = float(np.median(streamed.answer_ms))
+                        one.notes.append(f"{backend}: answered by {_shares(streamed)}, {graphs} graphs")
+            except _REFUSALS as exc:
+                best.pop(backend, None)
+                one = Measured(notes=[f"{backend} does not run it: {_sentence(exc)}"])
+            found.figures += one.figures
+            found.notes += one.notes
+            found.details |= one.details
+    if not best:
+        raise BackendError("; ".join(found.notes))
+    fastest = min(best, key=lambda name: best[name])
+    headline = f"{size} consumer on the device, end to end, p50, best executor ({fastest})"
+    found.figures.insert(0, Figure(headline, best[fastest], REFERENCE_TARGET_MS, "ms"))
+    return found
+
+
+def parity_part(setup: Setup) -> Measured:
+    """Every exit of the fp16 bundle on the GPU against the fp32 bundle on the CPU, frame by frame."""
+    found = Measured()
+    bundle = setup.open_bundle()
+    clip = as_clip(frames_for(bundle, setup.parity_frames))
+    plans: dict[str, dict[str, Any]] = {"whole": {"policy": "full"}}
+    for record in bundle.manifest.exits:
+        if record.name != "whole":
+            plans[record.name] = {"age": _PARITY_AGE, "exit": record.name}
+    psnr: dict[str, list[float]] = {}
+    bad = dict.fromkeys(plans, 0)
+    with ExitStack() as stack:
+        fp16 = _fp16_bundle(setup, bundle, stack)
+        for exit_, options in plans.items():
+            with Engine(bundle, **options) as engine, engine.session() as session:
+                expected = _images(Opened("cpu", engine, session), clip)
+            with _opened(setup, fp16, found, outputs="host", **options) as opened:
+                answered, backend = _images(opened, clip), opened.backend
+            for (route, wanted), (same, given) in zip(expected, answered, strict=True):
+                if route != same:
+                    raise BackendError(f"a frame was answered by {same!r} and not by {route!r}; report this")
+                count = int((~np.isfinite(given)).sum())
+                bad[exit_] += count
+                # At age 0 the plain exit answers, whichever was asked for.
+                quality = 0.0 if count else measure_frames(given, wanted, ["psnr_db"])["psnr_db"][0]
+                psnr.setdefault(route, []).append(float(quality))
+    for route, values in psnr.items():
+        found.figures.append(
+            Figure(f"fp16 against fp32, {route}, worst frame's PSNR", min(values), PARITY_TARGET_DB, "dB", True)
+        )
+    found.figures.append(Figure("NaN and Inf in all answers", float(sum(bad.values())), 0.0))
+    found.notes.insert(0, f"{fp16.path.name} by {backend} against {bundle.path.name} by ONNX Runtime on the CPU")
+    found.details = {"psnr_db": psnr, "not_finite": bad, "backend": backend}
+    return found
+
+
+def memory_part(setup: Setup) -> Measured:
+    """What the GPU's and the process's memory grew by while frames were answered, producers running."""
+    found = Measured()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = write_empty_bundle(Path(folder))
+        cuda = CudaOptions(graphs="on")
+        with (
+            Engine(bundle, device=setup.device, backend=EmptyCudaBackend(), cuda=cuda) as engine,
+            engine.session() as session,
+        ):
+            growth = _watched(setup, Opened("empty", engine, session), frames_for(bundle, 2), setup.empty_frames)
+    _add_growth(found, f"{setup.empty_frames} frames of an empty consumer", growth)
+    if setup.demo_frames:
+        bundle = setup.open_bundle()
+        frames = frames_for(bundle, setup.drawn)
+        with _opened(setup, bundle, found, outputs="host", policy="async") as opened:
+            growth = _watched(setup, opened, frames, setup.demo_frames)
+        _add_growth(found, f"{setup.demo_frames} frames of {bundle.path.name} by {opened.backend}", growth)
+    return found
+
+
+def rtx_part(setup: Setup) -> Measured:
+    """Whether TensorRT-RTX takes this GPU."""
+    return Measured(notes=probe_rtx(setup.open_bundle(), setup.ordinal))
+
+
+PARTS: dict[str, Callable[[Setup], Measured]] = {
+    "host-time": host_time_part,
+    "producers": producers_part,
+    "reference": reference_part,
+    "parity": parity_part,
+    "memory": memory_part,
+    "rtx": rtx_part,
+}
+
+
+# Engines -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine with one session, and what executes its modules."""
+
+    backend: str
+    engine: Engine
+    session: Session
+
+
+@contextmanager
+def _opened_by(setup: Setup, bundle: Bundle, backend: str, *, outputs: Any, **options: Any) -> Iterator[Opened]:
+    """A session by one executor; every module has run once when it is open."""
+    cuda = CudaOptions(outputs=outputs, engine_cache=setup.engine_cache)
+    with (
+        Engine(bundle, device=setup.device, backend=choose_backend(backend, cuda), cuda=cuda, **options) as engine,
+        engine.session() as session,
+    ):
+        yield Opened(backend, engine, session)
+
+
+@contextmanager
+def _opened(setup: Setup, bundle: Bundle, found: Measured, *, outputs: Any, **options: Any) -> Iterator[Opened]:
+    """A session by the first executor that runs the bundle; why others do not becomes a note, once."""
+    refused: list[str] = []
+    with ExitStack() as stack:
+        for backend in setup.backends:
+            try:
+                opened = stack.enter_context(_opened_by(setup, bundle, backend, outputs=outputs, **options))
+            except _REFUSALS as exc:
+                refused.append(f"{backend} does not run it: {_sentence(exc)}")
+                continue
+            found.notes += [note for note in refused if note not in found.notes]
+            yield opened
+            return
+    raise BackendError("; ".join(refused))
+
+
+def _fp16_bundle(setup: Setup, bundle: Bundle, stack: ExitStack) -> Bundle:
+    if setup.fp16 is not None:
+        return Bundle.open(setup.fp16)
+    from warpcache.export.precision import PrecisionOptions, convert_bundle
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    # Without frames: parity is what is measured here, on this GPU.
+    return convert_bundle(bundle, folder / "fp16.warp", options=PrecisionOptions("fp16"), frames=None)
+
+
+def _images(opened: Opened, clip: Mapping[str, NDArray[Any]]) -> list[tuple[str, NDArray[np.float32]]]:
+    """Exit and image [1, C, H, W] of every frame."""
+    name = opened.engine.manifest.image_output
+    if name is None:
+        raise InputError("the bundle has no image output; parity is measured on pictures")
+    return [(frame.route, np.array(frame.outputs[name], np.float32)) for frame in opened.session.render(clip)]
+
+
+def _add_host_time(
+    found: Measured, label: str, session: Session, frames: Any, setup: Setup, target: float | None
+) -> None:
+    streamed = stream(session, frames, setup.host_frames, warmup=setup.warmup)
+    us = [value * 1e3 for value in streamed.answer_ms]
+    found.figures += percentile_figures(label, us, unit="us", target_p50=target)
+    found.details[label] = {
+        "us": [round(value, 3) for value in us],
+        "routes": streamed.routes,
+        "graphs": session.statistics.graphs,
+    }
+
+
+def _bare_replay_us(device: CudaDevice, count: int, warmup: int) -> list[float]:
+    """A graph of one memset replayed and waited for: what no session can be faster than."""
+    target = device.allocate(TensorSpec("replayed", INPUT.dtype, INPUT.shape))
+    cuda, consumer = load(), device.stream("bare", priority="high")
+
+    def issue() -> None:
+        check(cuda.cuMemsetD8Async(target.pointer, 0, 4, consumer.stream), "clearing four bytes")
+
+    issue()
+    consumer.synchronize()
+    times = []
+    with closing(CudaGraph.capture(consumer, issue, name="a memset")) as graph, closing(device.event()) as event:
+        for index in range(-warmup, count):
+            begin = time.perf_counter()
+            graph.launch(consumer)
+            event.record(consumer)
+            event.wait()
+            if index >= 0:
+                times.append((time.perf_counter() - begin) * 1e6)
+    return times
+
+
+def _watched(setup: Setup, opened: Opened, frames: Any, count: int) -> Growth:
+    session = opened.session
+    answers = session.frames()
+    position = 0
+
+    def answer() -> None:
+        nonlocal position
+        session.submit(frames[position % len(frames)])
+        next(answers)
+        position += 1
+
+    with closing(CudaDevice(setup.ordinal)) as device:
+
+        def read() -> tuple[int, int]:
+            opened.engine.synchronize()
+            gc.collect()
+            free, total = device.context.memory
+            return total - free, resident_bytes()
+
+        return watch_memory(answer, read, frames=count, warmup=max(setup.warmup, count // 20))
+
+
+def _add_growth(found: Measured, label: str, growth: Growth) -> None:
+    found.figures += [
+        Figure(f"device memory grown over {label}", growth.device_bytes / 1024, 0.0, "KiB"),
+        Figure(f"host memory grown over {label}", growth.host_bytes / 1024, HOST_GROWTH_TARGET_KIB, "KiB"),
+        Figure(f"the same in the second half, a frame ({label})", growth.host_bytes_a_frame, None, "B"),
+    ]
+    found.details[label] = growth.to_record()
+
+
+def _shares(streamed: Streamed) -> str:
+    return ", ".join(f"{route} ({count})" for route, count in streamed.routes.items())
+
+
+def _sentence(exc: BaseException) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
+@click.command(epilog="Example:  python -m benchmarks.gpu_engine --device cuda:0 --reference R.warp --json out.json")
+@click.option("--device", default="cuda:0", show_default=True)
+@click.option("--backend", "backends", type=click.Choice(CUDA_BACKENDS), multiple=True, help="To try; repeatable.")
+@click.option("--part", "asked", type=click.Choice(list(PARTS)), multiple=True, help="Only this; repeatable.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="In fp32; default: the demo's.")
+@click.option("--fp16", type=click.Path(path_type=Path), help="The same in fp16; default: converted here.")
+@click.option("--reference", type=click.Path(path_type=Path), help="From benchmarks.reference_bundle.")
+@click.option("--engine-cache", type=click.Path(path_type=Path), help="Folder of built engines.")
+@click.option("--frames", type=click.IntRange(min=2), default=2000, show_default=True, help="Of a latency figure.")
+@click.option("--host-frames", type=click.IntRange(min=2), default=5000, show_default=True, help="Of a host time.")
+@click.option("--warmup", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--fps", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Of the paced stream.")
+@click.option("--drawn", type=click.IntRange(min=2), default=48, show_default=True, help="Frames used over and over.")
+@click.option("--empty-frames", type=click.IntRange(min=50), default=100_000, show_default=True, help="Memory, empty.")
+@click.option("--demo-frames", type=click.IntRange(min=0), default=10_000, show_default=True, help="Memory, bundle.")
+@click.option("--parity-frames", type=click.IntRange(min=6), default=16, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.pass_context
+def main(
+    context: click.Context, /, backends: tuple[str, ...], asked: tuple[str, ...], json_path: Path | None, **options: Any
+) -> None:
+    """Measure engines on one GPU."""
+    setup = Setup(backends=backends or BACKENDS, **options)
+    if parse_device(setup.device) is None:
+        raise click.BadParameter("this measures GPUs; give --device cuda:N")
+    record = device_record(setup.device)
+    parts = run_parts(
+        {name: lambda n=name: PARTS[n](setup) for name in asked or PARTS},  # type: ignore[misc]
+        say=lambda name: click.echo(f"measuring: {name}", err=True),
+    )
+    show_parts(Console(width=140, highlight=False), f"Engines on {device_title(record)}", parts)
+    if json_path is not None:
+        write_parts(json_path, "gpu_engine", record, parts)
+    context.exit(1 if any(part.error for part in parts) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,491 @@
+"""How fast this project's kernels are on a GPU, beside the copy bandwidth measured in the same run.
+
+    python -m benchmarks.gpu_kernels --json gpu_kernels.json
+
+Every case moves several times the GPU's L2 cache a launch, so that memory is what is measured. Its bytes (everything
+read and written once) over CUDA-event time is compared with a device-to-device copy, timed in turns with it, so that
+clocks hit both alike. The rasteriser is compared by frames a second at 512x512. Each kernel's result is first compared
+with its NumPy reference at a small, odd size: the speed of something wrong is worth nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from benchmarks.measuring import Figure
+from benchmarks.parts import Measured, device_record, device_title, run_parts, show_parts, write_parts
+from warpcache.engine.cuda_device import CudaDevice, CudaStream
+from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda_options import parse_device
+from warpcache.engine.errors import WarpcacheError
+from warpcache.engine.spec import TensorSpec
+from warpcache.kernels.array import DeviceArray
+from warpcache.kernels.change import ChangeMetric
+from warpcache.kernels.driver import check, load
+from warpcache.kernels.image import ImageKernels
+from warpcache.kernels.rasterizer import MeshRasterizer, unpack_keys
+from warpcache.kernels.reference.change import measure_change
+from warpcache.kernels.reference.image import load_image, store_image
+from warpcache.kernels.reference.rasterizer import Mesh, condition_raster, rasterize
+from warpcache.kernels.reference.warp import warp_map
+from warpcache.kernels.warp import WarpKernel
+
+__all__ = ["PARTS", "Case", "Timing", "WrongResult", "bandwidth_gb_s", "face_mesh", "main", "ratio_figures"]
+
+RATIO_TARGET = 0.7
+FPS_TARGET = 10_000.0
+# How many times the L2 cache a launch moves at least.
+_L2_TIMES = 8
+_MAP_CHANNELS = (16, 9, 3)
+_SMALL = (61, 83)  # of the comparison with the references: no multiple of anything
+# Two orders of the same float32 sums of up to 3 * 61 * 83 values: n * eps / 2, relative, at most; see the tests of the
+# change metric. Extremes are exact.
+_SUM_TOLERANCE = 3 * 61 * 83 * 2.0**-24
+# Values up to 1 of three products, a root and a division, each rounded to 2^-24; see the tests of the rasteriser.
+_RASTER_TOLERANCE = 6 * 2.0**-24
+
+Floats = NDArray[np.float32]
+
+
+class WrongResult(WarpcacheError):
+    """A kernel's result is not its reference's, so that its speed is not measured."""
+
+
+class Launchable(Protocol):
+    """A launch, or several, prepared."""
+
+    def launch(self, stream: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on arrays of some size.
+
+    Attributes:
+        name: What tables call it.
+        bytes_moved: Bytes of one launch, each element read or written once.
+        launch: What is timed.
+        keeps: Arrays that must stay.
+    """
+
+    name: str
+    bytes_moved: int
+    launch: Launchable
+    keeps: tuple[object, ...] = ()
+
+
+class Gpu:
+    """A GPU with one stream, and arrays of any size filled quickly."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.device = CudaDevice(ordinal)
+        self.stream: CudaStream = self.device.stream("benchmark")
+        self.context = self.device.context
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        """Zeroed memory."""
+        return self.device.allocate(TensorSpec("benchmark", dtype, shape))
+
+    def filled(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        """Values between -1 and 1 (0 to 255 for uint8): a few megabytes of random ones, over and over."""
+        array = self.empty(shape, dtype)
+        rng = np.random.default_rng(0)
+        count = min(math.prod(shape), 1 << 20)
+        values = rng.integers(0, 256, count) if dtype == "uint8" else rng.uniform(-1, 1, count)
+        seed = self.device.upload(values.astype(dtype))
+        for start in range(0, array.size_bytes, seed.size_bytes):
+            size = min(seed.size_bytes, array.size_bytes - start)
+            code = load().cuMemcpyAsync(array.pointer + start, seed.pointer, size, self.stream.stream)
+            check(code, "filling an array")
+        self.stream.synchronize()
+        return array
+
+    def upload(self, values: NDArray[Any]) -> DeviceArray:
+        """A copy of a host array."""
+        return self.device.upload(values)
+
+    def download(self, array: DeviceArray) -> NDArray[Any]:
+        """A host copy, after everything on the stream."""
+        self.stream.synchronize()
+        return self.device.download(array)
+
+    def copy(self, size_bytes: int) -> Case:
+        """A device-to-device copy that reads and writes `size_bytes` each."""
+        source, target = self.filled((size_bytes,), "uint8"), self.empty((size_bytes,), "uint8")
+        return Case("copy", 2 * size_bytes, _Copy(target, source), (source, target))
+
+    def time_ms(self, work: Callable[[], object], launches: int) -> float:
+        """Milliseconds of one call of `work`, by CUDA events around `launches` of them."""
+        begin, end = self.device.event(timing=True), self.device.event(timing=True)
+        with closing(begin), closing(end):
+            work()  # the GPU is busy while the next is issued: its first launch is not waited for
+            begin.record(self.stream)
+            for _ in range(launches):
+                work()
+            end.record(self.stream)
+            end.wait()
+            return end.elapsed_ms(begin) / launches
+
+    def close(self) -> None:
+        self.device.close()
+
+
+class _Copy:
+    def __init__(self, target: DeviceArray, source: DeviceArray) -> None:
+        self._target, self._source = target, source
+        self._cuda = load()
+
+    def launch(self, stream: int) -> None:
+        code = self._cuda.cuMemcpyDtoDAsync(
+            self._target.pointer, self._source.pointer, self._source.size_bytes, self._cuda.CUstream(stream)
+        )
+        check(code, "copying on the GPU")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long to measure.
+
+    Attributes:
+        size_bytes: Bytes that a launch moves, at least.
+        launches: Launches between two events.
+        repeats: How often that is repeated; the median counts.
+        frames: Frames that the rasteriser draws between two events.
+        picture: Rows and columns of the rasteriser's picture.
+    """
+
+    size_bytes: int
+    launches: int = 20
+    repeats: int = 7
+    frames: int = 2000
+    picture: int = 512
+
+
+def bandwidth_gb_s(bytes_moved: int, ms: float) -> float:
+    """Bytes over milliseconds, in 10^9 bytes a second."""
+    return bytes_moved / ms / 1e6
+
+
+def ratio_figures(
+    name: str, bytes_moved: int, times_ms: Sequence[float], copy_bytes: int, copies_ms: Sequence[float]
+) -> list[Figure]:
+    """A kernel's bandwidth, by the medians of its times and of the copies' that they were taken in turns with."""
+    achieved = bandwidth_gb_s(bytes_moved, float(np.median(times_ms)))
+    copied = bandwidth_gb_s(copy_bytes, float(np.median(copies_ms)))
+    return [
+        Figure(f"{name}, bandwidth / copy's", achieved / copied, RATIO_TARGET, at_least=True),
+        Figure(f"{name}, bandwidth", achieved, None, "GB/s"),
+    ]
+
+
+def measure_cases(gpu: Gpu, timing: Timing, make: Sequence[Callable[[], Case]]) -> Measured:
+    """Time cases against the copy, one in memory at a time."""
+    found = Measured()
+    copy = gpu.copy(timing.size_bytes // 2)
+    for build in make:
+        case = build()
+        times: list[float] = []
+        copies: list[float] = []
+        for repeat in range(-1, timing.repeats):
+            pair = [
+                gpu.time_ms(lambda c=item: c.launch.launch(gpu.stream.handle), timing.launches)  # type: ignore[misc]
+                for item in (copy, case)
+            ]
+            if repeat >= 0:  # the first warms up clocks and code
+                copies.append(pair[0])
+                times.append(pair[1])
+        found.figures += ratio_figures(case.name, case.bytes_moved, times, copy.bytes_moved, copies)
+        found.details[case.name] = {
+            "bytes_moved": case.bytes_moved,
+            "ms": times,
+            "copy_bytes": copy.bytes_moved,
+            "copy_ms": copies,
+        }
+    return found
+
+
+def copy_part(gpu: Gpu, timing: Timing) -> Measured:
+    """The copy alone, which everything else is compared with."""
+    copy = gpu.copy(timing.size_bytes)
+    times = [
+        gpu.time_ms(lambda: copy.launch.launch(gpu.stream.handle), timing.launches) for _ in range(-1, timing.repeats)
+    ][1:]
+    achieved = bandwidth_gb_s(copy.bytes_moved, float(np.median(times)))
+    name = f"device-to-device copy of {timing.size_bytes / 2**20:.0f} MiB, read and written"
+    details = {"bytes_moved": copy.bytes_moved, "ms": times}
+    return Measured([Figure(name, achieved, None, "GB/s")], details=details)
+
+
+def image_part(gpu: Gpu, timing: Timing) -> Measured:
+    """uint8 [H, W, 3] to and from float16 and float32 [3, H, W]."""
+    with closing(ImageKernels(gpu.context)) as kernels:
+        for dtype in ("float16", "float32"):
+            _check_image(gpu, kernels, dtype)
+
+        def case(way: str, dtype: str) -> Case:
+            side = _side(timing.size_bytes, 3 * (1 + np.dtype(dtype).itemsize))
+            pixels, image = gpu.filled((side, side, 3), "uint8"), gpu.filled((3, side, side), dtype)
+            launch = kernels.prepare_load(pixels, image) if way == "load" else kernels.prepare_store(image, pixels)
+            named = f"image {'uint8 to ' + dtype if way == 'load' else dtype + ' to uint8'}, 3x{side}x{side}"
+            return Case(named, kernels.bytes_moved(pixels, image), launch, (pixels, image))
+
+        return measure_cases(
+            gpu,
+            timing,
+            [lambda w=way, d=dtype: case(w, d) for way in ("load", "store") for dtype in ("float16", "float32")],  # type: ignore[misc]
+        )
+
+
+def change_part(gpu: Gpu, timing: Timing) -> Measured:
+    """Two images of uint8, float16 or float32 [3, H, W] compared in blocks of 16 x 16."""
+    with closing(ChangeMetric(gpu.context, block=16)) as metric:
+        for dtype in ("uint8", "float16", "float32"):
+            _check_change(gpu, metric, dtype)
+
+        def case(dtype: str) -> Case:
+            side = _side(timing.size_bytes, 2 * 3 * np.dtype(dtype).itemsize)
+            first, second = gpu.filled((3, side, side), dtype), gpu.filled((3, side, side), dtype)
+            blocks, summary = gpu.empty(metric.blocks_shape(side, side), "float32"), gpu.empty((3,), "float32")
+            launch = metric.prepare(first, second, blocks, summary, threshold=0.1)
+            keeps = (first, second, blocks, summary)
+            return Case(f"change metric {dtype}, 3x{side}x{side}", metric.bytes_moved(first), launch, keeps)
+
+        makers = [lambda d=dtype: case(d) for dtype in ("uint8", "float16", "float32")]  # type: ignore[misc]
+        return measure_cases(gpu, timing, makers)
+
+
+def warp_part(gpu: Gpu, timing: Timing) -> Measured:
+    """Three maps of 16, 9 and 3 channels, float16 or float32, by one smooth grid that covers them."""
+    with closing(WarpKernel(gpu.context)) as kernel:
+        for dtype in ("float16", "float32"):
+            _check_warp(gpu, kernel, dtype)
+
+        def case(dtype: str) -> Case:
+            side = _side(timing.size_bytes, 2 * sum(_MAP_CHANNELS) * np.dtype(dtype).itemsize + 8)
+            sources = [gpu.filled((channels, side, side), dtype) for channels in _MAP_CHANNELS]
+            targets = [gpu.empty((channels, side, side), dtype) for channels in _MAP_CHANNELS]
+            grid = gpu.upload(smooth_grid(side, side))
+            launch = kernel.prepare(sources, grid, targets, padding="border")
+            channels = "+".join(map(str, _MAP_CHANNELS))
+            keeps = (sources, targets, grid)
+            return Case(
+                f"warp {dtype}, ({channels})x{side}x{side}", kernel.bytes_moved(sources, grid, targets), launch, keeps
+            )
+
+        return measure_cases(gpu, timing, [lambda d=dtype: case(d) for dtype in ("float16", "float32")])  # type: ignore[misc]
+
+
+def rasterizer_part(gpu: Gpu, timing: Timing) -> Measured:
+    """Frames a second of UV, normal and mask: a face of 900 triangles, then the synthetic head's mesh."""
+    from warpcache.models.head import SyntheticHead
+
+    found = Measured()
+    size = timing.picture
+    head = SyntheticHead(0, size)
+    vertices = next(head.vertices(parameters) for parameters in head.motion(1))
+    face = face_mesh(size)
+    for vertices_px, mesh, target in ((*face, FPS_TARGET), (vertices, head.mesh, None)):
+        name = f"{len(mesh.triangles)} triangles at {size}x{size}"
+        with closing(MeshRasterizer(gpu.context, mesh, size, size)) as rasterizer:
+            points, condition = gpu.upload(vertices_px), gpu.empty((1, 6, size, size), "float32")
+            launches = rasterizer.prepare_render(points, condition)
+            launches.launch(gpu.stream.handle)
+            covered = _check_raster(gpu, rasterizer, condition, vertices_px, mesh)
+            with _captured(gpu, launches, name) as graph:
+                graph_ms = [
+                    gpu.time_ms(lambda g=graph: g.launch(gpu.stream), timing.frames)  # type: ignore[misc]
+                    for _ in range(-1, timing.repeats)
+                ][1:]
+            plain_ms = [
+                gpu.time_ms(lambda p=launches: p.launch(gpu.stream.handle), timing.frames)  # type: ignore[misc]
+                for _ in range(-1, timing.repeats)
+            ][1:]
+        for how, times, reach in (("graph replay", graph_ms, target), ("launch by launch", plain_ms, None)):
+            rate = 1e3 / float(np.median(times))
+            found.figures.append(Figure(f"rasteriser, {name}, {how}", rate, reach, "frames/s", at_least=True))
+        found.details[name] = {"covered": covered, "graph_ms": graph_ms, "plain_ms": plain_ms}
+    return found
+
+
+PARTS: dict[str, Callable[[Gpu, Timing], Measured]] = {
+    "copy": copy_part,
+    "image": image_part,
+    "change": change_part,
+    "warp": warp_part,
+    "rasterizer": rasterizer_part,
+}
+
+
+def face_mesh(size: int, columns: int = 25, rows: int = 18) -> tuple[Floats, Mesh]:
+    """A face as trackers give it: a bulging grid of `rows` x `columns` quads over most of the picture, to the camera.
+
+    Returns:
+        Vertices float32 [V, 3] in pixels and depth, and the mesh of 2 * rows * columns triangles.
+    """
+    v, u = np.meshgrid(np.linspace(0, 1, rows + 1), np.linspace(0, 1, columns + 1), indexing="ij")
+    across, down = 2 * u - 1, 2 * v - 1
+    bulge = np.sqrt(np.maximum(0, 1 - 0.45 * across**2 - 0.45 * down**2))
+    # Nearer in the middle, and wider there, as a head is; the borders are left free.
+    x = size * (0.5 + 0.46 * across * (0.9 + 0.1 * bulge))
+    y = size * (0.5 + 0.46 * down * (0.9 + 0.1 * bulge))
+    points = np.stack([x, y, -0.3 * size * bulge], -1).reshape(-1, 3).astype(np.float32)
+    number = np.arange((rows + 1) * (columns + 1)).reshape(rows + 1, columns + 1)
+    upper = np.stack([number[:-1, :-1], number[1:, :-1], number[:-1, 1:]], -1).reshape(-1, 3)
+    lower = np.stack([number[:-1, 1:], number[1:, :-1], number[1:, 1:]], -1).reshape(-1, 3)
+    uv = np.stack([u, v], -1).reshape(-1, 2).astype(np.float32)
+    return points, Mesh(np.concatenate([upper, lower]).astype(np.int32), uv)
+
+
+def smooth_grid(height: int, width: int) -> Floats:
+    """A sampling grid [2, height, width] that moves everything a little and smoothly, as a face does."""
+    y, x = np.meshgrid(
+        (np.arange(height, dtype=np.float32) + 0.5) * (2 / height) - 1,
+        (np.arange(width, dtype=np.float32) + 0.5) * (2 / width) - 1,
+        indexing="ij",
+    )
+    return np.stack([x + 0.02 * np.sin(3 * y), y + 0.02 * np.cos(3 * x)]).astype(np.float32)
+
+
+@contextmanager
+def _captured(gpu: Gpu, launches: Launchable, name: str) -> Iterator[CudaGraph]:
+    with closing(CudaGraph.capture(gpu.stream, lambda: launches.launch(gpu.stream.handle), name=name)) as graph:
+        yield graph
+        gpu.stream.synchronize()
+
+
+def _side(size_bytes: int, bytes_a_pixel: int) -> int:
+    """Of the smallest square, in steps of 64 pixels, whose pixels take `size_bytes`."""
+    return 64 * math.ceil(math.sqrt(size_bytes / bytes_a_pixel) / 64)
+
+
+# Comparison with the references ----------------------------------------------------------------------------------
+
+
+def _require(equal: bool, what: str) -> None:
+    if not equal:
+        raise WrongResult(f"{what} is not what its NumPy reference gives here, so its speed is not measured; report it")
+
+
+def _check_image(gpu: Gpu, kernels: ImageKernels, dtype: str) -> None:
+    """To the bit, as the kernel promises."""
+    pixels = np.random.default_rng(1).integers(0, 256, (*_SMALL, 3)).astype(np.uint8)
+    given, image, back = gpu.upload(pixels), gpu.empty((3, *_SMALL), dtype), gpu.empty((*_SMALL, 3), "uint8")
+    kernels.load(given, image, stream=gpu.stream.handle)
+    kernels.store(image, back, stream=gpu.stream.handle)
+    expected = load_image(pixels, dtype)
+    _require(np.array_equal(gpu.download(image), expected), f"loading an image as {dtype}")
+    _require(np.array_equal(gpu.download(back), store_image(expected)), f"storing an image from {dtype}")
+
+
+def _check_change(gpu: Gpu, metric: ChangeMetric, dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    first, second = (
+        rng.integers(0, 256, (3, *_SMALL)).astype(dtype)
+        if dtype == "uint8"
+        else rng.uniform(-1, 1, (3, *_SMALL)).astype(dtype)
+        for _ in range(2)
+    )
+    given = gpu.upload(first), gpu.upload(second)
+    blocks, summary = gpu.empty(metric.blocks_shape(*_SMALL), "float32"), gpu.empty((3,), "float32")
+    metric.measure(*given, blocks, summary, threshold=0.1, stream=gpu.stream.handle)
+    expected = measure_change(first, second, block=metric.block, threshold=0.1)
+    for found, wanted in zip((gpu.download(blocks), gpu.download(summary)), expected, strict=True):
+        _require(np.allclose(found, wanted, rtol=_SUM_TOLERANCE, atol=0), f"the change metric of {dtype}")
+
+
+def _check_warp(gpu: Gpu, kernel: WarpKernel, dtype: str) -> None:
+    """To the bit, as the kernel promises."""
+    rng = np.random.default_rng(3)
+    maps = [rng.uniform(-1, 1, (channels, *_SMALL)).astype(dtype) for channels in _MAP_CHANNELS]
+    grid = smooth_grid(*_SMALL)
+    sources, placed = [gpu.upload(item) for item in maps], gpu.upload(grid)
+    targets = [gpu.empty(item.shape, dtype) for item in maps]
+    kernel.warp(sources, placed, targets, stream=gpu.stream.handle, padding="border")
+    for item, target in zip(maps, targets, strict=True):
+        wanted = warp_map(item, grid, padding="border")
+        _require(np.array_equal(gpu.download(target), wanted), f"the warp of {dtype} maps")
+
+
+def _check_raster(
+    gpu: Gpu, rasterizer: MeshRasterizer, condition: DeviceArray, vertices_px: Floats, mesh: Mesh
+) -> float:
+    """Triangles and depths to the bit; returns the share of the picture that the mesh covers."""
+    found = gpu.download(condition)[0]
+    triangle, depth = unpack_keys(gpu.download(rasterizer.keys()))
+    expected = rasterize(vertices_px, mesh.triangles, rasterizer.height, rasterizer.width)
+    wanted = condition_raster(vertices_px, mesh, rasterizer.height, rasterizer.width, expected)
+    what = f"the picture of {len(mesh.triangles)} triangles"
+    _require(np.array_equal(triangle, expected.triangle) and np.array_equal(depth, expected.depth), what)
+    _require(np.allclose(found, wanted, rtol=0, atol=_RASTER_TOLERANCE), what)
+    return float(expected.mask.mean())
+
+
+@click.command(epilog="Example:  python -m benchmarks.gpu_kernels --json gpu_kernels.json")
+@click.option("--device", default="cuda:0", show_default=True)
+@click.option("--part", "asked", type=click.Choice(list(PARTS)), multiple=True, help="Only this; repeatable.")
+@click.option("--mib", type=click.FloatRange(min=0.1), help="MiB a launch moves; default: 512, or 8 x L2.")
+@click.option("--launches", type=click.IntRange(min=1), default=20, show_default=True, help="Between two events.")
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="The median counts.")
+@click.option("--frames", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the rasteriser.")
+@click.option("--picture", type=click.IntRange(min=64), default=512, show_default=True, help="Its rows and columns.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.pass_context
+def main(
+    context: click.Context,
+    /,
+    device: str,
+    asked: tuple[str, ...],
+    mib: float | None,
+    launches: int,
+    repeats: int,
+    frames: int,
+    picture: int,
+    json_path: Path | None,
+) -> None:
+    """Measure the kernels on one GPU."""
+    record = device_record(device)
+    ordinal = parse_device(device)
+    if ordinal is None:
+        raise click.BadParameter("the kernels run on a GPU only; give --device cuda:N")
+    with ExitStack() as stack:
+        opened: list[Gpu] = []
+
+        def measure(name: str) -> Measured:
+            if not opened:
+                opened.append(stack.enter_context(closing(Gpu(ordinal))))
+            gpu = opened[0]
+            size = _size_bytes(gpu.context.attribute("L2_CACHE_SIZE"), mib)
+            found = PARTS[name](gpu, Timing(size, launches, repeats, frames, picture))
+            found.details["size_bytes"] = size
+            return found
+
+        parts = run_parts({name: lambda n=name: measure(n) for name in asked or PARTS}, say=_say)  # type: ignore[misc]
+    show_parts(Console(width=140, highlight=False), f"Kernels on {device_title(record)}", parts)
+    if json_path is not None:
+        write_parts(json_path, "gpu_kernels", record, parts)
+    context.exit(1 if any(part.error for part in parts) else 0)
+
+
+def _size_bytes(l2_bytes: int, mib: float | None) -> int:
+    """What a launch moves: as asked, or enough that the L2 cache does not matter."""
+    if mib is not None:
+        return int(mib * 2**20)
+    return max(512 * 2**20, _L2_TIMES * l2_bytes)
+
+
+def _say(name: str) -> None:
+    click.echo(f"measuring: {name}", err=True)
+
+
+if __name__ == "__main__":
+    main()

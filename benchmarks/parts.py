@@ -1,0 +1,211 @@
+"""Parts of a benchmark, each measured alone: what cannot run says why in one row, and the others run all the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measuring import Figure
+from warpcache.engine.cuda_options import parse_device
+from warpcache.engine.errors import WarpcacheError
+from warpcache.report import environment
+
+__all__ = [
+    "SCHEMA",
+    "Measured",
+    "Part",
+    "device_record",
+    "device_title",
+    "percentile_figures",
+    "run_parts",
+    "show_parts",
+    "write_parts",
+]
+
+SCHEMA = 1
+
+
+@dataclass
+class Measured:
+    """What one part found.
+
+    Attributes:
+        figures: Numbers, some of them beside what they are to reach.
+        notes: Sentences that are no numbers: which executor did not run, and why.
+        details: JSON-ready: raw samples and what they were measured with.
+    """
+
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part after its run.
+
+    Attributes:
+        name: As it is asked for.
+        measured: What it found; empty where it could not run.
+        error: Why it could not run, one sentence; None where it did.
+        seconds: How long it took.
+        traceback: Where an error came from that is no sentence of ours; None for those.
+    """
+
+    name: str
+    measured: Measured
+    error: str | None
+    seconds: float
+    traceback: str | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "name": self.name,
+            "error": self.error,
+            "seconds": round(self.seconds, 3),
+            "figures": [figure.to_record() for figure in self.measured.figures],
+            "notes": list(self.measured.notes),
+            "details": self.measured.details,
+            **({} if self.traceback is None else {"traceback": self.traceback}),
+        }
+
+
+def run_parts(
+    parts: Mapping[str, Callable[[], Measured]],
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Part]:
+    """Run every part; an error ends its part only.
+
+    Args:
+        parts: What to run, by name, in order.
+        say: Told which part begins.
+        clock: Seconds.
+    """
+    done = []
+    for name, measure in parts.items():
+        say(name)
+        begin = clock()
+        try:
+            done.append(Part(name, measure(), None, clock() - begin))
+        except WarpcacheError as exc:
+            done.append(Part(name, Measured(), _sentence(exc), clock() - begin))
+        # Whatever a library throws at one part must not take the others' figures along; its origin is kept.
+        except Exception as exc:
+            text = traceback.format_exc()
+            print(text, file=sys.stderr)
+            done.append(Part(name, Measured(), f"{type(exc).__name__}: {_sentence(exc)}", clock() - begin, text))
+    return done
+
+
+def percentile_figures(
+    name: str, samples: Sequence[float], *, unit: str, target_p50: float | None = None
+) -> list[Figure]:
+    """p50 (with its target), p95 and p99 of samples."""
+    import numpy as np
+
+    values = [float(value) for value in np.percentile(samples, [50, 95, 99])]
+    return [
+        Figure(f"{name}, p{percent}", value, target_p50 if percent == 50 else None, unit)
+        for percent, value in zip((50, 95, 99), values, strict=True)
+    ]
+
+
+def device_record(device: str) -> dict[str, Any]:
+    """What a record says of the device: its name, and of a GPU also driver and CUDA.
+
+    A GPU that is not there is said to be missing: a record without a device would read like one of any.
+    """
+    ordinal = parse_device(device)
+    if ordinal is None:
+        return {"device": device, "name": environment()["cpu"]}
+    from warpcache.engine.gpu_facts import gpu_facts
+
+    try:
+        facts = gpu_facts([ordinal])
+    except WarpcacheError as exc:
+        return {"device": device, "name": None, "missing": _sentence(exc)}
+    return {"device": device, **facts["gpus"][f"cuda:{ordinal}"], "driver": facts["driver"], "cuda": facts["cuda"]}
+
+
+def device_title(record: Mapping[str, Any]) -> str:
+    """The device as a table's title names it, e.g. ``NVIDIA H200 (cuda:0, sm_90, driver 580.65.06, CUDA 13.0)``."""
+    if record["name"] is None:
+        return f"no GPU ({record['device']})"
+    said = [record["device"]]
+    if record["name"].startswith("Software CUDA"):
+        said.append("a driver in software: no figure here is a GPU's")
+    if "architecture" in record:
+        said += [record["architecture"], f"driver {record['driver'] or 'unknown'}", f"CUDA {record['cuda']}"]
+    return f"{record['name']} ({', '.join(said)})"
+
+
+def show_parts(console: Console, title: str, parts: Sequence[Part]) -> None:
+    """One table: every figure beside what it is to reach, and a row for every part that could not run."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    table.add_column("figure", overflow="fold")
+    for column in ("measured", "reach"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for part in parts:
+        for row in figure_rows([figure.to_record() for figure in part.measured.figures]):
+            table.add_row(part.name, *row)
+        for note in part.measured.notes:
+            table.add_row(part.name, note, "", "", "")
+        if part.error is not None:
+            table.add_row(part.name, part.error, "", "", "NOT RUN")
+    console.print(table)
+
+
+def figure_rows(figures: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Figure, measured, reach and verdict, as tables show the records of figures."""
+    rows = []
+    for figure in figures:
+        target, unit = figure["target"], figure["unit"]
+        reach = "" if target is None else f"{'>=' if figure['at_least'] else '<='} {target:g} {unit}".rstrip()
+        verdict = {None: "", True: "reached", False: "MISSED"}[figure["reached"]]
+        value = "NaN" if figure["value"] is None else f"{figure['value']:.4g}"
+        rows.append((figure["name"], f"{value} {unit}".rstrip(), reach, verdict))
+    return rows
+
+
+def write_parts(path: Path, command: str, device: Mapping[str, Any], parts: Sequence[Part], **more: Any) -> None:
+    """Write ``{"schema", "command", "environment", "device", "parts"}`` and what else is given."""
+    document = {
+        "schema": SCHEMA,
+        "command": command,
+        "environment": environment(),
+        "device": dict(device),
+        **more,
+        "parts": [part.to_record() for part in parts],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_json_ready(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _json_ready(value: Any) -> Any:
+    """NaN and infinity, which JSON does not know, become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return value
+
+
+def _sentence(exc: BaseException) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__
