@@ -6,6 +6,7 @@ Everything runs on the driver in software; that the same holds on hardware, the 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load
 
 SHAPE = (1, 3, 16, 16)
+X = TensorSpec("x", "float32", SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,84 @@ def test_a_capture_that_fails_leaves_the_stream_usable(software_cuda: Any) -> No
         graph.close()
         with pytest.raises(DeviceError, match="the graph of fill is closed"):
             graph.launch(stream)
+
+
+def test_other_threads_neither_break_nor_enter_a_capture(software_cuda: Any) -> None:
+    with CudaDevice(0) as device:
+        stream, other = device.stream("captured"), device.stream("other")
+        target = device.allocate(TensorSpec("t", "uint8", (4,)))
+        problems: list[BaseException] = []
+
+        def meanwhile() -> None:
+            try:
+                theirs = device.allocate(TensorSpec("theirs", "uint8", (4,)))  # waits, which no capture allows
+                fill(other, theirs, 1)
+                other.synchronize()
+            except BaseException as exc:
+                problems.append(exc)
+
+        def work() -> None:
+            fill(stream, target, 5)
+            thread = threading.Thread(target=meanwhile)
+            thread.start()
+            thread.join()
+
+        graph = CudaGraph.capture(stream, work, name="fill")
+        assert not problems
+        assert graph.nodes == 1
+
+
+def test_debugging_finds_a_buffer_that_has_moved(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
+    with make_engine(policy="full") as engine, CudaDevice(0) as device:
+        session = engine.session()
+        lane = session._workspace.exit("whole")
+        lane._bindings[None]["x"] = device.upload(images(1))  # type: ignore[attr-defined]
+        session.submit({"x": images(1)})
+        with pytest.raises(DeviceError, match=r"the buffers of module 'generator' are not those it was captured with"):
+            next(session.frames())
+
+
+# Events between streams. An engine also waits on the host, so these drive a session's lanes themselves.
+
+
+def test_an_exit_waits_on_the_gpu_for_the_cache_it_reads(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    x = images(2)
+    old, new = on_the_cpu(tiny_bundle, x, policy="full")
+    with make_engine(exit="plain") as engine, engine.session() as session:
+        workspace: Any = session._workspace
+        given = [workspace.take_input(X, frame[None], finite=True, keep=True) for frame in x]
+        producer, plain = workspace.producer(0), workspace.exit("plain")
+        producer.enqueue({"x": given[0]}, 0, {}).wait()
+        outputs = workspace.take_outputs()
+        with software_cuda.held(producer._stream):
+            producer._stream.call(lambda: producer._issue({"x": given[1]}, 0, {}))
+            answered = plain.enqueue({"x": given[1]}, 0, outputs)
+            assert not answered.done
+        answered.wait()
+        np.testing.assert_array_equal(outputs["image"], new)
+        assert not np.array_equal(old, new)
+
+
+def test_a_producer_waits_on_the_gpu_for_who_still_reads_the_slot(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
+) -> None:
+    x = images(2)
+    old, _ = on_the_cpu(tiny_bundle, x, policy="full")
+    with make_engine(exit="plain") as engine, engine.session() as session:
+        workspace: Any = session._workspace
+        given = [workspace.take_input(X, frame[None], finite=True, keep=True) for frame in x]
+        producer, plain = workspace.producer(0), workspace.exit("plain")
+        producer.enqueue({"x": given[0]}, 0, {}).wait()
+        outputs = workspace.take_outputs()
+        with software_cuda.held(plain._stream):
+            answered = plain.enqueue({"x": given[1]}, 0, outputs)
+            producer._stream.call(lambda: producer._issue({"x": given[1]}, 0, {}))
+            assert software_cuda.pending(producer._stream)
+        answered.wait()
+        producer._stream.synchronize()
+        np.testing.assert_array_equal(outputs["image"], old)
 
 
 # What goes in and out
