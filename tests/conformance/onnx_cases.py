@@ -24,6 +24,7 @@ LEFT_OUT_OPERATORS = {
     "works on sequences and optionals": "OptionalGetElement OptionalHasElement SequenceInsert SequenceMap "
     "SplitToSequence",
     "is control flow": "If Loop Scan",
+    "stands in function bodies, not in graphs": "CastLike",
     "is random": "Bernoulli",
     "has outputs whose size depends on values": "Compress NonMaxSuppression NonZero Unique",
     "works on sound": "BlackmanWindow HammingWindow HannWindow MelWeightMatrix STFT",
@@ -49,7 +50,7 @@ OPERATORS = {
     "Comparison and choice": "And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Where Xor",
     "Reduction": "ArgMax ArgMin CumSum DFT Det ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean "
     "ReduceMin ReduceProd ReduceSum ReduceSumSquare TopK",
-    "Shape and place": "Cast CastLike Concat Constant ConstantOfShape Dropout Expand EyeLike Flatten Gather "
+    "Shape and place": "Cast Concat Constant ConstantOfShape Dropout Expand EyeLike Flatten Gather "
     "GatherElements GatherND Identity OneHot Range Reshape Scatter ScatterElements ScatterND Shape Size Slice Split "
     "Squeeze Tile Transpose Trilu Unsqueeze",
     "Quantisation": "DequantizeLinear DynamicQuantizeLinear QuantizeLinear",
@@ -165,6 +166,10 @@ def collect() -> Collection:
             left_out["training mode"] += 1
             continue
         made = _as_exported(case)
+        assert made.outputs is not None
+        if any(array.size == 0 for array in (*made.inputs.values(), *made.outputs.values())):
+            left_out["a tensor without elements"] += 1
+            continue
         tried.append(made)
         half = _float16(made)
         if half is not None:

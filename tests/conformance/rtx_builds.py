@@ -1,115 +1,72 @@
-"""TensorRT-RTX builds in worker processes, which are started again where a graph ends them."""
+"""Graphs built by our own TensorRT-RTX builder, in processes of its own; nothing is run."""
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import subprocess
-import sys
-import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
-__all__ = ["Build", "build_all"]
+import onnx
 
-WORKER = Path(__file__).with_name("rtx_worker.py")
-# A build takes some 20 milliseconds; what takes a thousand times that hangs.
-_LIMIT_S = 60.0
+from warpcache.engine.spec import TensorSpec
+from warpcache.engine.tensorrt_builder import BuildRequest, build_engines_isolated
+from warpcache.engine.tensorrt_flavour import Flavour
+from warpcache.export.graph import input_names, tensor_spec
 
+__all__ = ["TARGETS", "build_all", "crashed"]
 
-@dataclass(frozen=True)
-class Build:
-    """What became of one file.
+_builder_log = logging.getLogger("warpcache.engine.tensorrt_builder")
 
-    Attributes:
-        stage: Where it ended: ``"built"`` is success.
-        messages: The library's errors, the parser's first.
-    """
-
-    stage: Literal["built", "parse", "build", "crash", "hang"]
-    messages: tuple[str, ...] = ()
+# Named, so that the same is built where there is a GPU; one of each generation that is sold.
+TARGETS = ("sm_86", "sm_89", "sm_120")
 
 
-def build_all(paths: Iterable[Path], *, worker: Path = WORKER, limit_s: float = _LIMIT_S) -> dict[Path, Build]:
-    """Build every file.
-
-    A file that ends its process is tried once more in a fresh one, so that what is told of it does not depend on the
-    files before it.
+def build_all(files: Mapping[str, Path], *, processes: int = 2) -> dict[str, str | None]:
+    """Build every file: name -> None, or the error's message.
 
     Args:
-        paths: ONNX files.
-        worker: The script of the worker processes.
-        limit_s: Seconds after which a build counts as hanging.
+        files: Name -> ONNX file with fixed shapes.
+        processes: Building processes at a time.
     """
-    results: dict[Path, Build] = {}
-    process: _Worker | None = None
-    for path in paths:
-        fresh = process is None
-        if process is None:
-            process = _Worker(worker)
-        answer = process.build(path, limit_s)
-        if answer.stage in ("crash", "hang"):
-            process.kill()
-            process = None
-            if not fresh and answer.stage == "crash":
-                process = _Worker(worker)
-                answer = process.build(path, limit_s)
-                if answer.stage in ("crash", "hang"):
-                    process.kill()
-                    process = None
-        results[path] = answer
-    if process is not None:
-        process.close()
-    return results
+    flavour = Flavour.load("tensorrt-rtx")
+    requests = [_request(name, path) for name, path in files.items()]
+    shares = [requests[k::processes] for k in range(processes)]
+
+    def built(share: Sequence[BuildRequest]) -> dict[str, str | None]:
+        answers = build_engines_isolated(share, flavour=flavour)
+        return {
+            request.name: None if isinstance(answer, bytes) else str(answer)
+            for request, answer in zip(share, answers, strict=True)
+        }
+
+    # A warning for every 64-bit integer would hide what a failing test has to say.
+    level = _builder_log.level
+    _builder_log.setLevel(logging.ERROR)
+    try:
+        with ThreadPoolExecutor(processes) as pool:
+            parts = list(pool.map(built, shares))
+    finally:
+        _builder_log.setLevel(level)
+    return {name: problem for part in parts for name, problem in part.items()}
 
 
-class _Worker:
-    def __init__(self, script: Path) -> None:
-        # No GPU, also where there is one: the table is the same on every machine.
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+def crashed(problem: str | None) -> bool:
+    """Whether the builder's process ended while it built."""
+    return problem is not None and " crashed while building it" in problem
 
-    def build(self, path: Path, limit_s: float) -> Build:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(f"{path}\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return Build("crash")
-        try:
-            line = self._lines.get(timeout=limit_s)
-        except queue.Empty:
-            return Build("hang")
-        if not line:
-            return Build("crash")
-        answer = json.loads(line)
-        return Build(answer["stage"], tuple(answer["messages"]))
 
-    def close(self) -> None:
-        """Let the process end by itself."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+def _request(name: str, path: Path) -> BuildRequest:
+    model = onnx.load(path)
+    fixed = {value.name: value for value in model.graph.input}
+    return BuildRequest(
+        path=path,
+        name=name,
+        inputs=_specs([fixed[key] for key in input_names(model)]),
+        outputs=_specs(list(model.graph.output)),
+        targets=TARGETS,
+    )
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
-    def _read(self) -> None:
-        """Hand on lines; an empty one says that the process has ended."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
+def _specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    return tuple(spec for value in values if (spec := tensor_spec(value)) is not None)
