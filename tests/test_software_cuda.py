@@ -166,6 +166,17 @@ class TestHostAndDevice:
             assert code(gpu.cuda.cuStreamQuery(stream)) == "CUDA_ERROR_NOT_READY"
         assert np.array_equal(gpu.read(pointer), numbers())
 
+    def test_a_synchronous_copy_from_pageable_memory_may_end_later(self, gpu: Any) -> None:
+        gpu.software.configure(lazy=1)
+        pointer, stream, target = gpu.alloc(), gpu.stream(), gpu.pinned(numbers(100))
+        ok(gpu.cuda.cuMemcpyHtoD(pointer, numbers().ctypes.data, BYTES))
+        ok(gpu.cuda.cuMemcpyDtoHAsync(target.ctypes.data, pointer, BYTES, stream))
+        ok(gpu.cuda.cuStreamSynchronize(stream))
+        # It has been staged, and nobody has waited for the default stream.
+        assert np.isnan(target).all()
+        ok(gpu.cuda.cuStreamSynchronize(0))
+        assert np.array_equal(gpu.read(pointer), numbers())
+
     def test_lazy_work_runs_only_for_who_waits(self, gpu: Any) -> None:
         gpu.software.configure(lazy=1)
         first, second, other = gpu.stream(), gpu.stream(), gpu.stream()
@@ -281,8 +292,7 @@ class TestStreamsAndEvents:
 class TestDevices:
     def test_peer_copies_and_streams_of_other_devices(self, gpu: Any) -> None:
         there = Context(1)
-        here_pointer = gpu.alloc()
-        ok(gpu.cuda.cuMemcpyHtoD(here_pointer, numbers().ctypes.data, BYTES))
+        here_pointer = gpu.upload(numbers())
         event = gpu.event()
         there.make_current()
         pointer, stream = ok(gpu.cuda.cuMemAlloc(BYTES)), ok(gpu.cuda.cuStreamCreate(1))

@@ -268,6 +268,7 @@ class TestMistakes:
         there.make_current()
         pointer = ok(gpu.cuda.cuMemAlloc(BYTES))
         ok(gpu.cuda.cuMemcpyHtoD(pointer, numbers().ctypes.data, BYTES))
+        ok(gpu.cuda.cuStreamSynchronize(0))
         gpu.context.make_current()
         ok(gpu.cuda.cuCtxEnablePeerAccess(handle, 0))
         kernels.run("scale", 1, 16, at(int(pointer)), 2.0, COUNT)

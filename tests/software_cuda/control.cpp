@@ -101,6 +101,20 @@ int swcuda_take_report(char* text, int length) {
     return int(std::strlen(text));
 }
 
+// Let everything go on that was held or kept for later, and wait for the end of all work: 0, or -1 if it does not end.
+// What goes wrong in it then belongs to who issued it, and not to who comes next.
+int swcuda_settle() {
+    Lock lock(state().lock);
+    State& s = state();
+    s.config.lazy = 0;
+    for (auto& [handle, stream] : s.streams) stream->held = false;
+    for (Context& context : s.contexts)
+        if (context.legacy) context.legacy->held = false;
+    s.changed.notify_all();
+    bool ended = s.changed.wait_for(lock, std::chrono::seconds(60), [&] { return s.unfinished == 0; });
+    return ended ? 0 : -1;
+}
+
 // Bring everything that a test may have turned back: holds, configuration, lost contexts.
 // A lost context is ended for good, as CUDA's would be: its memory, streams and events are gone.
 void swcuda_reset() {

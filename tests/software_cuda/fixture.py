@@ -173,6 +173,15 @@ class SoftwareCuda:
             raise BuildError("; ".join(self.reports()))
         self._added.add(library)
 
+    def settle(self) -> None:
+        """Release every stream, leave lazy mode, and wait for the end of all work.
+
+        Raises:
+            RuntimeError: If it does not end within a minute.
+        """
+        if self.library.swcuda_settle():
+            raise RuntimeError("work of software CUDA does not end: does a host function wait for something?")
+
     def reset(self) -> None:
         """Bring back configuration, held streams and lost contexts, as after each test."""
         self.library.swcuda_reset()
@@ -211,7 +220,8 @@ def software_cuda(software_cuda_driver: SoftwareCuda, request: pytest.FixtureReq
     driver.reports()
     before = driver.live()
     yield driver
-    # Held streams would keep what they have queued alive.
+    # What the test has queued must end before the next one begins; it may be what loses the context.
+    driver.settle()
     lost = driver.count("lost_contexts")
     driver.reset()
     keeps = lost or request.node.get_closest_marker("leaves_cuda_behind") is not None

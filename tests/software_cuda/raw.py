@@ -86,11 +86,10 @@ class RawGpu:
 
     def close(self) -> None:
         """Give everything back; what a lost context held is gone with it."""
+        self.software.settle()
         if not self.software.count("lost_contexts"):
             self.context.make_current()
             for stream in self._streams:
-                self.software.release(int(stream))
-                ok(self.cuda.cuStreamSynchronize(stream))
                 ok(self.cuda.cuStreamDestroy(stream))
             for event in self._events:
                 ok(self.cuda.cuEventDestroy(event))

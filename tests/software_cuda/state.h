@@ -179,6 +179,8 @@ struct State {
     Counters counters;
     bool initialised = false;
     uint64_t next_number = 1;
+    // Work that is queued or running, on whatever stream, also on one that has been destroyed.
+    uint64_t unfinished = 0;
     Context contexts[max_devices];
     std::map<uintptr_t, Block> blocks;
     std::unordered_map<void*, StreamPtr> streams;

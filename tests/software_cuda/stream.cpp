@@ -33,6 +33,7 @@ PointPtr submit(const StreamPtr& stream, Work work, std::vector<PointPtr> waits)
     point->stream = stream;
     point->index = ++stream->submitted;
     stream->last = point;
+    state().unfinished++;
     stream->items.push_back({std::move(work), point, std::move(waits)});
     if (!stream->started) {
         stream->started = true;
@@ -125,6 +126,7 @@ void Stream::serve() {
                 point->error = error;
                 point->when = Clock::now();
                 point->done = true;
+                s.unfinished--;
                 s.changed.notify_all();
                 lock.unlock();
                 { Item gone = std::move(finished); }
