@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from warpcache.export.bundling import bundle_models
 from warpcache.export.calibrate import calibrate
 from warpcache.export.casting import elem_types, emulated
 from warpcache.export.graph import SCOPES_KEY, GraphIndex, load_model, normalise
+from warpcache.export.parity import fewest_kept
 from warpcache.export.precision import PrecisionOptions, convert_bundle
 from warpcache.export.run import run_model
 
@@ -318,7 +319,16 @@ def test_a_cut_tensor_beyond_fp16_makes_the_cache_fp32_unless_fp16_was_asked_for
     assert {s.dtype for s in asked.manifest.cache} == {"float32"}
 
 
-def test_a_layer_that_int8_spoils_is_left_in_fp16(three: Bundle, tmp_path: Path) -> None:
+def test_a_layer_that_int8_spoils_is_left_in_fp16(
+    three: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[list[str]] = []
+
+    def search(groups: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+        orders.append(list(groups))
+        return fewest_kept(groups, holds)
+
+    monkeypatch.setattr(precision_module, "fewest_kept", search)
     free = record_of(convert(three, tmp_path / "free.warp", "int8", min_psnr_db=20))
     worst = min(p["psnr_db"]["worst"] for p in free["parity"].values())
     assert free["range"] in ("minmax", "percentile", "mse")
@@ -330,9 +340,39 @@ def test_a_layer_that_int8_spoils_is_left_in_fp16(three: Bundle, tmp_path: Path)
     assert set(left) < {"conv1", "conv2", "conv3"}
     assert not any(record["kept"].values())
     assert min(p["psnr_db"]["worst"] for p in record["parity"].values()) >= worst + 3
+    # It is the one that gains most when it is spared (kept in fp32, which does the same to it as fp16 within 0.1 dB).
+    spared = {}
+    for layer in ("conv1", "conv2", "conv3"):
+        parity = record_of(convert(three, tmp_path / f"{layer}.warp", "int8", min_psnr_db=20, keep=(layer,)))["parity"]
+        spared[layer] = min(p["psnr_db"]["worst"] for p in parity.values())
+    assert max(spared, key=lambda layer: spared[layer]) in left
+    # And the search began with it.
+    assert orders[0][0] == max(spared, key=lambda layer: spared[layer])
+    assert (len(left) == 1) == (max(spared.values()) >= worst + 3)
     tensors = {tensor.name for tensor in load_model(low.file("generator.onnx")).graph.initializer}
     for layer in ("conv1", "conv2", "conv3"):
         assert (f"w{layer[-1]}.int8" in tensors) == (layer not in left)
+
+
+def test_ranges_are_made_of_old_and_new_caches(three: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, np.ndarray]] = []
+
+    class Recorder(precision_module.RangeCollector):
+        def add(self, feeds: Mapping[str, np.ndarray]) -> None:
+            seen.append(dict(feeds))
+            super().add(feeds)
+
+    monkeypatch.setattr(precision_module, "RangeCollector", Recorder)
+    convert(three, tmp_path / "low.warp", "int8", min_psnr_db=20, calibration_frames=2, age=3)
+
+    def frame(image: np.ndarray) -> int:
+        return next(t for t in range(6) if np.array_equal(image[0], FRAMES["x"][t]))
+
+    images = run_model(load_model(three.file("producer.onnx")), {n: a[:1] for n, a in FRAMES.items()})["cache.image"]
+    # Frames 0 and 5: generator and producer once each, both consumers at age 0, and at age 3 where there is one.
+    assert sorted(frame(feeds["x"]) for feeds in seen) == sorted([0, 0, 0, 0, 3, 3, 5, 5, 5, 5])
+    aged = [feeds for feeds in seen if frame(feeds["x"]) == 3]
+    assert all(np.array_equal(feeds["cache.image"], images) for feeds in aged)
 
 
 def test_what_no_choice_reaches_is_said(three: Bundle, tmp_path: Path) -> None:
