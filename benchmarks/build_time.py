@@ -15,14 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
 
 from benchmarks.measuring import Figure
-from benchmarks.parts import Measured, device_record, run_parts, show_parts, write_parts
+from benchmarks.parts import Measured, device_record, finish, run_parts, show_parts, write_parts
 from warpcache.demo import demo_bundle
 from warpcache.engine.building import build_engines, precision_of
 from warpcache.engine.bundle import Bundle
@@ -132,14 +132,11 @@ def main(
                 converted.append(_converted(bundle, Path(folder) / f"{bundle.path.stem}.fp16.warp"))
             return PARTS[name](converted[0], runs)
 
-        parts = run_parts(
-            {name: lambda n=name: measure(n) for name in asked or PARTS},  # type: ignore[misc]
-            say=lambda name: click.echo(f"measuring: {name}", err=True),
-        )
-    show_parts(Console(width=140, highlight=False), f"Building engines on {record['name']}, no GPU used", parts)
+        parts = run_parts({name: partial(measure, name) for name in asked or PARTS})
+    show_parts(f"Building engines on {record['name']}, no GPU used", parts)
     if json_path is not None:
         write_parts(json_path, "build_time", record, parts)
-    context.exit(1 if any(part.error for part in parts) else 0)
+    finish(context, parts)
 
 
 def _converted(bundle: Bundle, out: Path) -> Bundle:

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from benchmarks.empty_backend import INPUT, EmptyCpuModule, EmptyCudaBackend, write_empty_bundle
 from benchmarks.measuring import Figure
@@ -30,6 +30,7 @@ from benchmarks.parts import (
     Measured,
     device_record,
     device_title,
+    finish,
     percentile_figures,
     run_parts,
     show_parts,
@@ -304,6 +305,12 @@ PARTS: dict[str, Callable[[Setup], Measured]] = {
 }
 
 
+def _measure(setup: Setup, name: str) -> Measured:
+    # Without the GPU, that is what is wrong, and not whatever a part meets first; and frames need not be drawn for it.
+    CudaDevice(setup.ordinal).close()
+    return PARTS[name](setup)
+
+
 # Engines -----------------------------------------------------------------------------------------------------------
 
 
@@ -462,14 +469,11 @@ def main(
     if parse_device(setup.device) is None:
         raise click.BadParameter("this measures GPUs; give --device cuda:N")
     record = device_record(setup.device)
-    parts = run_parts(
-        {name: lambda n=name: PARTS[n](setup) for name in asked or PARTS},  # type: ignore[misc]
-        say=lambda name: click.echo(f"measuring: {name}", err=True),
-    )
-    show_parts(Console(width=140, highlight=False), f"Engines on {device_title(record)}", parts)
+    parts = run_parts({name: partial(_measure, setup, name) for name in asked or PARTS})
+    show_parts(f"Engines on {device_title(record)}", parts)
     if json_path is not None:
         write_parts(json_path, "gpu_engine", record, parts)
-    context.exit(1 if any(part.error for part in parts) else 0)
+    finish(context, parts)
 
 
 if __name__ == "__main__":

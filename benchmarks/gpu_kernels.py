@@ -14,51 +14,35 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import click
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
+from benchmarks.gpu_arrays import Gpu
+from benchmarks.kernel_checks import MAP_CHANNELS, check_change, check_image, check_raster, check_warp, smooth_grid
 from benchmarks.measuring import Figure
-from benchmarks.parts import Measured, device_record, device_title, run_parts, show_parts, write_parts
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
+from benchmarks.parts import Measured, device_record, device_title, finish, run_parts, show_parts, write_parts
 from warpcache.engine.cuda_graph import CudaGraph
 from warpcache.engine.cuda_options import parse_device
-from warpcache.engine.errors import WarpcacheError
-from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.change import ChangeMetric
 from warpcache.kernels.driver import check, load
 from warpcache.kernels.image import ImageKernels
-from warpcache.kernels.rasterizer import MeshRasterizer, unpack_keys
-from warpcache.kernels.reference.change import measure_change
-from warpcache.kernels.reference.image import load_image, store_image
-from warpcache.kernels.reference.rasterizer import Mesh, condition_raster, rasterize
-from warpcache.kernels.reference.warp import warp_map
+from warpcache.kernels.rasterizer import MeshRasterizer
+from warpcache.kernels.reference.rasterizer import Mesh
 from warpcache.kernels.warp import WarpKernel
 
-__all__ = ["PARTS", "Case", "Timing", "WrongResult", "bandwidth_gb_s", "face_mesh", "main", "ratio_figures"]
+__all__ = ["PARTS", "Case", "Timing", "bandwidth_gb_s", "face_mesh", "main", "ratio_figures"]
 
 RATIO_TARGET = 0.7
 FPS_TARGET = 10_000.0
 # How many times the L2 cache a launch moves at least.
 _L2_TIMES = 8
-_MAP_CHANNELS = (16, 9, 3)
-_SMALL = (61, 83)  # of the comparison with the references: no multiple of anything
-# Two orders of the same float32 sums of up to 3 * 61 * 83 values: n * eps / 2, relative, at most; see the tests of the
-# change metric. Extremes are exact.
-_SUM_TOLERANCE = 3 * 61 * 83 * 2.0**-24
-# Values up to 1 of three products, a root and a division, each rounded to 2^-24; see the tests of the rasteriser.
-_RASTER_TOLERANCE = 6 * 2.0**-24
-
 Floats = NDArray[np.float32]
-
-
-class WrongResult(WarpcacheError):
-    """A kernel's result is not its reference's, so that its speed is not measured."""
 
 
 class Launchable(Protocol):
@@ -82,74 +66,6 @@ class Case:
     bytes_moved: int
     launch: Launchable
     keeps: tuple[object, ...] = ()
-
-
-class Gpu:
-    """A GPU with one stream, and arrays of any size filled quickly."""
-
-    def __init__(self, ordinal: int) -> None:
-        self.device = CudaDevice(ordinal)
-        self.stream: CudaStream = self.device.stream("benchmark")
-        self.context = self.device.context
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        """Zeroed memory."""
-        return self.device.allocate(TensorSpec("benchmark", dtype, shape))
-
-    def filled(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        """Values between -1 and 1 (0 to 255 for uint8): a few megabytes of random ones, over and over."""
-        array = self.empty(shape, dtype)
-        rng = np.random.default_rng(0)
-        count = min(math.prod(shape), 1 << 20)
-        values = rng.integers(0, 256, count) if dtype == "uint8" else rng.uniform(-1, 1, count)
-        seed = self.device.upload(values.astype(dtype))
-        for start in range(0, array.size_bytes, seed.size_bytes):
-            size = min(seed.size_bytes, array.size_bytes - start)
-            code = load().cuMemcpyAsync(array.pointer + start, seed.pointer, size, self.stream.stream)
-            check(code, "filling an array")
-        self.stream.synchronize()
-        return array
-
-    def upload(self, values: NDArray[Any]) -> DeviceArray:
-        """A copy of a host array."""
-        return self.device.upload(values)
-
-    def download(self, array: DeviceArray) -> NDArray[Any]:
-        """A host copy, after everything on the stream."""
-        self.stream.synchronize()
-        return self.device.download(array)
-
-    def copy(self, size_bytes: int) -> Case:
-        """A device-to-device copy that reads and writes `size_bytes` each."""
-        source, target = self.filled((size_bytes,), "uint8"), self.empty((size_bytes,), "uint8")
-        return Case("copy", 2 * size_bytes, _Copy(target, source), (source, target))
-
-    def time_ms(self, work: Callable[[], object], launches: int) -> float:
-        """Milliseconds of one call of `work`, by CUDA events around `launches` of them."""
-        begin, end = self.device.event(timing=True), self.device.event(timing=True)
-        with closing(begin), closing(end):
-            work()  # the GPU is busy while the next is issued: its first launch is not waited for
-            begin.record(self.stream)
-            for _ in range(launches):
-                work()
-            end.record(self.stream)
-            end.wait()
-            return end.elapsed_ms(begin) / launches
-
-    def close(self) -> None:
-        self.device.close()
-
-
-class _Copy:
-    def __init__(self, target: DeviceArray, source: DeviceArray) -> None:
-        self._target, self._source = target, source
-        self._cuda = load()
-
-    def launch(self, stream: int) -> None:
-        code = self._cuda.cuMemcpyDtoDAsync(
-            self._target.pointer, self._source.pointer, self._source.size_bytes, self._cuda.CUstream(stream)
-        )
-        check(code, "copying on the GPU")
 
 
 @dataclass(frozen=True)
@@ -191,15 +107,14 @@ def ratio_figures(
 def measure_cases(gpu: Gpu, timing: Timing, make: Sequence[Callable[[], Case]]) -> Measured:
     """Time cases against the copy, one in memory at a time."""
     found = Measured()
-    copy = gpu.copy(timing.size_bytes // 2)
+    copy = copy_case(gpu, timing.size_bytes // 2)
     for build in make:
         case = build()
         times: list[float] = []
         copies: list[float] = []
         for repeat in range(-1, timing.repeats):
             pair = [
-                gpu.time_ms(lambda c=item: c.launch.launch(gpu.stream.handle), timing.launches)  # type: ignore[misc]
-                for item in (copy, case)
+                gpu.time_ms(partial(item.launch.launch, gpu.stream.handle), timing.launches) for item in (copy, case)
             ]
             if repeat >= 0:  # the first warms up clocks and code
                 copies.append(pair[0])
@@ -214,11 +129,29 @@ def measure_cases(gpu: Gpu, timing: Timing, make: Sequence[Callable[[], Case]]) 
     return found
 
 
+class _Copy:
+    def __init__(self, target: DeviceArray, source: DeviceArray) -> None:
+        self._target, self._source = target, source
+        self._cuda = load()
+
+    def launch(self, stream: int) -> None:
+        code = self._cuda.cuMemcpyDtoDAsync(
+            self._target.pointer, self._source.pointer, self._source.size_bytes, self._cuda.CUstream(stream)
+        )
+        check(code, "copying on the GPU")
+
+
+def copy_case(gpu: Gpu, size_bytes: int) -> Case:
+    """A device-to-device copy that reads and writes `size_bytes` each."""
+    source, target = gpu.filled((size_bytes,), "uint8"), gpu.empty((size_bytes,), "uint8")
+    return Case("copy", 2 * size_bytes, _Copy(target, source), (source, target))
+
+
 def copy_part(gpu: Gpu, timing: Timing) -> Measured:
     """The copy alone, which everything else is compared with."""
-    copy = gpu.copy(timing.size_bytes)
+    copy = copy_case(gpu, timing.size_bytes)
     times = [
-        gpu.time_ms(lambda: copy.launch.launch(gpu.stream.handle), timing.launches) for _ in range(-1, timing.repeats)
+        gpu.time_ms(partial(copy.launch.launch, gpu.stream.handle), timing.launches) for _ in range(-1, timing.repeats)
     ][1:]
     achieved = bandwidth_gb_s(copy.bytes_moved, float(np.median(times)))
     name = f"device-to-device copy of {timing.size_bytes / 2**20:.0f} MiB, read and written"
@@ -230,7 +163,7 @@ def image_part(gpu: Gpu, timing: Timing) -> Measured:
     """uint8 [H, W, 3] to and from float16 and float32 [3, H, W]."""
     with closing(ImageKernels(gpu.context)) as kernels:
         for dtype in ("float16", "float32"):
-            _check_image(gpu, kernels, dtype)
+            check_image(gpu, kernels, dtype)
 
         def case(way: str, dtype: str) -> Case:
             side = _side(timing.size_bytes, 3 * (1 + np.dtype(dtype).itemsize))
@@ -242,7 +175,7 @@ def image_part(gpu: Gpu, timing: Timing) -> Measured:
         return measure_cases(
             gpu,
             timing,
-            [lambda w=way, d=dtype: case(w, d) for way in ("load", "store") for dtype in ("float16", "float32")],  # type: ignore[misc]
+            [partial(case, way, dtype) for way in ("load", "store") for dtype in ("float16", "float32")],
         )
 
 
@@ -250,7 +183,7 @@ def change_part(gpu: Gpu, timing: Timing) -> Measured:
     """Two images of uint8, float16 or float32 [3, H, W] compared in blocks of 16 x 16."""
     with closing(ChangeMetric(gpu.context, block=16)) as metric:
         for dtype in ("uint8", "float16", "float32"):
-            _check_change(gpu, metric, dtype)
+            check_change(gpu, metric, dtype)
 
         def case(dtype: str) -> Case:
             side = _side(timing.size_bytes, 2 * 3 * np.dtype(dtype).itemsize)
@@ -260,7 +193,7 @@ def change_part(gpu: Gpu, timing: Timing) -> Measured:
             keeps = (first, second, blocks, summary)
             return Case(f"change metric {dtype}, 3x{side}x{side}", metric.bytes_moved(first), launch, keeps)
 
-        makers = [lambda d=dtype: case(d) for dtype in ("uint8", "float16", "float32")]  # type: ignore[misc]
+        makers = [partial(case, dtype) for dtype in ("uint8", "float16", "float32")]
         return measure_cases(gpu, timing, makers)
 
 
@@ -268,21 +201,21 @@ def warp_part(gpu: Gpu, timing: Timing) -> Measured:
     """Three maps of 16, 9 and 3 channels, float16 or float32, by one smooth grid that covers them."""
     with closing(WarpKernel(gpu.context)) as kernel:
         for dtype in ("float16", "float32"):
-            _check_warp(gpu, kernel, dtype)
+            check_warp(gpu, kernel, dtype)
 
         def case(dtype: str) -> Case:
-            side = _side(timing.size_bytes, 2 * sum(_MAP_CHANNELS) * np.dtype(dtype).itemsize + 8)
-            sources = [gpu.filled((channels, side, side), dtype) for channels in _MAP_CHANNELS]
-            targets = [gpu.empty((channels, side, side), dtype) for channels in _MAP_CHANNELS]
+            side = _side(timing.size_bytes, 2 * sum(MAP_CHANNELS) * np.dtype(dtype).itemsize + 8)
+            sources = [gpu.filled((channels, side, side), dtype) for channels in MAP_CHANNELS]
+            targets = [gpu.empty((channels, side, side), dtype) for channels in MAP_CHANNELS]
             grid = gpu.upload(smooth_grid(side, side))
             launch = kernel.prepare(sources, grid, targets, padding="border")
-            channels = "+".join(map(str, _MAP_CHANNELS))
+            channels = "+".join(map(str, MAP_CHANNELS))
             keeps = (sources, targets, grid)
             return Case(
                 f"warp {dtype}, ({channels})x{side}x{side}", kernel.bytes_moved(sources, grid, targets), launch, keeps
             )
 
-        return measure_cases(gpu, timing, [lambda d=dtype: case(d) for dtype in ("float16", "float32")])  # type: ignore[misc]
+        return measure_cases(gpu, timing, [partial(case, dtype) for dtype in ("float16", "float32")])
 
 
 def rasterizer_part(gpu: Gpu, timing: Timing) -> Measured:
@@ -300,14 +233,13 @@ def rasterizer_part(gpu: Gpu, timing: Timing) -> Measured:
             points, condition = gpu.upload(vertices_px), gpu.empty((1, 6, size, size), "float32")
             launches = rasterizer.prepare_render(points, condition)
             launches.launch(gpu.stream.handle)
-            covered = _check_raster(gpu, rasterizer, condition, vertices_px, mesh)
+            covered = check_raster(gpu, rasterizer, condition, vertices_px, mesh)
             with _captured(gpu, launches, name) as graph:
                 graph_ms = [
-                    gpu.time_ms(lambda g=graph: g.launch(gpu.stream), timing.frames)  # type: ignore[misc]
-                    for _ in range(-1, timing.repeats)
+                    gpu.time_ms(partial(graph.launch, gpu.stream), timing.frames) for _ in range(-1, timing.repeats)
                 ][1:]
             plain_ms = [
-                gpu.time_ms(lambda p=launches: p.launch(gpu.stream.handle), timing.frames)  # type: ignore[misc]
+                gpu.time_ms(partial(launches.launch, gpu.stream.handle), timing.frames)
                 for _ in range(-1, timing.repeats)
             ][1:]
         for how, times, reach in (("graph replay", graph_ms, target), ("launch by launch", plain_ms, None)):
@@ -346,19 +278,9 @@ def face_mesh(size: int, columns: int = 25, rows: int = 18) -> tuple[Floats, Mes
     return points, Mesh(np.concatenate([upper, lower]).astype(np.int32), uv)
 
 
-def smooth_grid(height: int, width: int) -> Floats:
-    """A sampling grid [2, height, width] that moves everything a little and smoothly, as a face does."""
-    y, x = np.meshgrid(
-        (np.arange(height, dtype=np.float32) + 0.5) * (2 / height) - 1,
-        (np.arange(width, dtype=np.float32) + 0.5) * (2 / width) - 1,
-        indexing="ij",
-    )
-    return np.stack([x + 0.02 * np.sin(3 * y), y + 0.02 * np.cos(3 * x)]).astype(np.float32)
-
-
 @contextmanager
 def _captured(gpu: Gpu, launches: Launchable, name: str) -> Iterator[CudaGraph]:
-    with closing(CudaGraph.capture(gpu.stream, lambda: launches.launch(gpu.stream.handle), name=name)) as graph:
+    with closing(CudaGraph.capture(gpu.stream, partial(launches.launch, gpu.stream.handle), name=name)) as graph:
         yield graph
         gpu.stream.synchronize()
 
@@ -366,68 +288,6 @@ def _captured(gpu: Gpu, launches: Launchable, name: str) -> Iterator[CudaGraph]:
 def _side(size_bytes: int, bytes_a_pixel: int) -> int:
     """Of the smallest square, in steps of 64 pixels, whose pixels take `size_bytes`."""
     return 64 * math.ceil(math.sqrt(size_bytes / bytes_a_pixel) / 64)
-
-
-# Comparison with the references ----------------------------------------------------------------------------------
-
-
-def _require(equal: bool, what: str) -> None:
-    if not equal:
-        raise WrongResult(f"{what} is not what its NumPy reference gives here, so its speed is not measured; report it")
-
-
-def _check_image(gpu: Gpu, kernels: ImageKernels, dtype: str) -> None:
-    """To the bit, as the kernel promises."""
-    pixels = np.random.default_rng(1).integers(0, 256, (*_SMALL, 3)).astype(np.uint8)
-    given, image, back = gpu.upload(pixels), gpu.empty((3, *_SMALL), dtype), gpu.empty((*_SMALL, 3), "uint8")
-    kernels.load(given, image, stream=gpu.stream.handle)
-    kernels.store(image, back, stream=gpu.stream.handle)
-    expected = load_image(pixels, dtype)
-    _require(np.array_equal(gpu.download(image), expected), f"loading an image as {dtype}")
-    _require(np.array_equal(gpu.download(back), store_image(expected)), f"storing an image from {dtype}")
-
-
-def _check_change(gpu: Gpu, metric: ChangeMetric, dtype: str) -> None:
-    rng = np.random.default_rng(2)
-    first, second = (
-        rng.integers(0, 256, (3, *_SMALL)).astype(dtype)
-        if dtype == "uint8"
-        else rng.uniform(-1, 1, (3, *_SMALL)).astype(dtype)
-        for _ in range(2)
-    )
-    given = gpu.upload(first), gpu.upload(second)
-    blocks, summary = gpu.empty(metric.blocks_shape(*_SMALL), "float32"), gpu.empty((3,), "float32")
-    metric.measure(*given, blocks, summary, threshold=0.1, stream=gpu.stream.handle)
-    expected = measure_change(first, second, block=metric.block, threshold=0.1)
-    for found, wanted in zip((gpu.download(blocks), gpu.download(summary)), expected, strict=True):
-        _require(np.allclose(found, wanted, rtol=_SUM_TOLERANCE, atol=0), f"the change metric of {dtype}")
-
-
-def _check_warp(gpu: Gpu, kernel: WarpKernel, dtype: str) -> None:
-    """To the bit, as the kernel promises."""
-    rng = np.random.default_rng(3)
-    maps = [rng.uniform(-1, 1, (channels, *_SMALL)).astype(dtype) for channels in _MAP_CHANNELS]
-    grid = smooth_grid(*_SMALL)
-    sources, placed = [gpu.upload(item) for item in maps], gpu.upload(grid)
-    targets = [gpu.empty(item.shape, dtype) for item in maps]
-    kernel.warp(sources, placed, targets, stream=gpu.stream.handle, padding="border")
-    for item, target in zip(maps, targets, strict=True):
-        wanted = warp_map(item, grid, padding="border")
-        _require(np.array_equal(gpu.download(target), wanted), f"the warp of {dtype} maps")
-
-
-def _check_raster(
-    gpu: Gpu, rasterizer: MeshRasterizer, condition: DeviceArray, vertices_px: Floats, mesh: Mesh
-) -> float:
-    """Triangles and depths to the bit; returns the share of the picture that the mesh covers."""
-    found = gpu.download(condition)[0]
-    triangle, depth = unpack_keys(gpu.download(rasterizer.keys()))
-    expected = rasterize(vertices_px, mesh.triangles, rasterizer.height, rasterizer.width)
-    wanted = condition_raster(vertices_px, mesh, rasterizer.height, rasterizer.width, expected)
-    what = f"the picture of {len(mesh.triangles)} triangles"
-    _require(np.array_equal(triangle, expected.triangle) and np.array_equal(depth, expected.depth), what)
-    _require(np.allclose(found, wanted, rtol=0, atol=_RASTER_TOLERANCE), what)
-    return float(expected.mask.mean())
 
 
 @click.command(epilog="Example:  python -m benchmarks.gpu_kernels --json gpu_kernels.json")
@@ -469,11 +329,11 @@ def main(
             found.details["size_bytes"] = size
             return found
 
-        parts = run_parts({name: lambda n=name: measure(n) for name in asked or PARTS}, say=_say)  # type: ignore[misc]
-    show_parts(Console(width=140, highlight=False), f"Kernels on {device_title(record)}", parts)
+        parts = run_parts({name: partial(measure, name) for name in asked or PARTS})
+    show_parts(f"Kernels on {device_title(record)}", parts)
     if json_path is not None:
         write_parts(json_path, "gpu_kernels", record, parts)
-    context.exit(1 if any(part.error for part in parts) else 0)
+    finish(context, parts)
 
 
 def _size_bytes(l2_bytes: int, mib: float | None) -> int:
@@ -481,10 +341,6 @@ def _size_bytes(l2_bytes: int, mib: float | None) -> int:
     if mib is not None:
         return int(mib * 2**20)
     return max(512 * 2**20, _L2_TIMES * l2_bytes)
-
-
-def _say(name: str) -> None:
-    click.echo(f"measuring: {name}", err=True)
 
 
 if __name__ == "__main__":

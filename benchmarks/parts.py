@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import click
 from rich.console import Console
 from rich.table import Table
 
@@ -22,10 +23,13 @@ from warpcache.report import environment
 
 __all__ = [
     "SCHEMA",
+    "WIDTH",
     "Measured",
     "Part",
     "device_record",
     "device_title",
+    "figure_rows",
+    "finish",
     "percentile_figures",
     "run_parts",
     "show_parts",
@@ -33,6 +37,8 @@ __all__ = [
 ]
 
 SCHEMA = 1
+WIDTH = 140
+"""Of tables, in columns: they are read in logs."""
 
 
 @dataclass
@@ -84,19 +90,17 @@ class Part:
 def run_parts(
     parts: Mapping[str, Callable[[], Measured]],
     *,
-    say: Callable[[str], None] = lambda line: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Part]:
     """Run every part; an error ends its part only.
 
     Args:
         parts: What to run, by name, in order.
-        say: Told which part begins.
         clock: Seconds.
     """
     done = []
     for name, measure in parts.items():
-        say(name)
+        click.echo(f"measuring: {name}", err=True)
         begin = clock()
         try:
             done.append(Part(name, measure(), None, clock() - begin))
@@ -152,7 +156,7 @@ def device_title(record: Mapping[str, Any]) -> str:
     return f"{record['name']} ({', '.join(said)})"
 
 
-def show_parts(console: Console, title: str, parts: Sequence[Part]) -> None:
+def show_parts(title: str, parts: Sequence[Part]) -> None:
     """One table: every figure beside what it is to reach, and a row for every part that could not run."""
     table = Table(title=title, title_justify="left")
     table.add_column("part")
@@ -167,7 +171,8 @@ def show_parts(console: Console, title: str, parts: Sequence[Part]) -> None:
             table.add_row(part.name, note, "", "", "")
         if part.error is not None:
             table.add_row(part.name, part.error, "", "", "NOT RUN")
-    console.print(table)
+    # Brackets in messages, as of `warpcache[gpu]`, are no markup.
+    Console(width=WIDTH, highlight=False, markup=False).print(table)
 
 
 def figure_rows(figures: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -180,6 +185,14 @@ def figure_rows(figures: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
         value = "NaN" if figure["value"] is None else f"{figure['value']:.4g}"
         rows.append((figure["name"], f"{value} {unit}".rstrip(), reach, verdict))
     return rows
+
+
+def finish(context: click.Context, parts: Sequence[Part]) -> NoReturn:
+    """End the command: its last line counts the parts, and its exit code is 0 only if all ran."""
+    failed = [part.name for part in parts if part.error is not None]
+    said = f"; not: {', '.join(failed)}" if failed else ""
+    click.echo(f"{len(parts) - len(failed)} of {len(parts)} parts ran{said}")
+    context.exit(1 if failed else 0)
 
 
 def write_parts(path: Path, command: str, device: Mapping[str, Any], parts: Sequence[Part], **more: Any) -> None:
