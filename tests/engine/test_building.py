@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
-from warpcache.engine.building import build_engines, precision_of
+from warpcache.engine.building import build_engines, engine_key, precision_of
 from warpcache.engine.bundle import Bundle, write_bundle
 from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt_flavour import Flavour
+from warpcache.engine.tensorrt_options import BuildOptions
+from warpcache.kernels.driver import Context
 
 TARGETS = ("sm_89", "sm_86")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -97,6 +102,41 @@ def test_an_engine_that_cannot_be_stored_is_used_all_the_same(
     assert built.path is None
     assert built.engine[:4] == b"vtrt"
     assert "the engine is used all the same" in caplog.text
+
+
+def test_what_another_process_built_meanwhile_is_taken(
+    tiny_bundle: Path, tmp_path: Path, flavour: Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    theirs = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=EngineCache(tmp_path / "theirs"))
+
+    class Late(EngineCache):
+        """A cache whose lock another process held, which has stored its engines when we get it."""
+
+        @contextlib.contextmanager
+        def locked(self) -> Iterator[bool]:
+            for path in (tmp_path / "theirs").glob("*.engine"):
+                shutil.copy(path, self.folder)
+            yield True
+
+    ours = Late(tmp_path / "ours")
+    ours.folder.mkdir()
+    monkeypatch.setattr("warpcache.engine.building.build_engines_isolated", lambda *_, **__: pytest.fail("built again"))
+    found = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=ours)
+    assert all(built.reused for built in found)
+    assert [built.engine for built in found] == [built.engine for built in theirs]
+
+
+def test_full_tensorrts_engines_are_kept_by_the_model_of_the_gpu(tiny_bundle: Path, software_cuda: Any) -> None:
+    from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
+
+    bundle, options = Bundle.open(tiny_bundle), BuildOptions()
+    context = Context(0)
+    full = engine_key(bundle, "warp", flavour=software_flavour("tensorrt"), targets=("sm_90",), options=options)
+    assert full.options["gpu"] == context.name
+    rtx = engine_key(bundle, "warp", flavour=software_flavour("tensorrt-rtx"), targets=("sm_86",), options=options)
+    assert "gpu" not in rtx.options
+    context.close()
 
 
 def test_the_precision_is_what_the_manifest_says(tiny_bundle: Path) -> None:
