@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -311,20 +312,22 @@ class TestDevices:
         there.close()
 
     def test_peer_access(self, gpu: Any) -> None:
-        peer = ok(gpu.cuda.cuDevicePrimaryCtxRetain(1))
-        gpu.software.configure(peer_access=0)
-        assert ok(gpu.cuda.cuDeviceCanAccessPeer(0, 1)) == 0
+        # A device that no other test has used: contexts are shared by the whole process.
+        gpu.software.configure(devices=3, peer_access=0)
+        peer = ok(gpu.cuda.cuDevicePrimaryCtxRetain(2))
+        assert ok(gpu.cuda.cuDeviceCanAccessPeer(0, 2)) == 0
         assert code(gpu.cuda.cuCtxEnablePeerAccess(peer, 0)) == "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"
-        gpu.software.configure(peer_access=1)
-        assert ok(gpu.cuda.cuDeviceCanAccessPeer(0, 1)) == 1
+        gpu.software.configure(devices=3, peer_access=1)
+        assert ok(gpu.cuda.cuDeviceCanAccessPeer(0, 2)) == 1
         ok(gpu.cuda.cuCtxEnablePeerAccess(peer, 0))
         assert code(gpu.cuda.cuCtxEnablePeerAccess(peer, 0)) == "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"
         ok(gpu.cuda.cuCtxDisablePeerAccess(peer))
-        ok(gpu.cuda.cuDevicePrimaryCtxRelease(1))
+        ok(gpu.cuda.cuDevicePrimaryCtxRelease(2))
 
     def test_a_context_ends_with_its_last_user_and_takes_its_memory(self, software_cuda: Any) -> None:
+        software_cuda.configure(devices=4)
         cuda = driver.load()
-        context = Context(1)
+        context = Context(3)
         context.make_current()
         pointer = ok(cuda.cuMemAlloc(BYTES))
         context.close()
@@ -379,9 +382,12 @@ class TestCudaDevice:
     @pytest.mark.parametrize("lazy", [0, 1])
     def test_from_open_to_close(self, software_cuda: Any, lazy: int) -> None:
         software_cuda.configure(lazy=lazy)
-        before = software_cuda.live()
+        gc.collect()
+        before, references = software_cuda.live(), software_cuda.count("context_references")
         self._use_a_device()
-        assert software_cuda.left_since(before) == {}
+        gc.collect()
+        assert software_cuda.live() == before
+        assert software_cuda.count("context_references") == references
 
     def _use_a_device(self) -> None:
         spec = TensorSpec("a", "float32", (4, 4))

@@ -248,7 +248,8 @@ class TestMistakes:
         else:
             from warpcache.kernels.driver import Context
 
-            there = Context(1)
+            gpu.software.configure(devices=3)
+            there = Context(2)
             there.make_current()
             pointer = int(ok(gpu.cuda.cuMemAlloc(BYTES)))
             gpu.context.make_current()
@@ -264,7 +265,8 @@ class TestMistakes:
     def test_memory_of_another_device_with_peer_access(self, kernels: Launcher, gpu: RawGpu) -> None:
         from warpcache.kernels.driver import Context
 
-        there, handle = Context(1), ok(gpu.cuda.cuDevicePrimaryCtxRetain(1))
+        gpu.software.configure(devices=3)
+        there, handle = Context(2), ok(gpu.cuda.cuDevicePrimaryCtxRetain(2))
         there.make_current()
         pointer = ok(gpu.cuda.cuMemAlloc(BYTES))
         ok(gpu.cuda.cuMemcpyHtoD(pointer, numbers().ctypes.data, BYTES))
@@ -275,7 +277,7 @@ class TestMistakes:
         assert np.array_equal(gpu.read(int(pointer)), numbers() * 2)
         ok(gpu.cuda.cuCtxDisablePeerAccess(handle))
         ok(gpu.cuda.cuMemFree(pointer))
-        ok(gpu.cuda.cuDevicePrimaryCtxRelease(1))
+        ok(gpu.cuda.cuDevicePrimaryCtxRelease(2))
         there.close()
 
 

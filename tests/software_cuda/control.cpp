@@ -64,6 +64,11 @@ long long swcuda_count(const char* key) {
         for (Context& context : s.contexts) lost += context.sticky != CUDA_SUCCESS;
         return lost;
     }
+    if (k == "context_references") {
+        long long references = 0;
+        for (Context& context : s.contexts) references += context.references;
+        return references;
+    }
     if (k == "captures") {
         long long capturing = 0;
         for (auto& [handle, stream] : s.streams) capturing += stream->capture != nullptr;

@@ -64,6 +64,9 @@ void end_context(Context& context) {
     for (auto it = s.events.begin(); it != s.events.end();)
         it = it->second->context == &context ? s.events.erase(it) : std::next(it);
     free_all_of(context);
+    context.peers.assign(max_devices, false);
+    for (Context& other : s.contexts)
+        if (!other.peers.empty()) other.peers[context.device] = false;
     context.active = false;
     context.sticky = CUDA_SUCCESS;
     s.changed.notify_all();

@@ -74,8 +74,8 @@ class SoftwareCuda:
         Args:
             what: Now: ``device_bytes``, ``device_blocks``, ``pinned_bytes``, ``pinned_blocks``, ``streams``,
                 ``events``, ``graphs``, ``graph_execs``, ``modules`` (with libraries), ``captures``,
-                ``lost_contexts``. So far: ``allocations``, ``copies``, ``memsets``, ``launches``,
-                ``graph_launches``, ``host_functions``, ``streams_created``, ``events_created``,
+                ``lost_contexts``, ``context_references``. So far: ``allocations``, ``copies``, ``memsets``,
+                ``launches``, ``graph_launches``, ``host_functions``, ``streams_created``, ``events_created``,
                 ``graphs_instantiated``.
         """
         value = int(self.library.swcuda_count(what.encode()))
