@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -118,6 +118,14 @@ def make_tiny_bundle(folder: Path, name: str = "tiny.warp") -> Path:
         calibration=None,
     )
     return write_bundle(folder / name, manifest, {**files, "weights.safetensors": packed}).path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines and compiled kernels go into a folder of the run: neither does it write to the user's, nor live on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WARPCACHE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
