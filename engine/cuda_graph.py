@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..kernels.driver import Context, check, load
@@ -51,7 +53,8 @@ class CudaGraph:
         mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         check(cuda.cuStreamBeginCapture(stream.stream, mode), f"starting the capture of {name}")
         try:
-            work()
+            with _no_collection():
+                work()
         except BaseException:
             # The stream must leave the capture, whatever became of it; what is to be said is what `work` raised.
             _, graph = cuda.cuStreamEndCapture(stream.stream)
@@ -87,6 +90,19 @@ class CudaGraph:
         """Give the graph back after its last replay has ended; safe to call twice."""
         self._executable = None
         self._release()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector away: what it frees on the capturing thread could be device memory, which no capture
+    allows, and the collector comes when it likes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _destroy(context: Context, executable: Any) -> None:

@@ -126,9 +126,18 @@ class DeviceArray:
         """(2, ordinal): memory of a CUDA device."""
         return 2, self.device
 
-    def __dlpack__(self, **options: Any) -> Any:
-        """A DLPack capsule; `options` are the protocol's (stream, max_version, dl_device, copy)."""
-        return _cuda_core_view(self, -1).__dlpack__(**options)
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        """A DLPack capsule.
+
+        Args:
+            stream: Handle of the taker's stream, which waits for `self.stream`; None and -1 order nothing.
+            options: The rest of the protocol's (max_version, dl_device, copy).
+        """
+        from cuda.core.utils import StridedMemoryView
+
+        # By the other protocol: asked for any, it would take this one and end up here again.
+        view = StridedMemoryView.from_cuda_array_interface(self, stream_ptr=-1 if stream is None else stream)
+        return view.__dlpack__(stream=stream, **options)
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype}, {list(self.shape)}, cuda:{self.device})"
@@ -148,12 +157,6 @@ def _same_layout(shape: tuple[int, ...], strides: tuple[int, ...], dense: tuple[
     return all(extent == 1 or a == b for extent, a, b in zip(shape, strides, dense, strict=True))
 
 
-def _cuda_core_view(source: Any, stream: int) -> Any:
-    from cuda.core.utils import StridedMemoryView
-
-    return StridedMemoryView.from_any_interface(source, stream_ptr=stream)
-
-
 def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
     if not hasattr(source, "__dlpack__") and not hasattr(source, "__cuda_array_interface__"):
         raise InputError(
@@ -162,8 +165,10 @@ def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
         )
     if not _on_a_gpu(source):
         raise InputError(f"{name} is on the CPU, expected a GPU's memory; move it there first")
+    from cuda.core.utils import StridedMemoryView
+
     try:
-        view = _cuda_core_view(source, stream)
+        view = StridedMemoryView.from_any_interface(source, stream_ptr=stream)
     # The owner's code runs here, and cuda.core's; their exceptions share no base class but this one.
     except Exception as exc:
         text = (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ Everything runs on the driver in software; that the same holds on hardware, the 
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -64,6 +65,14 @@ class Foreign:
     def __init__(self, array: DeviceArray) -> None:
         self._array = array
         self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+
+class Dlpack:
+    """Somebody's array on the GPU that speaks DLPack only."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.__dlpack__ = array.__dlpack__
+        self.__dlpack_device__ = array.__dlpack_device__
 
 
 class Wrapping:
@@ -230,6 +239,25 @@ def test_other_threads_neither_break_nor_enter_a_capture(software_cuda: Any) -> 
         assert graph.nodes == 1
 
 
+def test_pythons_collector_does_not_come_into_a_capture(software_cuda: Any) -> None:
+    """What it frees may be device memory, and freeing that on the capturing thread spoils the capture."""
+    with CudaDevice(0) as device:
+        stream = device.stream("captured")
+        target = device.allocate(TensorSpec("t", "uint8", (4,)))
+        cycle: list[Any] = [device.allocate(TensorSpec("garbage", "uint8", (4,)))]
+        cycle.append(cycle)
+        del cycle
+        thresholds = gc.get_threshold()
+        gc.set_threshold(1, 1, 1)
+        try:
+            graph = CudaGraph.capture(stream, lambda: (fill(stream, target, 5), [[] for _ in range(1000)]), name="fill")
+        finally:
+            gc.set_threshold(*thresholds)
+        assert graph.nodes == 1
+        assert gc.isenabled()
+        gc.collect()
+
+
 def test_debugging_finds_a_buffer_that_has_moved(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
     with make_engine(policy="full") as engine, CudaDevice(0) as device:
         session = engine.session()
@@ -348,8 +376,9 @@ def test_answers_on_the_gpu_are_lent_by_dlpack(
         assert all(array.__dlpack_device__() == (2, 0) for array in kept)
         # Each is its caller's alone: no later frame was written into an earlier one's memory.
         np.testing.assert_array_equal([device.download(array) for array in kept], expected)
-        borrowed = [DeviceArray.borrow(Foreign(array), device=0, stream=0) for array in kept]
-        assert [array.pointer for array in borrowed] == [array.pointer for array in kept]
+        borrowed = [DeviceArray.borrow(lent(array), device=0, stream=0) for lent in (Foreign, Dlpack) for array in kept]
+        assert [array.pointer for array in borrowed] == 2 * [array.pointer for array in kept]
+        assert {(array.shape, array.dtype.name) for array in borrowed} == {(SHAPE, "float32")}
         pointers = {array.pointer for array in kept}
         del kept, borrowed
         # Let go of, the same memory serves again.
@@ -357,7 +386,10 @@ def test_answers_on_the_gpu_are_lent_by_dlpack(
         assert len(pointers) == 5
 
 
-def test_an_array_waits_for_what_its_owner_has_queued(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
+@pytest.mark.parametrize("protocol", [Foreign, Dlpack])
+def test_an_array_waits_for_what_its_owner_has_queued(
+    make_engine: Callable[..., Engine], software_cuda: Any, protocol: Any
+) -> None:
     """An owner's kernel may still be writing when the array is handed in; its stream says when it is done."""
     software_cuda.configure(lazy=1)  # nothing runs that nobody waits for
     with make_engine(policy="full") as engine, CudaDevice(0) as device:
@@ -370,7 +402,7 @@ def test_an_array_waits_for_what_its_owner_has_queued(make_engine: Callable[...,
             copy_code = load().cuMemcpyDtoDAsync(mine.pointer, source.pointer, mine.size_bytes, owner.stream)
             check(copy_code, "copying")
             lent = DeviceArray(mine.pointer, SHAPE, "float32", device=0, stream=owner.handle)
-            session.submit({"x": Foreign(lent)})
+            session.submit({"x": protocol(lent)})
         # Had the copy to the graph's buffer not waited for the owner's, the answer would be that of zeros.
         with_owner = np.array(next(session.frames()).outputs["image"])
         session.submit({"x": value})
