@@ -244,13 +244,19 @@ def test_pythons_collector_does_not_come_into_a_capture(software_cuda: Any) -> N
     with CudaDevice(0) as device:
         stream = device.stream("captured")
         target = device.allocate(TensorSpec("t", "uint8", (4,)))
-        cycle: list[Any] = [device.allocate(TensorSpec("garbage", "uint8", (4,)))]
-        cycle.append(cycle)
-        del cycle
+        held = [device.allocate(TensorSpec("garbage", "uint8", (4,)))]
+
+        def work() -> None:
+            fill(stream, target, 5)
+            cycle: list[Any] = [held.pop()]
+            cycle.append(cycle)
+            del cycle
+            _ = [[] for _ in range(1000)]  # far more objects than the collector lets pass
+
         thresholds = gc.get_threshold()
-        gc.set_threshold(1, 1, 1)
+        gc.set_threshold(10, 1, 1)
         try:
-            graph = CudaGraph.capture(stream, lambda: (fill(stream, target, 5), [[] for _ in range(1000)]), name="fill")
+            graph = CudaGraph.capture(stream, work, name="fill")
         finally:
             gc.set_threshold(*thresholds)
         assert graph.nodes == 1
