@@ -51,17 +51,17 @@ class CudaGraph:
         stream.device.context.make_current()
         # Thread-local: what other threads do in the meantime (a producer's, torch's) neither breaks nor enters it.
         mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        check(cuda.cuStreamBeginCapture(stream.stream, mode), f"starting the capture of {name}")
-        try:
-            with _no_collection():
+        with _no_collection():
+            check(cuda.cuStreamBeginCapture(stream.stream, mode), f"starting the capture of {name}")
+            try:
                 work()
-        except BaseException:
-            # The stream must leave the capture, whatever became of it; what is to be said is what `work` raised.
-            _, graph = cuda.cuStreamEndCapture(stream.stream)
-            if graph is not None and int(graph) != 0:
-                cuda.cuGraphDestroy(graph)
-            raise
-        graph = check(cuda.cuStreamEndCapture(stream.stream), f"ending the capture of {name}")
+            except BaseException:
+                # The stream must leave the capture, whatever became of it; what is to be said is what `work` raised.
+                _, graph = cuda.cuStreamEndCapture(stream.stream)
+                if graph is not None and int(graph) != 0:
+                    cuda.cuGraphDestroy(graph)
+                raise
+            graph = check(cuda.cuStreamEndCapture(stream.stream), f"ending the capture of {name}")
         try:
             _, nodes = check(cuda.cuGraphGetNodes(graph), f"counting the nodes of {name}")
             if nodes == 0:
