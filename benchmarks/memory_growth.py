@@ -62,7 +62,8 @@ def watch_memory(
     """
     for _ in range(warmup):
         answer()
-    marks = sorted({round(frames * k / _READINGS) for k in range(1, _READINGS + 1)} - {0})
+    readings_wanted = min(_READINGS, max(2, frames // 10))
+    marks = sorted({round(frames * k / readings_wanted) for k in range(1, readings_wanted + 1)})
     read()  # once unseen: what reading itself takes for good is no growth
     readings = [(0, *read())]
     done = 0
