@@ -37,12 +37,25 @@ _GLOBAL_POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool"})
 # Pairs that become one kernel where nothing else reads the value between them.
 _FUSES = frozenset(
     {
-        ("Sigmoid", "Mul"),
-        ("MatMul", "Add"),
-        ("Gemm", "Relu"),
-        ("Add", "LayerNormalization"),
-        ("Add", "Gelu"),
         ("Add", "Erf"),
+        ("Add", "Gelu"),
+        ("Add", "LayerNormalization"),
+        ("ConvTranspose", "BatchNormalization"),
+        ("Div", "MatMul"),
+        ("Gemm", "LeakyRelu"),
+        ("Gemm", "Relu"),
+        ("Gemm", "Sigmoid"),
+        ("Gemm", "Sum"),
+        ("Gemm", "Tanh"),
+        ("MatMul", "Add"),
+        ("MatMul", "BatchNormalization"),
+        ("MatMul", "Div"),
+        ("MatMul", "Mul"),
+        ("Mul", "MatMul"),
+        ("Pad", "AveragePool"),
+        ("Pad", "Conv"),
+        ("Pad", "MaxPool"),
+        ("Sigmoid", "Mul"),
     }
 )
 # What a convolution's kernel takes in from behind it.

@@ -93,6 +93,21 @@ def test_a_scale_moves_into_a_convolution_that_lost_a_reader() -> None:
     assert frozenset({"y"}) not in _legal(model)
 
 
+def test_a_normalisation_moves_into_a_transposed_convolution_that_lost_a_reader() -> None:
+    model = _parse(
+        f"""g (float[1,4,4,4] x) => (float[1,8,8,8] y, float[1,8,8,8] z) {{
+          a = ConvTranspose<strides = [2,2], pads = [1,1,1,1]>(x, w)
+          n = {_norm("p") % "a"}
+          y = Abs(n)
+          z = Erf(a) }}""",
+        {"w": (4, 8, 4, 4), **_norm_weights("p", 8)},
+    )
+    assert not _is_exact(model, ["n"])
+    legal = _legal(model)
+    assert frozenset({"n"}) not in legal
+    assert frozenset({"a"}) in legal
+
+
 def test_a_gate_that_lost_a_reader_becomes_one_kernel() -> None:
     """x * sigmoid(x) has a kernel of its own where nothing else reads the sigmoid."""
     model = _parse(
