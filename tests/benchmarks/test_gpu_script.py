@@ -57,6 +57,22 @@ def test_a_step_that_ends_well_is_recorded_and_its_work_is_found_again(tmp_path:
     assert recorded(out) == []
 
 
+@pytest.mark.parametrize(
+    ("last", "status"),
+    [("8 passed, 3 skipped in 1.00s", "ok"), ("261 skipped, 9 deselected in 1.00s", "failed"), ("", "failed")],
+)
+def test_tests_that_are_all_skipped_show_nothing(tmp_path: Path, last: str, status: str) -> None:
+    python = tmp_path / "python"
+    # Stands for an interpreter whose pytest ends well and says `last`.
+    python.write_text(f'#!/bin/sh\ncase "$*" in *pytest*) echo "{last}"; exit;; esac\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    result = run(tmp_path / "out", steps="pytest", PYTHON=str(python))
+    assert result.returncode == (0 if status == "ok" else 1)
+    ((name, said, _, note),) = recorded(tmp_path / "out")
+    assert (name, said) == ("pytest", status)
+    assert note == (last if status == "ok" else f"exit code 1: {last}")
+
+
 def test_what_it_makes_for_itself_is_removed(tmp_path: Path) -> None:
     assert run(tmp_path / "out", steps="", TMPDIR=str(tmp_path)).returncode == 0
     assert list(tmp_path.glob("tmp.*")) == []  # what mktemp makes
@@ -79,10 +95,13 @@ def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:
     assert (name, status, note) == ("gpu_kernels", "failed", "it took longer than 1 s")
 
 
-@pytest.mark.parametrize(("variables", "code", "said"), [({"SCALE": "huge"}, 2, "SCALE is 'huge'; choose full or")])
-def test_what_it_does_not_know_is_refused(tmp_path: Path, variables: dict[str, str], code: int, said: str) -> None:
-    result = run(tmp_path / "out", steps="", **variables)
-    assert result.returncode == code
+@pytest.mark.parametrize(
+    ("steps", "variables", "said"),
+    [("", {"SCALE": "huge"}, "SCALE is 'huge'; choose full or tiny"), ("clip train", {}, "STEPS names 'train'; there")],
+)
+def test_what_it_does_not_know_is_refused(tmp_path: Path, steps: str, variables: dict[str, str], said: str) -> None:
+    result = run(tmp_path / "out", steps=steps, **variables)
+    assert result.returncode == 2
     assert said in result.stderr
 
 
