@@ -25,6 +25,14 @@ def recorded(out: Path) -> list[list[str]]:
     return [line.split("\t") for line in (out / "steps.tsv").read_text().splitlines()]
 
 
+def stand_in(folder: Path, arguments: str, does: str) -> str:
+    """An interpreter that does something else where it is called with these arguments; else it is this one."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\ncase "$*" in "{arguments}"*) {does} ;; esac\nexec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_without_a_gpu_it_ends_with_one_table_and_fails(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(out, steps="gpu_kernels gpu_engine latency_demo")
@@ -64,7 +72,9 @@ def test_a_step_that_ends_well_is_recorded_and_its_work_is_found_again(tmp_path:
 def test_tests_that_are_all_skipped_show_nothing(tmp_path: Path, last: str, status: str) -> None:
     python = tmp_path / "python"
     # Stands for an interpreter whose pytest ends well and says `last`.
-    python.write_text(f'#!/bin/sh\ncase "$*" in *pytest*) echo "{last}"; exit;; esac\nexec "{sys.executable}" "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *-m\\ pytest*) echo "{last}"; exit;; esac\nexec "{sys.executable}" "$@"\n'
+    )
     python.chmod(0o755)
     result = run(tmp_path / "out", steps="pytest", PYTHON=str(python))
     assert result.returncode == (0 if status == "ok" else 1)
@@ -87,7 +97,9 @@ def test_no_step_begins_when_the_time_is_up(tmp_path: Path) -> None:
 def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:
     slow = tmp_path / "python"
     # Stands for an interpreter whose benchmark never ends; the summary is by the real one.
-    slow.write_text(f'#!/bin/sh\ncase "$*" in *gpu_kernels*) exec sleep 600;; esac\nexec "{sys.executable}" "$@"\n')
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *benchmarks.gpu_kernels*) exec sleep 600;; esac\nexec "{sys.executable}" "$@"\n'
+    )
     slow.chmod(0o755)
     result = run(tmp_path / "out", steps="gpu_kernels", STEP_S="1", PYTHON=str(slow))
     assert result.returncode == 1
