@@ -38,7 +38,7 @@ LEFT_OUT = frozenset(
 
 # The ranges of pyproject.toml, and below the majors that nobody has looked at.
 NUMPY = "numpy>=1.26,<3"
-CUDA_PYTHON = "cuda-python>=13.0,<14"
+CUDA_PYTHON = "cuda-python>=13.4,<14"
 _BROUGHT = {
     NUMPY: ("numpy",),
     CUDA_PYTHON: ("cuda-python", "cuda-bindings", "cuda-core", "cuda-pathfinder"),
