@@ -191,7 +191,7 @@ def test_parity_without_frames_is_said_to_be_missing(make_bundle: Any, tmp_path:
     # The folder holds the converted bundle under the name of its own; nothing stands beside it.
     assert precision_of(Bundle.open(out / "tiny.warp")) == "fp16"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["edge", "tiny.warp"]
-    for word in ("engines", "cuda-python>=13.0,<14", f"wrote {out}", f"next:  python {out / 'run.py'} "):
+    for word in ("engines", "cuda-python>=13.4,<14", f"wrote {out}", f"next:  python {out / 'run.py'} "):
         assert word in result.stdout, word
 
 
