@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -65,6 +64,8 @@ class BareModule:
     """One module of a bundle called through ONNX Runtime directly, without the engine: the baseline."""
 
     def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
+        import onnxruntime as ort  # what else is in this file serves machines without it
+
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         path = bundle.file(bundle.manifest.modules[name].file)
