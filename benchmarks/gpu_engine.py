@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from benchmarks.empty_backend import INPUT, EmptyCpuModule, EmptyCudaBackend, write_empty_bundle
 from benchmarks.measuring import Figure
 from benchmarks.memory_growth import Growth, resident_bytes, watch_memory
+from benchmarks.mesh_to_picture import MeshToPicture
 from benchmarks.parts import (
     Measured,
     device_record,
@@ -233,6 +234,29 @@ def reference_part(setup: Setup) -> Measured:
     return found
 
 
+def mesh_part(setup: Setup) -> Measured:
+    """From vertices on the host to a picture in bytes on the host, everything between on the GPU."""
+    found = Measured()
+    with ExitStack() as stack:
+        bundle = _fp16_bundle(setup, setup.open_bundle(), stack)
+        device = stack.enter_context(CudaDevice(setup.ordinal))
+        way = stack.enter_context(closing(MeshToPicture(device, bundle, setup.drawn)))
+        opened = stack.enter_context(_opened(setup, bundle, found, outputs="device"))
+        times, ages = [], []
+        for index in range(-setup.warmup, setup.frames):
+            begin = time.perf_counter()
+            frame = way.answer(opened.session, index + setup.warmup)
+            if index >= 0:
+                times.append((time.perf_counter() - begin) * 1e3)
+                ages.append(frame.age)
+            del frame
+        size = "x".join(map(str, bundle.manifest.outputs[0].shape[2:]))
+        name = f"mesh of {way.triangles} triangles to {size} picture, {opened.backend}, host to host"
+        found.figures += percentile_figures(name, times, unit="ms")
+        found.details[name] = {"answer_ms": [round(value, 5) for value in times], "age_mean": float(np.mean(ages))}
+    return found
+
+
 def parity_part(setup: Setup) -> Measured:
     """Every exit of the fp16 bundle on the GPU against the fp32 bundle on the CPU, frame by frame."""
     found = Measured()
@@ -299,6 +323,7 @@ PARTS: dict[str, Callable[[Setup], Measured]] = {
     "host-time": host_time_part,
     "producers": producers_part,
     "reference": reference_part,
+    "mesh": mesh_part,
     "parity": parity_part,
     "memory": memory_part,
     "rtx": rtx_part,

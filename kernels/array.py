@@ -63,7 +63,9 @@ class DeviceArray:
         Raises:
             InputError: If it is no array on that GPU.
         """
-        array = source if isinstance(source, DeviceArray) else _viewed(source, stream, name)
+        # Ours too is ordered like anybody's where it says that work on it is queued.
+        ours = isinstance(source, DeviceArray) and not source.stream
+        array: DeviceArray = source if ours else _viewed(source, stream, name)
         if array.device != device:
             where = "the CPU" if array.device < 0 else f"cuda:{array.device}"
             raise InputError(f"{name} is on {where}, expected cuda:{device}; move it there first")

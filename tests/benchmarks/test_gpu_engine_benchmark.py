@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from tests_software_tensorrt import failing, software_flavour  # type: ignore[im
 from benchmarks import gpu_engine, rtx_probe
 from benchmarks.empty_backend import EmptyCpuModule, EmptyCudaBackend, write_empty_bundle
 from benchmarks.gpu_engine import PARTS
+from benchmarks.mesh_to_picture import MeshToPicture
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import as_clip, frames_for
+from warpcache.demo import demo_bundle
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.cuda_backends import TensorRtBackend
+from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_options import CudaOptions
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
 from warpcache.export.precision import PrecisionOptions, convert_bundle
+from warpcache.models.head import SyntheticHead
 
 TINY = "--frames 8 --host-frames 12 --warmup 3 --fps 500 --drawn 3 --empty-frames 50 --demo-frames 10 --parity-frames 6"
 
@@ -127,10 +132,12 @@ def test_frames_fit_the_bundle_and_differ(tiny_bundle: Path) -> None:
 
 
 def test_every_part_runs(measure: Callable[..., Any], fp16: Path) -> None:
-    result, parts = measure("--fp16", fp16, "--reference", fp16)
+    # A mesh's pictures need a bundle of the head, which has a test of its own.
+    names = [name for name in PARTS if name != "mesh"]
+    asked = [argument for name in names for argument in ("--part", name)]
+    result, parts = measure("--fp16", fp16, "--reference", fp16, *asked)
     assert result.exit_code == 0, result.output
-    assert list(parts) == list(PARTS)
-    assert {name: part["error"] for name, part in parts.items()} == dict.fromkeys(PARTS)
+    assert {name: part["error"] for name, part in parts.items()} == dict.fromkeys(names)
 
     assert targets(parts["host-time"]) == {
         f"answer a frame, {policy}, p50": 50.0 for policy in ("async", "lockstep", "one cache")
@@ -179,6 +186,44 @@ def test_every_part_runs(measure: Callable[..., Any], fp16: Path) -> None:
     assert [figure["value"] for figure in device] == [0.0, 0.0]
 
     assert parts["rtx"]["notes"][1] == "an engine built for sm_90 loads here"
+
+
+def test_a_mesh_becomes_a_picture(measure: Callable[..., Any]) -> None:
+    result, parts = measure("--part", "mesh", "--fp16", demo_bundle().path, "--frames", "4", "--warmup", "1")
+    assert result.exit_code == 0, result.output
+    (name,) = parts["mesh"]["details"]
+    assert name == "mesh of 6288 triangles to 256x256 picture, tensorrt-rtx, host to host"
+    assert len(parts["mesh"]["details"][name]["answer_ms"]) == 4
+
+
+def test_the_picture_is_the_answer_in_bytes(software_cuda: Any, engines: Path) -> None:
+    """Against the same frame answered on the CPU from conditions that were drawn there."""
+    bundle = demo_bundle()
+    head = SyntheticHead(0, 256)
+    with Engine(bundle, policy="full") as engine:
+        clip = head.inputs(head.motion(2, bundle.manifest.fps or 30.0, seed=4))
+        needed = {name: array for name, array in clip.items() if name in engine.required_inputs}
+        images = [np.array(frame.outputs["image"][0]) for frame in engine.session().render(needed)]
+    backend = TensorRtBackend(software_flavour(), engine_cache=engines)
+    options = CudaOptions(outputs="device")
+    with (
+        CudaDevice(0) as device,
+        closing(MeshToPicture(device, bundle, 2)) as way,
+        Engine(bundle, policy="full", device="cuda:0", backend=backend, cuda=options) as engine,
+        engine.session() as session,
+    ):
+        for index, image in enumerate(images):
+            way.answer(session, index)
+            expected = np.clip(np.rint((image.transpose(1, 2, 0) + 1) * 127.5), 0, 255)
+            off = np.abs(way.picture.astype(np.float32) - expected)
+            # A value half-way between two bytes may be rounded to either; a pixel of the mesh's edge may differ.
+            assert np.mean(off > 1) < 1e-3
+
+
+def test_a_bundle_without_a_mesh_is_refused(measure: Callable[..., Any], fp16: Path) -> None:
+    result, parts = measure("--part", "mesh", "--fp16", fp16)
+    assert result.exit_code == 1
+    assert "is not fed with a mesh's conditions; take a bundle of the head" in parts["mesh"]["error"]
 
 
 def test_without_a_reference_bundle_the_others_run(measure: Callable[..., Any], fp16: Path) -> None:
@@ -249,7 +294,6 @@ def test_a_nan_counts_and_is_no_picture(
 
 def test_memory_that_grows_is_seen(measure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.empty_backend import EmptyCudaModule
-    from warpcache.engine.cuda_device import CudaDevice
     from warpcache.engine.spec import TensorSpec
 
     kept: list[Any] = []

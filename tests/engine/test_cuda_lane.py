@@ -392,7 +392,7 @@ def test_answers_on_the_gpu_are_lent_by_dlpack(
         assert len(pointers) == 5
 
 
-@pytest.mark.parametrize("protocol", [Foreign, Dlpack])
+@pytest.mark.parametrize("protocol", [Foreign, Dlpack, lambda array: array], ids=["interface", "dlpack", "ours"])
 def test_an_array_waits_for_what_its_owner_has_queued(
     make_engine: Callable[..., Engine], software_cuda: Any, protocol: Any
 ) -> None:
