@@ -296,7 +296,9 @@ class CudaWorkspace:
             spec.check_form(array)
             if not array.contiguous:
                 raise InputError(f"input {spec.name!r} is not contiguous on the GPU; make it contiguous there first")
-            return array
+            # A view of its own: lanes leave out the copy of what they hold already, and tell it by the object. The
+            # caller may hand in the same array again with something else in it.
+            return array[:]
         spec.check(array, finite=finite)
         pinned = self._staging.take_one(spec)
         np.copyto(pinned, array)

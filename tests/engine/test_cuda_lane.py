@@ -415,6 +415,24 @@ def test_an_array_waits_for_what_its_owner_has_queued(
         np.testing.assert_array_equal(with_owner, next(session.frames()).outputs["image"])
 
 
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_an_array_that_is_written_anew_is_read_anew(
+    make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any, graphs: str
+) -> None:
+    """A renderer draws every frame into the same array: the object handed in is the same, what is in it is not."""
+    x = images(3)
+    with make_engine(policy="full", cuda={"graphs": graphs}) as engine, CudaDevice(0) as device:
+        mine = device.allocate(X)
+        session = engine.session()
+        answers = []
+        for frame in x:
+            check(load().cuMemcpyHtoD(mine.pointer, frame.ctypes.data, frame.nbytes), "drawing")
+            check(load().cuStreamSynchronize(0), "drawing")
+            session.submit({"x": mine})
+            answers.append(np.array(next(session.frames()).outputs["image"]))
+    np.testing.assert_array_equal(answers, on_the_cpu(tiny_bundle, x, policy="full"))
+
+
 @pytest.mark.parametrize("wrong", ["device", "dtype", "shape", "strided", "host", "list"])
 def test_arrays_that_do_not_fit_are_refused(make_engine: Callable[..., Engine], software_cuda: Any, wrong: str) -> None:
     with make_engine(policy="full") as engine, CudaDevice(0) as device, CudaDevice(1) as other:
