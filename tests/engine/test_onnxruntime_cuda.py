@@ -558,7 +558,9 @@ def replay_is_the_plain_run(module: OnnxRuntimeCudaModule, device: CudaDevice, s
     for seed in range(3):
         plain = {"x": device.upload(frame(seed)), "image": device.allocate(module.outputs[0])}
         module.enqueue(plain, stream).wait()
-        check(load().cuMemcpyDtoD(bindings["x"].pointer, plain["x"].pointer, plain["x"].size_bytes), "copying")
+        # In order on the stream: a copy on the default stream is not waited for by ours.
+        size = plain["x"].size_bytes
+        check(load().cuMemcpyDtoDAsync(bindings["x"].pointer, plain["x"].pointer, size, stream.stream), "copying")
         graph.launch(stream)
         stream.synchronize()
         # The same kernels on the same numbers.

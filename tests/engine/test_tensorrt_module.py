@@ -174,6 +174,7 @@ def copy(source: DeviceArray, target: DeviceArray) -> None:
     from warpcache.kernels.driver import check, load
 
     check(load().cuMemcpyDtoD(target.pointer, source.pointer, source.size_bytes), "copying")
+    check(load().cuStreamSynchronize(0), "copying")  # on the default stream, which ours do not wait for
 
 
 @pytest.mark.parametrize("ran", [False, True])
