@@ -51,6 +51,7 @@ class DeviceMemory:
         self.pointer = int(check(result, f"allocating {_mib(size_bytes)} for {what}"))
         self.size_bytes = size_bytes
         self._release = weakref.finalize(self, _free_device, device.context, self.pointer)
+        self._release.atexit = False
 
     def close(self) -> None:
         """Give the memory back; safe to call twice. What still points into it points nowhere then."""
@@ -77,6 +78,7 @@ class PinnedMemory:
         )
         self.size_bytes = size_bytes
         self._release = weakref.finalize(self, _free_pinned, device.context, self.pointer)
+        self._release.atexit = False
 
     def close(self) -> None:
         """Give the memory back; safe to call twice."""
@@ -110,6 +112,7 @@ class CudaEvent:
         device.context.make_current()
         self.handle = check(self._cuda.cuEventCreate(flags), "creating an event")
         self._release = weakref.finalize(self, _destroy_event, device.context, self.handle)
+        self._release.atexit = False
 
     @property
     def done(self) -> bool:
@@ -180,6 +183,7 @@ class CudaStream:
         )
         self.handle = int(self.stream)
         self._release = weakref.finalize(self, _destroy_stream, device.context, self.stream)
+        self._release.atexit = False
         self._event = CudaEvent(device)
 
     def submit(self, work: Callable[[], Any]) -> Event:
@@ -397,6 +401,8 @@ class CudaDevice:
 
 
 # The context is kept by what it made: memory may outlive the device object, e.g. in an answer that a caller holds.
+# At the end of the process nothing is given back (`atexit`): a producer's thread may still be issuing to a stream, and
+# executors are taken down after us, which end with their stream; the driver takes everything back itself.
 
 
 def _free_device(context: Context, pointer: int) -> None:
@@ -419,8 +425,8 @@ def _quietly(context: Context, release: Callable[[Any], tuple[Any, ...]], what: 
     """Give something back where nothing can be raised; what goes wrong there is a warning."""
     cuda = load()
     try:
-        context.make_current()
-        check(release(cuda), f"giving back {what}")
+        with context.briefly_current():
+            check(release(cuda), f"giving back {what}")
     except DeviceError as exc:
         # At the end of a process the driver may be gone first, and everything with it.
         if "CUDA_ERROR_DEINITIALIZED" not in str(exc):

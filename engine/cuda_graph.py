@@ -29,6 +29,7 @@ class CudaGraph:
         self._cuda = load()
         self._executable = executable
         self._release = weakref.finalize(self, _destroy, context, executable)
+        self._release.atexit = False
 
     @classmethod
     def capture(cls, stream: CudaStream, work: Callable[[], Any], *, name: str) -> CudaGraph:
@@ -106,6 +107,6 @@ def _no_collection() -> Iterator[None]:
 
 
 def _destroy(context: Context, executable: Any) -> None:
-    cuda = load()
-    context.make_current()
-    cuda.cuGraphExecDestroy(executable)
+    # One that is being replayed is freed when that has ended.
+    with context.briefly_current():
+        load().cuGraphExecDestroy(executable)

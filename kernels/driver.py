@@ -6,11 +6,13 @@ GPU, shared with whatever else uses CUDA in it (torch, CuPy), so that their arra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from .errors import DeviceError
@@ -43,7 +45,7 @@ def _bindings() -> Any:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as exc:
         raise DeviceError(
-            f'cuda-python cannot be imported ({_first_line(exc)}); install it with pip install "warpcache[gpu]"'
+            f'cuda-python cannot be imported ({_first_line(exc)}); install it with pip install "warpcache[cuda]"'
         ) from exc
 
 
@@ -54,9 +56,9 @@ def _initialised() -> Any:
         (code,) = cuda.cuInit(0)
     # cuda-bindings raises RuntimeError, cuda-pathfinder its own DynamicLibNotFoundError (also a RuntimeError).
     except RuntimeError as exc:
-        raise DeviceError(
-            f"no NVIDIA driver was found ({_first_line(exc)}); install the driver of the GPU, or use device='cpu'"
-        ) from exc
+        # What is said of a library that is simply not there is this sentence once more.
+        reason = "" if type(exc).__name__ == "DynamicLibNotFoundError" else f" ({_first_line(exc)})"
+        raise DeviceError(f"no NVIDIA driver was found{reason}; install the driver of this machine's GPU") from exc
     check((code,), "starting the CUDA driver")
     version = int(check(cuda.cuDriverGetVersion(), "asking the CUDA driver for its version"))
     if version < OLDEST_DRIVER:
@@ -182,6 +184,25 @@ class Context:
         # Asked, not remembered: other libraries in the process change the current context too.
         if int(check(self._cuda.cuCtxGetCurrent(), "asking for the current context")) != int(handle):
             check(self._cuda.cuCtxSetCurrent(handle), f"switching to cuda:{self.ordinal}")
+
+    @contextlib.contextmanager
+    def briefly_current(self) -> Iterator[None]:
+        """`make_current` inside the ``with``, and what was current before after it.
+
+        For what gives memory back: Python's collector calls it on any thread between any two calls, where somebody
+        (we on another GPU, torch) has just said which GPU the next call is for.
+
+        Raises:
+            DeviceError: As `make_current`.
+        """
+        before = check(self._cuda.cuCtxGetCurrent(), "asking for the current context")
+        self.make_current()
+        try:
+            yield
+        finally:
+            if int(before) != int(self._handle or 0):
+                # One that has ended in the meantime cannot be put back, and nobody can use it.
+                self._cuda.cuCtxSetCurrent(before)
 
     def close(self) -> None:
         """Give the context back; safe to call twice. It ends with its last user in the process."""

@@ -233,7 +233,7 @@ class LaunchSequence:
 def _unload(context: Context, module: Any, source: str) -> None:
     # Also called when a library is forgotten, where nothing can be raised.
     try:
-        context.make_current()
-        check(load().cuModuleUnload(module), f"unloading {source}")
+        with context.briefly_current():
+            check(load().cuModuleUnload(module), f"unloading {source}")
     except DeviceError as exc:
         logger.warning("%s", exc)

@@ -397,8 +397,8 @@ class _Memory:
 def _free(context: Context, pointer: int) -> None:
     # Also called when the memory is forgotten, where nothing can be raised.
     try:
-        context.make_current()
-        check(load().cuMemFree(pointer), "giving back the rasteriser's memory")
+        with context.briefly_current():
+            check(load().cuMemFree(pointer), "giving back the rasteriser's memory")
     except DeviceError as exc:
         logger.warning("%s", exc)
 
