@@ -227,8 +227,8 @@ class CudaStream:
         if self._closed:
             raise ClosedError(f"stream {self.name!r} is closed; open a new one")
 
-    def close(self) -> None:
-        """Refuse new work and wait for what is queued; safe to call twice."""
+    def stop(self) -> None:
+        """Refuse new work and wait for what is queued; the driver's stream stays until `close`. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -237,6 +237,10 @@ class CudaStream:
         except DeviceError:
             # The work's own event has said it; a lost context must not keep the rest from being closed.
             logger.warning("stream %r ended with an error", self.name, exc_info=True)
+
+    def close(self) -> None:
+        """`stop`, and give the stream back; safe to call twice. Executors that were told of it must be closed."""
+        self.stop()
         self._event.close()
         self._release()
 
@@ -268,9 +272,14 @@ class CudaWorkerStream:
         """Block until everything submitted so far has ended."""
         self._thread.synchronize()
 
-    def close(self) -> None:
-        """Refuse new work and wait for what is queued; safe to call twice."""
+    def stop(self) -> None:
+        """See `CudaStream.stop`; the thread ends, too."""
         self._thread.close()
+        self.cuda.stop()
+
+    def close(self) -> None:
+        """`stop`, and give the stream back; safe to call twice."""
+        self.stop()
         self.cuda.close()
         self._end.close()
 
@@ -374,6 +383,11 @@ class CudaDevice:
         if math.prod(array.shape):
             check(load().cuMemcpyDtoH(result.ctypes.data, array.pointer, result.nbytes), "copying from the GPU")
         return result
+
+    def stop(self) -> None:
+        """Let every stream refuse new work, and wait for what is queued; safe to call twice."""
+        for stream in list(self._streams):
+            stream.stop()
 
     def close(self) -> None:
         """Close every stream after its queued work, and leave the GPU; safe to call twice.

@@ -178,11 +178,14 @@ class CudaPlacement:
     def close(self) -> None:
         """Wait for what runs and unload the modules; safe to call twice."""
         self._closed = True
-        # Streams first: work that runs still needs its module.
-        for device in self._devices.values():
-            device.close()
-        for loaded in (*self._producers, *self._exits.values()):
-            loaded.module.close()
+        with ExitStack() as last:
+            # Work that runs needs its module, and an executor its stream until it is closed: libraries look at the
+            # streams that their handles were last set to.
+            for device in self._devices.values():
+                device.stop()
+                last.callback(device.close)
+            for loaded in (*self._producers, *self._exits.values()):
+                loaded.module.close()
 
     def _open(self, ordinal: int) -> CudaDevice:
         device = self._devices.get(ordinal)

@@ -116,6 +116,10 @@ class OnnxRuntimeCudaModule:
     def close(self) -> None:
         """Release the graph and its memory; safe to call twice. Work that runs must have ended."""
         with self._lock:
+            if self._session is None:
+                return
+            # What the session holds of CUDA's libraries is given back on the GPU that is current.
+            self._device.context.make_current()
             self._session = self._buffers.binding = None
             self._buffers.forget()
 

@@ -23,7 +23,7 @@ from warpcache.engine.cuda_graph import CudaGraph
 from warpcache.engine.cuda_options import CudaOptions, parse_device
 from warpcache.engine.cuda_placement import ModuleFile
 from warpcache.engine.engine import Engine
-from warpcache.engine.errors import BackendError, DeviceError, InputError
+from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.spec import Array, TensorSpec
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load
@@ -621,6 +621,30 @@ def test_a_session_gives_everything_back(make_engine: Callable[..., Engine], sof
         assert software_cuda.count("graph_execs") == before["graph_execs"]
         del session
         assert not software_cuda.left_since(before)
+
+
+def test_modules_are_closed_after_their_work_and_before_their_stream(
+    make_engine: Callable[..., Engine], engines: Path, software_cuda: Any
+) -> None:
+    """Executors hold handles of libraries that look at their stream when they are given back."""
+    seen: list[tuple[str, str]] = []
+
+    class Watched(Wrapped):
+        def launch(self, bindings: Any, stream: CudaStream) -> None:
+            self.stream = stream
+            super().launch(bindings, stream)
+
+        def close(self) -> None:
+            super().close()
+            (code,) = load().cuStreamQuery(self.stream.stream)
+            with pytest.raises(ClosedError):
+                self.stream.require_open()
+            seen.append((self.name, code.name))
+
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    with make_engine(policy="async", backend=Wrapping(inner, Watched)) as engine:
+        list(engine.session().render({"x": images(3)}))
+    assert sorted(seen) == [(name, "CUDA_SUCCESS") for name in ("generator", "plain", "producer", "warp")]
 
 
 def test_what_is_missing_is_not_built_where_that_was_asked(
