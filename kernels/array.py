@@ -11,6 +11,8 @@ from .errors import InputError
 
 __all__ = ["DeviceArray"]
 
+_LEGACY = 1  # CU_STREAM_LEGACY: the default stream by a handle that is not 0
+
 
 class DeviceArray:
     """A typed, shaped view of memory on one GPU; it owns nothing, `owner` does.
@@ -132,13 +134,17 @@ class DeviceArray:
         """A DLPack capsule.
 
         Args:
-            stream: Handle of the taker's stream, which waits for `self.stream`; None and -1 order nothing.
+            stream: Handle of the taker's stream, which waits for `self.stream`; None is the default stream, as the
+                protocol says, and -1 orders nothing.
             options: The rest of the protocol's (max_version, dl_device, copy).
         """
+        # The device it is on may be asked for by name; the view refuses every name.
+        if options.get("dl_device") == self.__dlpack_device__():
+            del options["dl_device"]
         from cuda.core.utils import StridedMemoryView
 
         # By the other protocol: asked for any, it would take this one and end up here again.
-        view = StridedMemoryView.from_cuda_array_interface(self, stream_ptr=-1 if stream is None else stream)
+        view = StridedMemoryView.from_cuda_array_interface(self, stream_ptr=_LEGACY if stream is None else stream)
         return view.__dlpack__(stream=stream, **options)
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_graph import CudaGraph
 from warpcache.engine.spec import TensorSpec
+from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load
 from warpcache.kernels.loader import KernelLibrary
 
@@ -89,3 +90,32 @@ def test_at_the_end_of_the_process_nothing_is_given_back(software_cuda: Any) -> 
     during, after = run.stdout.splitlines()
     assert during.split() == ["1", "1", "2"], run.stdout
     assert after == during
+
+
+def test_who_takes_an_array_without_naming_a_stream_is_ordered_on_the_default_one(software_cuda: Any) -> None:
+    with CudaDevice(0) as device:
+        owner, reached = device.stream("owner"), device.event()
+        mine = device.allocate(SPEC)
+        lent = DeviceArray(mine.pointer, mine.shape, mine.dtype, device=0, owner=mine, stream=owner.handle)
+
+        def reach() -> None:
+            check(load().cuEventRecord(reached.handle, 0), "marking the default stream")
+
+        with software_cuda.held(owner):
+            check(load().cuMemsetD8Async(mine.pointer, 1, 4, owner.stream), "writing")
+            unordered = lent.__dlpack__(stream=-1)
+            reach()
+            assert reached.wait()  # or it would wait for ever
+            ordered = lent.__dlpack__()
+            reach()
+            assert not reached.done
+        assert reached.wait()
+        del unordered, ordered
+
+
+def test_an_array_is_lent_to_the_device_that_it_is_on_by_name(software_cuda: Any) -> None:
+    with CudaDevice(0) as device:
+        mine = device.allocate(SPEC)
+        assert mine.__dlpack__(stream=1, dl_device=(2, 0), max_version=(1, 0)) is not None
+        with pytest.raises(BufferError):
+            mine.__dlpack__(stream=1, dl_device=(1, 0))
