@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from ..kernels.driver import Context, check, load
@@ -52,7 +53,7 @@ class CudaGraph:
         stream.device.context.make_current()
         # Thread-local: what other threads do in the meantime (a producer's, torch's) neither breaks nor enters it.
         mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        with _no_collection():
+        with _collector_away:
             check(cuda.cuStreamBeginCapture(stream.stream, mode), f"starting the capture of {name}")
             try:
                 work()
@@ -93,17 +94,33 @@ class CudaGraph:
         self._release()
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's collector away: what it frees on the capturing thread could be device memory, which no capture
-    allows, and the collector comes when it likes."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+class _CollectorAway:
+    """Keeps Python's collector away inside the ``with``, on several threads at a time: what it frees on a capturing
+    thread could be device memory, which no capture allows, and the collector comes when it likes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._enabled = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._enabled = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._enabled:
+                gc.enable()
+
+
+# The collector is the process's, and engines on several GPUs may open sessions at the same time.
+_collector_away = _CollectorAway()
 
 
 def _destroy(context: Context, executable: Any) -> None:

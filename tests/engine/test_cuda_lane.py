@@ -264,6 +264,34 @@ def test_pythons_collector_does_not_come_into_a_capture(software_cuda: Any) -> N
         gc.collect()
 
 
+def test_the_collector_stays_out_until_the_last_of_several_captures_has_ended(software_cuda: Any) -> None:
+    """Engines on several GPUs open their sessions at the same time, and the collector is the process's."""
+    with CudaDevice(0) as device, CudaDevice(1) as other:
+        ours, theirs = device.stream("ours"), other.stream("theirs")
+        target, second = device.allocate(TensorSpec("t", "uint8", (4,))), other.allocate(TensorSpec("t", "uint8", (4,)))
+        inside, go_on = threading.Event(), threading.Event()
+
+        def long_work() -> None:
+            fill(theirs, second, 5)
+            inside.set()
+            assert go_on.wait(30)
+
+        graphs: list[CudaGraph] = []
+        thread = threading.Thread(target=lambda: graphs.append(CudaGraph.capture(theirs, long_work, name="theirs")))
+
+        def work() -> None:
+            fill(ours, target, 5)
+            thread.start()
+            assert inside.wait(30)
+
+        graphs.append(CudaGraph.capture(ours, work, name="ours"))
+        assert not gc.isenabled()
+        go_on.set()
+        thread.join()
+        assert gc.isenabled()
+        assert [graph.nodes for graph in graphs] == [1, 1]
+
+
 def test_debugging_finds_a_buffer_that_has_moved(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
     with make_engine(policy="full") as engine, CudaDevice(0) as device:
         session = engine.session()
