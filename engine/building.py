@@ -16,12 +16,16 @@ from .tensorrt_builder import BuildRequest, build_engines_isolated
 from .tensorrt_flavour import Flavour
 from .tensorrt_options import BuildOptions
 
-__all__ = ["BuiltEngine", "Progress", "build_engines", "engine_key", "precision_of"]
+__all__ = ["BuiltEngine", "Progress", "build_engines", "check_targets", "engine_key", "precision_of", "without_kernels"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Told what is worked on, how much is done, and of how much."""
+
+
+_OLDEST = {"bf16": 80, "fp8": 89}
+"""The first architecture that has kernels for a type; TensorRT builds nothing for several if one of them has none."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,26 @@ def precision_of(bundle: Bundle) -> str:
     record = bundle.manifest.created.get("precision")
     name = record.get("precision") if isinstance(record, dict) else None
     return name if isinstance(name, str) and name else "fp32"
+
+
+def without_kernels(precision: str, targets: Sequence[str]) -> list[str]:
+    """Those of `targets` whose GPUs do not compute in `precision`."""
+    oldest = _OLDEST.get(precision, 0)
+    return [target for target in targets if int(target.removeprefix("sm_")) < oldest]
+
+
+def check_targets(precision: str, targets: Sequence[str]) -> None:
+    """Refuse targets whose GPUs do not compute in `precision`, before any work is done.
+
+    Raises:
+        BackendError: If there are any.
+    """
+    lacking = without_kernels(precision, targets)
+    if lacking:
+        raise BackendError(
+            f"{precision} does not run on {', '.join(lacking)}: it takes sm_{_OLDEST[precision]} or newer; name other "
+            "targets, or take the bundle in fp16"
+        )
 
 
 def engine_key(
@@ -116,11 +140,12 @@ def build_engines(
         progress: Told how far it is.
 
     Raises:
-        BackendError: If TensorRT refuses a graph or a target, an engine is missing that was not to be built, or the
-            builder crashed.
+        BackendError: If TensorRT refuses a graph or a target, a target's GPU does not compute in the bundle's
+            precision, an engine is missing that was not to be built, or the builder crashed.
     """
     options = BuildOptions() if options is None else options
     resolved = flavour.resolve(tuple(targets), device=device)
+    check_targets(precision_of(bundle), resolved)
     names = sorted(bundle.manifest.modules) if modules is None else list(dict.fromkeys(modules))
     keys = {
         name: engine_key(bundle, name, flavour=flavour, targets=resolved, options=options, device=device)
@@ -172,7 +197,7 @@ def _store(cache: EngineCache, key: EngineKey, engine: bytes) -> Path | None:
     try:
         return cache.store(key, engine)
     except InputError as exc:
-        logger.warning("%s; the engine is used all the same, and built again the next time", exc)
+        logger.warning("%s; the engine serves this process only", exc)
         return None
 
 

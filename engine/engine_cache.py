@@ -244,7 +244,7 @@ class EngineCache:
             try:
                 self.store(key, engine)
             except InputError as exc:
-                logger.warning("%s; the engine is used all the same, and built again the next time", exc)
+                logger.warning("%s; the engine serves this process only", exc)
             return engine, True
 
     @contextlib.contextmanager

@@ -116,8 +116,9 @@ def _build(requests: Sequence[BuildRequest], flavour: Flavour, device: int) -> l
         )
         code = _run(folder)
         answers: list[bytes | WarpcacheError] = []
+        said: set[str] = set()
         for index, request in enumerate(requests):
-            answer = _answer(folder, index)
+            answer = _answer(folder, index, said)
             if answer is None:
                 return [*answers, _crash(request, flavour, code, folder)]
             answers.append(answer)
@@ -153,16 +154,19 @@ def _run(folder: Path) -> int:
                 process.wait()
 
 
-def _answer(folder: Path, index: int) -> bytes | WarpcacheError | None:
+def _answer(folder: Path, index: int, said: set[str]) -> bytes | WarpcacheError | None:
+    """One request's answer; what is in `said` is not logged again: libraries repeat some lines for every layer."""
     try:
-        said = json.loads((folder / f"{index}.json").read_text())
+        answer = json.loads((folder / f"{index}.json").read_text())
     except FileNotFoundError:
         return None
-    for level, text in said["log"]:
-        logger.log(level, "%s", text)
-    if said["error"] is None:
+    for level, text in answer["log"]:
+        if text not in said:
+            said.add(text)
+            logger.log(level, "%s", text)
+    if answer["error"] is None:
         return (folder / f"{index}.engine").read_bytes()
-    return _ERRORS[said["kind"]](said["error"])
+    return _ERRORS[answer["kind"]](answer["error"])
 
 
 def _crash(request: BuildRequest, flavour: Flavour, code: int, folder: Path) -> BackendError:

@@ -217,7 +217,8 @@ class _Fit:
             if len(found) == len(layers):
                 raise ExportError(
                     f"{self.options.precision} reaches {self.options.min_psnr_db:g} dB at exit {failing[0]!r} only "
-                    f"with all of its {len(layers)} layers in fp32, by {self.trials} trials; lower min_psnr_db"
+                    f"with all of its {len(layers)} layers in fp32, by {self.trials} trials; lower "
+                    "min_psnr_db (--min-psnr)"
                 )
             choice = _with_kept(choice, found)
         return fitted
@@ -242,7 +243,7 @@ class _Fit:
             if set(quantised) <= {*choice.unquantised, *choice.kept}:
                 raise ExportError(
                     f"{quant} reaches {self.options.min_psnr_db:g} dB only with every layer left in fp16 (with none: "
-                    f"{max(worst.values()):.1f} dB); lower min_psnr_db, or use fp16"
+                    f"{max(worst.values()):.1f} dB); lower min_psnr_db (--min-psnr), or use fp16"
                 )
         return fitted
 
@@ -320,7 +321,8 @@ class _Fit:
         what = f"{parity.nan} values that are NaN or Inf" if parity.nan else f"{min(parity.psnr_db):.1f} dB"
         return ExportError(
             f"{self.options.precision} gives {what} at exit {exit_!r} whatever is kept in fp32, where "
-            f"{self.options.min_psnr_db:g} dB are asked for; lower min_psnr_db, or set cache_precision to fp32"
+            f"{self.options.min_psnr_db:g} dB are asked for; lower min_psnr_db (--min-psnr), or set "
+            "cache_precision (--cache-precision) to fp32"
         )
 
 

@@ -7,6 +7,7 @@ the folder of a deployment is renamed as a whole. Engines go into the engine cac
 from __future__ import annotations
 
 import dataclasses
+import errno
 import tempfile
 import time
 from collections.abc import Sequence
@@ -171,7 +172,7 @@ def build_bundle(
         InputError: If what was asked for does not fit together, or something is in the way.
         ModuleNotFoundError: If a conversion needs the ``export`` extra and it is not installed.
     """
-    from .engine.building import precision_of
+    from .engine.building import check_targets, precision_of
     from .engine.bundle import Bundle
     from .engine.engine_cache import default_folder
     from .engine.tensorrt_flavour import Flavour
@@ -184,6 +185,10 @@ def build_bundle(
     chosen, why = choose_targets(flavour, targets)
     bundle = Bundle.open(path)
     wanted = _wanted_precision(bundle, precision_of(bundle), precision, conversion)
+    if targets is None:
+        chosen, why = _fitting(wanted or precision_of(bundle), chosen, why)
+    # Before the conversion, which may take minutes.
+    check_targets(wanted or precision_of(bundle), chosen)
     deployment = None
     if out is not None:
         with written_folder(out) as folder:
@@ -191,10 +196,7 @@ def build_bundle(
             inside = (
                 _convert(bundle, folder / name, wanted, conversion, progress) if wanted else add_bundle(folder, bundle)
             )
-            engines = _engines(inside, flavour, chosen, folder / ENGINES, progress)
-            lost = [engine.module for engine in engines if engine.path is None]
-            if lost:
-                raise InputError(f"the engine of {lost[0]!r} cannot be written into {str(out)!r}; free some space")
+            engines = _engines(inside, flavour, chosen, folder / ENGINES, progress, home=out / ENGINES)
             deployment = add_runtime(folder, out, inside, flavour=flavour, targets=chosen)
         bundle, home = dataclasses.replace(inside, path=out / name), out / ENGINES
     elif wanted:
@@ -206,12 +208,17 @@ def build_bundle(
         home = default_folder(beside)
         with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", suffix=".partial", dir=beside.parent) as staging:
             inside = _convert(bundle, Path(staging) / beside.name, wanted, conversion, progress)
-            engines = _engines(inside, flavour, chosen, home, progress)
-            inside.path.rename(beside)
+            engines = _engines(inside, flavour, chosen, home, progress, home=home)
+            try:
+                inside.path.rename(beside)
+            except OSError as exc:
+                if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                raise InputError(f"{str(beside)!r} was made by somebody else meanwhile; build that one") from exc
         bundle = dataclasses.replace(inside, path=beside)
     else:
         home = default_folder(bundle.path)
-        engines = _engines(bundle, flavour, chosen, home, progress)
+        engines = _engines(bundle, flavour, chosen, home, progress, home=home)
     return Built(
         bundle=bundle,
         precision=precision_of(bundle),
@@ -269,9 +276,10 @@ def _wanted_precision(
     if asked is None or asked == there:
         if conversion.asked:
             because = f"is {there} already" if asked is not None else "stays as it is without --precision"
+            one = len(conversion.asked) == 1
             raise InputError(
-                f"{', '.join(conversion.asked)} belongs to a conversion, but the bundle {str(bundle.path)!r} "
-                f"{because}; leave it out"
+                f"{', '.join(conversion.asked)} {'belongs' if one else 'belong'} to a conversion, but the bundle "
+                f"{str(bundle.path)!r} {because}; leave {'it' if one else 'them'} out"
             )
         return None
     if there != "fp32" or asked == "fp32":
@@ -284,13 +292,32 @@ def _wanted_precision(
     return asked
 
 
+def _fitting(precision: str, targets: tuple[str, ...], why: str) -> tuple[tuple[str, ...], str]:
+    """The targets that were chosen for the user, and why, without GPUs that do not compute in the precision."""
+    from .engine.building import without_kernels
+
+    lacking = without_kernels(precision, targets)
+    if not lacking or len(lacking) == len(targets):
+        return targets, why
+    fitting = tuple(target for target in targets if target not in lacking)
+    return fitting, f"{why}; without {', '.join(lacking)}, which has no {precision}"
+
+
 def _engines(
-    bundle: Bundle, flavour: Flavour, targets: tuple[str, ...], folder: Path, progress: Report
+    bundle: Bundle, flavour: Flavour, targets: tuple[str, ...], folder: Path, progress: Report, *, home: Path
 ) -> list[BuiltEngine]:
+    """Build the engines into `folder`, which is going to be `home`; here one that cannot be kept is a failure."""
     from .engine.building import build_engines
     from .engine.engine_cache import EngineCache
 
-    return build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(folder), progress=progress)
+    engines = build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(folder), progress=progress)
+    lost = [engine.module for engine in engines if engine.path is None and not engine.reused]
+    if lost:
+        raise InputError(
+            f"{len(lost)} of {len(engines)} engines could not be written into {str(home)!r}, that of {lost[0]!r} "
+            "first; free some space there, or choose a folder that can be written"
+        )
+    return engines
 
 
 def _convert(bundle: Bundle, out: Path, precision: LowPrecision, conversion: Conversion, progress: Report) -> Bundle:
@@ -344,8 +371,9 @@ def print_built(built: Built, *, console: Console | None = None) -> None:
         if built.converted:
             say(f"wrote {built.bundle.path}")
         say(f"engines in {built.folder}")
+        answer = "ANSWER.npz" if built.bundle.manifest.image_output is None else "ANSWER.mp4"
         say(
-            f"next:  warpcache run {_shown(built.bundle.path)} INPUTS.npz --out ANSWER.mp4 --device cuda:0 "
+            f"next:  warpcache run {_shown(built.bundle.path)} INPUTS.npz --out {answer} --device cuda:0 "
             f"--backend {built.flavour.name}"
         )
         return

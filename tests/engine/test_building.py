@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 
-from warpcache.engine.building import build_engines, engine_key, precision_of
+from warpcache.engine.building import build_engines, engine_key, precision_of, without_kernels
 from warpcache.engine.bundle import Bundle, write_bundle
 from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError
@@ -101,7 +101,7 @@ def test_an_engine_that_cannot_be_stored_is_used_all_the_same(
         )
     assert built.path is None
     assert built.engine[:4] == b"vtrt"
-    assert "the engine is used all the same" in caplog.text
+    assert "the engine serves this process only" in caplog.text
 
 
 def test_what_another_process_built_meanwhile_is_taken(
@@ -125,6 +125,37 @@ def test_what_another_process_built_meanwhile_is_taken(
     found = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=ours)
     assert all(built.reused for built in found)
     assert [built.engine for built in found] == [built.engine for built in theirs]
+
+
+@pytest.mark.parametrize(
+    ("precision", "targets", "lacking"),
+    [
+        ("fp8", ("sm_80", "sm_86", "sm_89", "sm_120"), ["sm_80", "sm_86"]),
+        ("bf16", ("sm_75", "sm_80"), ["sm_75"]),
+        ("int8", ("sm_75",), []),
+        ("fp16", ("sm_75",), []),
+        ("fp32", ("sm_75",), []),
+    ],
+)
+def test_gpus_that_do_not_compute_in_a_precision_are_refused(
+    precision: str,
+    targets: tuple[str, ...],
+    lacking: list[str],
+    make_bundle: Callable[[], Path],
+    tmp_path: Path,
+    flavour: Flavour,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As TensorRT-RTX 1.7 answers when it builds: 'Cannot compile for target(s) ..., HW-specific datatypes'."""
+    assert without_kernels(precision, targets) == lacking
+    if not lacking:
+        return
+    bundle = Bundle.open(make_bundle())
+    created = {**bundle.manifest.created, "precision": {"precision": precision}}
+    bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, created=created))
+    monkeypatch.setattr("warpcache.engine.building.build_engines_isolated", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(BackendError, match=rf"^{precision} does not run on {', '.join(lacking)}: it takes sm_8"):
+        build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(tmp_path / "engines"))
 
 
 def test_full_tensorrts_engines_are_kept_by_the_model_of_the_gpu(tiny_bundle: Path, software_cuda: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import signal
 import subprocess
@@ -456,6 +457,25 @@ def test_what_the_other_process_logs_is_logged_here(relu, caplog):
     with caplog.at_level(logging.INFO):
         build_engine_isolated(relu, flavour=software_flavour())
     assert any(record.message.startswith("built module 'm' with TensorRT-RTX") for record in caplog.records)
+
+
+def test_what_a_library_says_for_every_module_is_logged_once(relu, caplog, monkeypatch):
+    answered = tensorrt_builder._answer
+
+    def repeating(folder, index, said):
+        path = folder / f"{index}.json"
+        answer = json.loads(path.read_text())
+        answer["log"] = [[logging.WARNING, "TensorRT-RTX: scales are converted"]] * 3 + answer["log"]
+        path.write_text(json.dumps(answer))
+        return answered(folder, index, said)
+
+    monkeypatch.setattr(tensorrt_builder, "_answer", repeating)
+    with caplog.at_level(logging.INFO):
+        build_engines_isolated([relu, dataclasses.replace(relu, name="n")], flavour=software_flavour())
+    said = [record.message for record in caplog.records]
+    assert said.count("TensorRT-RTX: scales are converted") == 1
+    # Not the same line: another module's.
+    assert sum(line.startswith("built module") for line in said) == 2
 
 
 def test_a_process_that_cannot_begin_says_its_last_words(relu, temporary):
