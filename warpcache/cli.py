@@ -8,6 +8,7 @@ matplotlib, torch) happen inside the commands, so that ``--help`` answers at onc
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -451,6 +452,11 @@ def doctor(as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line and leave the process with its exit code."""
+    # What ends a job from outside (timeout, a service manager, a closed terminal) is to clean up as Ctrl-C does.
+    for name in ("SIGTERM", "SIGHUP"):
+        ended = getattr(signal, name, None)
+        if ended is not None and signal.getsignal(ended) is signal.SIG_DFL:
+            signal.signal(ended, signal.default_int_handler)
     cli(prog_name="warpcache")
 
 
@@ -481,7 +487,7 @@ def _engines_kept() -> Iterator[None]:
         yield
     except KeyboardInterrupt as exc:
         raise Failure(
-            "interrupted; engines that were finished are kept in the cache, nothing else was written"
+            "interrupted; nothing unfinished was left behind, engines that were in the cache already are kept"
         ) from exc
 
 

@@ -179,6 +179,10 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         from .device_choice import DeviceChoice
 
+        given = [name for name, value in (("--graphs", graphs), ("--producer-device", producer_devices)) if value]
+        if device == "cpu" and given:
+            # Not left to the engine: the policies of a benchmark that run first do without producers beside them.
+            raise click.UsageError(f"{given[0]} is for a GPU, but the device is the CPU; name one by --device cuda:N")
         choice = DeviceChoice(device=device, backend=backend, graphs=graphs, producer_devices=producer_devices)
         return command(*args, on=choice, **options)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,8 +211,81 @@ def test_what_fails_leaves_no_bundle(
     bundle = make_bundle()
     place = ["--out", tmp_path / "edge"] if out else []
     result = call(bundle, "--backend", "tensorrt-rtx", "--target", "sm_89", "--precision", "fp16", *place)
-    opening = "interrupted; engines that were finished are kept" if isinstance(error, KeyboardInterrupt) else str(error)
+    opening = "interrupted; nothing unfinished was left behind" if isinstance(error, KeyboardInterrupt) else str(error)
     assert_failed(result, opening)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.warp"]
+
+
+def test_a_bundle_that_somebody_else_made_meanwhile_stays(
+    make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="the export extra is not installed")
+    bundle, theirs = make_bundle(), tmp_path / "tiny.fp16.warp"
+    real = warpcache.engine.building.build_engines
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        theirs.mkdir()
+        (theirs / "manifest.json").write_text("theirs")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(warpcache.engine.building, "build_engines", meanwhile)
+    result = call(bundle, "--backend", "tensorrt-rtx", "--target", "sm_89", "--precision", "fp16")
+    assert_failed(result, f"'{theirs}' was made by somebody else meanwhile; build that one")
+    assert (theirs / "manifest.json").read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == [theirs.name, "tiny.warp"]
+
+
+def test_engines_that_cannot_be_kept_are_a_failure(tiny_bundle: Path, cache: Path) -> None:
+    cache.mkdir()
+    (cache / "engines").write_text("a file where the folder is to be")
+    result = call(tiny_bundle, "--backend", "tensorrt-rtx", "--target", "sm_89")
+    assert result.exit_code == 1, result.output
+    # Before it, a warning for each says why.
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"warpcache: 4 of 4 engines could not be written into '{cache / 'engines'}'"), last
+    assert [path.name for path in cache.iterdir()] == ["engines"]
+
+
+def test_gpus_without_the_precision_are_left_out_or_refused_before_the_conversion(
+    make_bundle: Any, frames: Path, tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="the export extra is not installed")
+    gpu(None)
+    bundle = make_bundle()
+    common = [bundle, "--backend", "tensorrt-rtx", "--precision", "fp8", "--inputs", frames, "--min-psnr", "20"]
+    result = call(*common, "--target", "sm_86,sm_89")
+    assert_failed(result, "fp8 does not run on sm_86: it takes sm_89 or newer; name other targets")
+    assert "converting" not in result.stderr
+    result = call(*common)
+    assert result.exit_code == 0, result.output
+    assert "for sm_89, sm_120 (no GPU is here, " in result.stdout
+    assert "; without sm_86, which has no fp8)" in result.stdout
+
+
+def test_a_job_that_is_ended_from_outside_leaves_nothing(make_bundle: Any, tmp_path: Path) -> None:
+    """As `timeout` and service managers end one: what Ctrl-C cleans up is cleaned up."""
+    bundle = make_bundle()
+    code = """
+    import os, signal, sys
+    import warpcache.engine.building
+    from warpcache.cli import main
+
+    def build_engines(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal did nothing")
+
+    warpcache.engine.building.build_engines = build_engines
+    main()
+    """
+    command = ["build", bundle, "--backend", "tensorrt-rtx", "--target", "sm_89", "--out", tmp_path / "edge"]
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(code), *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("warpcache: interrupted; nothing unfinished was left behind")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.warp"]
 
 
@@ -221,7 +296,7 @@ def test_what_fails_leaves_no_bundle(
         (["--precision", "int8"], "int8 is calibrated on frames of yours; name them with --inputs"),
         (["--precision", "fp8"], "fp8 is calibrated on frames of yours; name them with --inputs"),
         (["--inputs", "x.npz"], "--inputs belongs to a conversion, but the bundle "),
-        (["--precision", "fp32", "--keep", "up", "--min-psnr", "50"], "--keep, --min-psnr belongs to a conversion"),
+        (["--precision", "fp32", "--keep", "up", "--min-psnr", "50"], "--keep, --min-psnr belong to a conversion"),
         (["--precision", "fp16", "--inputs", "none.npz"], "inputs 'none.npz' do not exist"),
     ],
 )

@@ -79,6 +79,8 @@ ON_GPU = ("--device", "cuda:0", "--backend", "tensorrt-rtx")
         (["--backend", "openvino"], "'openvino' is not one of"),
         (["--graphs", "maybe"], "'maybe' is not one of"),
         (["--producer-device", "gpu1"], "unknown device 'gpu1'"),
+        (["--graphs", "on"], "--graphs is for a GPU, but the device is the CPU"),
+        (["--producer-device", "cuda:1"], "--producer-device is for a GPU, but the device is the CPU"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "bench"])
@@ -93,8 +95,6 @@ def test_what_is_no_device_is_wrong_usage(command: str, options: list[str], word
     ("options", "opening"),
     [
         (["--backend", "tensorrt-rtx"], "backend 'tensorrt-rtx' does not run on the CPU; choose device='cuda:0'"),
-        (["--graphs", "on"], "options for a GPU were given for device 'cpu'"),
-        (["--producer-device", "cuda:1"], "options for a GPU were given for device 'cpu'"),
         (["--device", "cuda:0", "--threads", "2"], "threads are the CPU's, but the device is 'cuda:0'"),
         (["--device", "cuda:0", "--producer-device", "cpu"], "a producer cannot run on 'cpu'"),
     ],

@@ -26,7 +26,7 @@ NO_DRIVER = Probed(
         "cuda": None,
         "driver": None,
         "found": False,
-        "error": "no NVIDIA driver was found (libcuda.so.1); install the driver of the GPU, or use device='cpu'",
+        "error": "no NVIDIA driver was found (libcuda.so.1); install the driver of this machine's GPU",
         "gpus": [],
     }
 )
