@@ -267,11 +267,25 @@ def test_the_example_ends_with_one_sentence_where_no_gpu_is(edge: Path, tmp_path
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "answers.npz").exists()
     assert run_alone(edge, code, **places, COUNT="0").stderr.startswith("Answer the frames of an .npz")
+    # Frames that are none, the same: a file of another kind, one that was cut off, an array alone, objects.
+    whole = (tmp_path / "frames.npz").read_bytes()
+    (tmp_path / "frames.npz").write_bytes(b"hello")
+    said = [run_alone(edge, code, **places, COUNT="1").stderr]
+    (tmp_path / "frames.npz").write_bytes(whole[:500])
+    said.append(run_alone(edge, code, **places, COUNT="1").stderr)
+    with (tmp_path / "frames.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    said.append(run_alone(edge, code, **places, COUNT="1").stderr)
+    np.savez(tmp_path / "frames.npz", x=np.array([{}], dtype=object))
+    said.append(run_alone(edge, code, **places, COUNT="1").stderr)
+    for line in said:
+        assert line.startswith(f"run.py: '{tmp_path / 'frames.npz'}' is not an .npz of arrays: "), line
+        assert len(line.splitlines()) == 1
 
 
 def test_the_example_is_short(edge: Path) -> None:
     lines = (edge / "run.py").read_text().splitlines()
-    assert len(lines) <= 40
+    assert len(lines) <= 45
     compile("\n".join(lines), "run.py", "exec")
 
 
