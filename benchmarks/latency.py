@@ -30,7 +30,7 @@ from rich.table import Table
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.cuda_options import CudaOptions, parse_device
 from warpcache.engine.engine import Engine
-from warpcache.engine.errors import BackendError, InputError
+from warpcache.engine.errors import InputError, WarpcacheError
 from warpcache.engine.policy import Policy
 from warpcache.engine.quality import measure_frames
 from warpcache.engine.session import Frame
@@ -131,12 +131,13 @@ def main(
 ) -> None:
     """Compare a bundle's latency with the whole generator's in other executors."""
     rivals = _checked_rivals(against, generator, device)
-    opened, arrays = _open(bundle, inputs, frames)
     with ExitStack() as stack:
+        stack.enter_context(_one_sentence())
+        chosen = Policy.parse(policy)
+        opened, arrays = _open(bundle, inputs, frames)
         contenders: list[Contender] = [
             _make(name, stack, opened, device, threads, generator, weights, half) for name in rivals
         ]
-        chosen = Policy.parse(policy)
         ours = stack.enter_context(_engine(opened, chosen, device, backend, threads))
         contenders.append(WarpcacheContender(f"warpcache {policy}", ours, _image(opened)))
         rows = compare(contenders, arrays, frames=frames, blocks=blocks, reference=_reference(opened, arrays, frames))
@@ -224,8 +225,13 @@ def _checked_rivals(against: str, generator: str | None, device: str) -> list[st
         raise click.BadParameter(f"{against!r}: choose some of {', '.join(CONTENDERS)}, joined by commas")
     if any(name.startswith("torch") for name in names) and generator is None:
         raise click.UsageError("torch runs the PyTorch generator, which a bundle does not hold; name it by --generator")
-    if parse_device(device) is None and any(name.startswith("tensorrt") for name in names):
-        raise click.UsageError("tensorrt runs on a GPU only; give --device cuda:0, or leave it out of --against")
+    try:
+        on_cpu = parse_device(device) is None
+    except InputError as exc:
+        raise click.BadParameter(str(exc)) from exc
+    for name in names:
+        if on_cpu and name.startswith("tensorrt"):
+            raise click.UsageError(f"{name} runs on a GPU only; give --device cuda:0, or leave it out of --against")
     return names
 
 
@@ -270,13 +276,18 @@ def _make(
 
 @contextmanager
 def _engine(bundle: Bundle, policy: Policy, device: str, backend: str, threads: int | None) -> Iterator[Engine]:
-    try:
-        options = {"threads": threads} if parse_device(device) is None else {"cuda": CudaOptions()}
-        engine = Engine(bundle, policy=policy, device=device, backend=backend, **options)  # type: ignore[arg-type]
-    except (BackendError, InputError) as exc:
-        raise click.ClickException(str(exc)) from exc
-    with engine:
+    options = {"threads": threads} if parse_device(device) is None else {"cuda": CudaOptions()}
+    with Engine(bundle, policy=policy, device=device, backend=backend, **options) as engine:  # type: ignore[arg-type]
         yield engine
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """What a user can cause ends as one sentence and no traceback."""
+    try:
+        yield
+    except WarpcacheError as exc:
+        raise click.ClickException(str(exc)) from exc
 
 
 def _reference(bundle: Bundle, arrays: Frames, frames: int) -> NDArray[np.float32]:
