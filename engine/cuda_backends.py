@@ -74,12 +74,11 @@ class TensorRtBackend:
         cache = EngineCache(default_folder(bundle.path) if self._folder is None else self._folder)
         for architecture, device in {device.architecture: device for device in devices}.items():
             # Full TensorRT builds for the current GPU only, so a second architecture is built with that GPU current.
-            target = architecture if self._flavour.ahead_of_time else CURRENT
             device.context.make_current()
             for built in build_engines(
                 bundle,
                 flavour=self._flavour,
-                targets=(target,),
+                targets=(CURRENT,),
                 device=device.ordinal,
                 cache=cache,
                 modules=modules,

@@ -198,6 +198,19 @@ def test_engines_built_ahead_are_the_ones_that_run(
     assert result.exit_code == 0, result.output
 
 
+def test_a_gpu_that_the_library_has_no_code_for_is_named(
+    software_rtx: Any, tiny_bundle: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """As TensorRT-RTX on a Hopper: what does not help there, as naming another target, is not said."""
+    software_rtx.configure(compute_major=7, compute_minor=0)
+    said = assert_failed(
+        call("run", tiny_bundle, inputs, "--out", tmp_path / "out.npz", "--age", "1", *ON_GPU),
+        "TensorRT-RTX 1.",
+    )
+    assert "has no code for cuda:0 (Software CUDA 0, sm_70); it knows sm_75" in said
+    assert said.endswith("take 'tensorrt' or 'onnxruntime' on this GPU")
+
+
 def test_the_page_names_the_gpu(tmp_path: Path) -> None:
     facts = {
         "driver": "580.65.06",
