@@ -40,7 +40,7 @@ class CudaOptions:
 
     Attributes:
         graphs: ``"auto"`` replays CUDA graphs where the backend can be captured, and issues call by call where it
-            cannot, which is logged once and shows in the session's statistics; ``"on"`` raises there; ``"off"`` never
+            cannot, which is logged and shows in the session's statistics; ``"on"`` raises there; ``"off"`` never
             captures, and binds arrays that are on the GPU already as they are, without a copy.
         outputs: Where answers lie: ``"host"`` in pinned memory as NumPy arrays, ``"device"`` in the GPU's memory as
             arrays that torch, CuPy and others take by DLPack.
