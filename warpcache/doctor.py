@@ -322,7 +322,8 @@ def _driver(facts: Facts) -> Finding:
             name,
             "problem",
             f"{what}: older than the installed CUDA {_dotted(nvrtc)} packages, whose code it refuses",
-            f'update the driver, or pip install "nvidia-cuda-nvrtc=={cuda[0]}.*" "cuda-python=={cuda[0]}.*"',
+            # Older packages are no way out: cuda-python of that CUDA lacks what is used here.
+            f"update the driver to one of CUDA {nvrtc[0]}",
         )
     return Finding(name, "ok", what)
 
