@@ -195,10 +195,13 @@ class CudaLane:
         bindings = self._bindings[key]
         if graph is None:
             bindings = dict(bindings)
+        ordered = False
         for name in self._loaded.frame_inputs:
             source = inputs[name]
             if isinstance(source, DeviceArray):
-                stream.wait_for(self._arrived)
+                if not ordered:
+                    stream.wait_for(self._arrived)
+                    ordered = True
                 if graph is None and _bindable(source, self._device):
                     bindings[name] = source
                     continue

@@ -244,13 +244,11 @@ class CudaWorkspace:
         specs = tuple(record.spec for record in manifest.inputs)
         depth = max(1, slots) + _WAITING_FRAMES
         self._staging = OutputPool(specs, allocate=device.allocate_pinned, kept=depth, ready=3)
-        pool: OutputPool | DevicePool
+        self._answers: OutputPool | DevicePool
         if options.outputs == "device":
-            pool = DevicePool(manifest.outputs, allocate=device.allocate, ready=2)
+            self._answers = DevicePool(manifest.outputs, allocate=device.allocate, ready=2)
         else:
-            pool = OutputPool(manifest.outputs, allocate=device.allocate_pinned, ready=2)
-        self.take_outputs = pool.take
-        self.reserve = pool.reserve
+            self._answers = OutputPool(manifest.outputs, allocate=device.allocate_pinned, ready=2)
         with ExitStack() as undo:
             undo.callback(self._release)
             ring = CudaSlots(device, manifest.cache, slots) if slots else None
@@ -303,16 +301,29 @@ class CudaWorkspace:
             # caller may hand in the same array again with something else in it.
             return array[:]
         spec.check(array, finite=finite)
+        self._require_open()
         pinned = self._staging.take_one(spec)
         np.copyto(pinned, array)
         return HostInput(pinned, pinned.__array_interface__["data"][0])
 
+    def take_outputs(self) -> dict[str, Any]:
+        """Memory for one answer, pinned or on the GPU, the caller's alone while anything refers to it."""
+        self._require_open()
+        return self._answers.take()
+
+    def reserve(self) -> None:
+        """See to it that the next `take_outputs` needs no fresh memory."""
+        if not self._closed:
+            self._answers.reserve()
+
     def exit(self, route: Route) -> Lane:
         """The lane of an exit."""
+        self._require_open()
         return self._exit_lanes[route]
 
     def producer(self, index: int) -> Lane:
         """The lane of a producer."""
+        self._require_open()
         return self._producer_lanes[index]
 
     def close(self) -> None:
@@ -325,7 +336,17 @@ class CudaWorkspace:
                 stream.synchronize()
             self._release()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the session is closed; open a new one with engine.session()")
+
     def _release(self) -> None:
         for lane in (*self._exit_lanes.values(), *self._producer_lanes):
             lane.close()
+        # Their slots and buffers go with the lanes, what waits in the pools with these; answers stay their callers'.
+        self._exit_lanes.clear()
+        self._producer_lanes.clear()
+        self._staging = OutputPool(())
+        self._answers = OutputPool(())
+        self._arrived.close()
         self._intake.close()

@@ -98,6 +98,8 @@ class Rendering(Reader):
         return None
 
     def prepare_ahead(self) -> None:
+        if self._session.closed:
+            return
         if self._prepared is None and self._refused is None and self._position < self._length:
             try:
                 self._prepared = self._prepare()

@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import DeviceError
 
-__all__ = ["OLDEST_DRIVER", "Context", "check", "device_count", "load"]
+__all__ = ["OLDEST_DRIVER", "Context", "check", "cuda_version", "device_count", "load"]
 
 OLDEST_DRIVER = 12_000
 """The oldest driver that serves, as `cuDriverGetVersion` counts: CUDA 12.0."""
@@ -109,6 +109,16 @@ def device_count() -> int:
     """
     cuda = load()
     return int(check(cuda.cuDeviceGetCount(), "counting the GPUs"))
+
+
+def cuda_version() -> int:
+    """The newest CUDA that the driver speaks, as `cuDriverGetVersion` counts: 13000 for 13.0.
+
+    Raises:
+        DeviceError: As `load`.
+    """
+    cuda = load()
+    return int(check(cuda.cuDriverGetVersion(), "asking the CUDA driver for its version"))
 
 
 class Context:

@@ -17,12 +17,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .compiler import cached_cubin
-from .driver import Context, check, load
+from .driver import Context, check, cuda_version, load
 from .errors import BackendError, DeviceError
 
 __all__ = ["Argument", "Kernel", "KernelLibrary", "Launch", "LaunchSequence"]
 
 logger = logging.getLogger(__name__)
+
+# Machine code of CUDA 13's compiler is for drivers of CUDA 13 and newer; what else runs on a GPU here is not ours.
+_OLDEST_DRIVER = 13_000
 
 Argument = Any
 """A kernel's argument: a ctypes instance (structures are handed over by value), or a pair (value, ctypes type)."""
@@ -44,6 +47,12 @@ class KernelLibrary:
     def __init__(self, context: Context, source: str, defines: Mapping[str, str | int] | None = None) -> None:
         self.context = context
         self.source = source
+        version = cuda_version()
+        if version < _OLDEST_DRIVER:
+            raise DeviceError(
+                f"the NVIDIA driver speaks CUDA {version // 1000}.{version % 1000 // 10}, and the kernels of {source} "
+                "are compiled for CUDA 13; update the driver to 580 or newer"
+            )
         text = (importlib.resources.files(__package__) / source).read_text("utf-8")
         code = cached_cubin(text, context.architecture, name=source, defines=defines or {})
         # Every kernel has a section of its own in a cubin.

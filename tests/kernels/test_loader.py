@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from warpcache.kernels import loader
+from warpcache.kernels.driver import Context
 from warpcache.kernels.errors import BackendError, DeviceError
 from warpcache.kernels.loader import KernelLibrary, LaunchSequence
 
@@ -175,3 +176,11 @@ class TestOldDrivers:
             ONE, THREADS, summary_arguments(blocks.array.pointer, summary.array.pointer), stream=gpu.stream.handle
         )
         assert summary.read()[1] == 4
+
+
+def test_a_driver_older_than_the_compiler_is_said(software_cuda: Any) -> None:
+    software_cuda.configure(driver_version=12080)
+    context = Context(0)
+    with pytest.raises(DeviceError, match=r"^the NVIDIA driver speaks CUDA 12\.8, and the kernels of image\.cu are"):
+        KernelLibrary(context, "image.cu")
+    context.close()
