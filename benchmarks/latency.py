@@ -108,7 +108,11 @@ class TorchContender:
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs this project's bundle.")
 @click.option("--policy", default="async", show_default=True)
 @click.option("--generator", metavar="MODULE:FACTORY", help="The PyTorch generator, for torch and torch-compile.")
-@click.option("--weights", type=click.Path(path_type=Path), help="Its weights, .safetensors; else as the factory made it, and its PSNR says nothing.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Its weights, .safetensors; else as the factory made it, and its PSNR says nothing.",
+)
 @click.option("--half", is_flag=True, help="Run torch in float16.")
 @click.option("--frames", type=click.IntRange(min=8), default=120, show_default=True, help="Frames a block.")
 @click.option("--blocks", type=click.IntRange(min=1), default=3, show_default=True)

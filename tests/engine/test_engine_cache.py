@@ -448,7 +448,7 @@ def test_a_disk_that_refuses_is_one_sentence_and_the_engine_is_used(tmp_path, mo
     assert "\n" not in str(caught.value)
     with caplog.at_level(logging.WARNING, LOGGER):
         assert cache.get_or_build(key(), lambda: ENGINE) == (ENGINE, True)
-    assert "the engine is used all the same" in caplog.text
+    assert "the engine serves this process only" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
