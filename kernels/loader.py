@@ -47,14 +47,14 @@ class KernelLibrary:
     def __init__(self, context: Context, source: str, defines: Mapping[str, str | int] | None = None) -> None:
         self.context = context
         self.source = source
+        text = (importlib.resources.files(__package__) / source).read_text("utf-8")
+        code = cached_cubin(text, context.architecture, name=source, defines=defines or {})
         version = cuda_version()
         if version < _OLDEST_DRIVER:
             raise DeviceError(
                 f"the NVIDIA driver speaks CUDA {version // 1000}.{version % 1000 // 10}, and the kernels of {source} "
                 "are compiled for CUDA 13; update the driver to 580 or newer"
             )
-        text = (importlib.resources.files(__package__) / source).read_text("utf-8")
-        code = cached_cubin(text, context.architecture, name=source, defines=defines or {})
         # Every kernel has a section of its own in a cubin.
         self._names = {name.decode() for name in re.findall(rb"\0\.text\.(\w+)(?=\0)", code)}
         cuda = load()
