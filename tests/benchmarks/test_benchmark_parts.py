@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from benchmarks import gpu_summary, parts
 from benchmarks.gpu_summary import read_rows, running_backend
 from benchmarks.measuring import Figure
-from benchmarks.memory_growth import resident_bytes, watch_memory
+from benchmarks.memory_growth import watch_memory
 from benchmarks.parts import Measured, Part, device_title, percentile_figures, run_parts, show_parts, write_parts
 from benchmarks.streams import stream
 from warpcache.engine.errors import BackendError
@@ -230,9 +231,18 @@ def test_growth_of_few_frames() -> None:
 
 
 def test_what_the_process_takes_is_read() -> None:
-    before = resident_bytes()
-    held = np.ones(64 * 2**20, np.uint8)
-    assert resident_bytes() - before >= held.nbytes * 0.9
+    # In a process of its own: in this one other tests' threads give memory back meanwhile.
+    code = """
+from benchmarks.memory_growth import resident_bytes
+
+before = resident_bytes()
+held = np.ones(64 * 2**20, np.uint8)
+print((resident_bytes() - before) / held.nbytes)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert 0.9 <= float(result.stdout) <= 1.5
 
 
 # Summary
