@@ -64,6 +64,8 @@ class CudaOptions:
             raise InputError(f"unknown graphs {self.graphs!r}; choose 'auto', 'on' or 'off'")
         if self.outputs not in ("host", "device"):
             raise InputError(f"unknown outputs {self.outputs!r}; choose 'host' or 'device'")
+        if isinstance(self.producer_devices, str):
+            raise InputError(f"producer_devices is {self.producer_devices!r}; give several names, e.g. ('cuda:1',)")
         ordinals = []
         for name in self.producer_devices:
             ordinal = parse_device(name)

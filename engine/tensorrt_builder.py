@@ -248,6 +248,14 @@ def main(folder: Path) -> None:
             (folder / f"{index}.engine").write_bytes(engine)
         except tuple(_ERRORS.values()) as exc:
             error, kind = str(exc), type(exc).__name__
+        except OSError as exc:
+            # Room for the answer, which would be lost too.
+            (folder / f"{index}.engine").unlink(missing_ok=True)
+            error, kind = (
+                f"module {packed['name']!r}: its engine cannot be handed over in {str(folder.parent)!r} "
+                f"({exc.strerror or exc}); free some space there, or set TMPDIR to another folder",
+                InputError.__name__,
+            )
         lines, log.lines = log.lines, []
         (folder / f"{index}.json").write_text(json.dumps({"error": error, "kind": kind, "log": lines}))
 

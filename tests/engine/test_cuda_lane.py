@@ -712,6 +712,7 @@ def test_options_that_make_no_sense(tiny_bundle: Path, options: dict[str, Any], 
     [
         ({"graphs": "maybe"}, "unknown graphs 'maybe'; choose 'auto', 'on' or 'off'"),
         ({"outputs": "gpu"}, "unknown outputs 'gpu'; choose 'host' or 'device'"),
+        ({"producer_devices": "cuda:1"}, "producer_devices is 'cuda:1'; give several names"),
         ({"producer_devices": ("cpu",)}, "a producer cannot run on 'cpu' beside a consumer on a GPU"),
         ({"producer_devices": ("cuda:a",)}, "unknown device 'cuda:a'"),
     ],

@@ -289,6 +289,24 @@ def test_a_job_that_is_ended_from_outside_leaves_nothing(make_bundle: Any, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.warp"]
 
 
+def test_a_temporary_folder_without_room_is_no_crash_of_the_library(make_bundle: Any, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits of files are a Unix's")
+    # No file above 200 KiB, for both processes; TensorRT-RTX's smallest engines of convolutions are 260 KB.
+    asked = ["--backend", "tensorrt-rtx", "--target", "sm_89", "--out", tmp_path / "edge"]
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "warpcache", "build", make_bundle(), *asked],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200 << 10, 200 << 10)),
+    )
+    assert result.returncode == 1, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("warpcache: module 'generator': its engine cannot be handed over in "), result.stderr
+    assert last.endswith("(File too large); free some space there, or set TMPDIR to another folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.warp"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "opening"),
     [
