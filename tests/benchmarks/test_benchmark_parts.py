@@ -233,6 +233,7 @@ def test_growth_of_few_frames() -> None:
 def test_what_the_process_takes_is_read() -> None:
     # In a process of its own: in this one other tests' threads give memory back meanwhile.
     code = """
+import numpy as np
 from benchmarks.memory_growth import resident_bytes
 
 before = resident_bytes()
