@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .bindings import names_error
 from .device import Event, Stream
 from .errors import BackendError, ClosedError, InputError
 from .onnxruntime_session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime
@@ -83,12 +84,16 @@ class OnnxRuntimeModule:
         if self._session is None:
             raise ClosedError(f"module {self.name!r} is closed; load it again")
         if len(bindings) != len(self._buffers.slots):
-            raise self._buffers.names_error(bindings)
+            raise names_error(self.name, self._buffers.slots, bindings)
         arrays = []
         for slot in self._buffers.slots:
             array = bindings.get(slot.name)
             if not isinstance(array, np.ndarray):
-                raise self._buffers.names_error(bindings) if array is None else self._array_error(slot, array)
+                raise (
+                    names_error(self.name, self._buffers.slots, bindings)
+                    if array is None
+                    else self._array_error(slot, array)
+                )
             flags = array.flags
             # carray: C-contiguous, aligned and writable.
             fits = flags.carray if slot.is_output else flags.c_contiguous and flags.aligned

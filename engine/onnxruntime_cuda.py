@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.array import DeviceArray
+from .bindings import DeviceBindings
 from .cuda_device import CudaDevice, CudaStream
 from .device import Event
 from .errors import BackendError, ClosedError, DeviceError, InputError
-from .onnxruntime_session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime
+from .onnxruntime_session import BoundBuffers, check_graph, create_session, first_line, import_onnxruntime
 from .spec import TensorSpec
 
 __all__ = ["PROVIDER", "OnnxRuntimeCudaModule", "provider_options"]
@@ -91,6 +92,7 @@ class OnnxRuntimeCudaModule:
             raise self._explained(exc) from exc.__cause__
         check_graph(self._session, name, inputs, outputs)
         self._buffers = BoundBuffers(self._session, name, inputs, outputs, device="cuda", ordinal=device.ordinal)
+        self._bindings = DeviceBindings(name, self._buffers.slots, ordinal=device.ordinal)
         self._run_options = _run_options(ort)
         try:
             self._warm_up()
@@ -132,23 +134,7 @@ class OnnxRuntimeCudaModule:
                 f"module {self.name!r} was loaded for stream {self._stream.name!r} and cannot run on "
                 f"{stream.name!r}; load it once more for that stream"
             )
-        slots = self._buffers.slots
-        if len(bindings) != len(slots):
-            raise self._buffers.names_error(bindings)
-        arrays = []
-        for slot in slots:
-            array = bindings.get(slot.name)
-            if not isinstance(array, DeviceArray):
-                raise self._buffers.names_error(bindings) if array is None else self._array_error(slot, array)
-            if (
-                array.shape != slot.shape
-                or array.dtype != slot.dtype
-                or array.device != self._device.ordinal
-                or not array.contiguous
-            ):
-                raise self._array_error(slot, array)
-            arrays.append(array)
-        return arrays
+        return self._bindings.arrays(bindings)
 
     def _issue(self, arrays: list[DeviceArray]) -> None:
         # Two sessions' threads take turns: one set of bound buffers.
@@ -194,18 +180,6 @@ class OnnxRuntimeCudaModule:
             f"{self._device.name} has no room for module {self.name!r}{wanted}; close other programs, lower the number "
             f"of producers, or take a smaller model ({text})"
         )
-
-    def _array_error(self, slot: Slot, array: object) -> InputError:
-        where = f"module {self.name!r}: {slot.kind} {slot.name!r}"
-        if not isinstance(array, DeviceArray):
-            return InputError(f"{where} is of type {type(array).__name__}, expected an array on {self._device.name}")
-        if array.device != self._device.ordinal:
-            return InputError(f"{where} is on cuda:{array.device}, expected {self._device.name}; copy it there first")
-        if array.dtype != slot.dtype:
-            return InputError(f"{where} has dtype {array.dtype}, expected {slot.dtype}; convert it first")
-        if array.shape != slot.shape:
-            return InputError(f"{where} has shape {array.shape}, expected {slot.shape}")
-        return InputError(f"{where} is not C-contiguous; pass a copy of it")
 
 
 def provider_options(device: CudaDevice, stream: CudaStream, *, capturable: bool) -> dict[str, str]:

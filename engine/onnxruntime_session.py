@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from .bindings import Port, refuse_overlap
 from .errors import BackendError, InputError
 from .spec import TensorSpec
 
@@ -27,18 +25,13 @@ _NUMPY_NAMES = {
 }
 
 
-class Slot:
+class Slot(Port):
     """One input or output and the caller's array that is bound to it at present."""
 
-    __slots__ = ("address", "bound", "dtype", "is_output", "kind", "name", "shape", "size_bytes")
+    __slots__ = ("address", "bound")
 
     def __init__(self, spec: TensorSpec, *, is_output: bool) -> None:
-        self.name = spec.name
-        self.shape = spec.shape
-        self.dtype = np.dtype(spec.dtype)
-        self.size_bytes = spec.size_bytes
-        self.is_output = is_output
-        self.kind = "output" if is_output else "input"
+        super().__init__(spec, is_output=is_output)
         self.address = 0
         self.bound: Any = None
 
@@ -95,25 +88,13 @@ class BoundBuffers:
         """An output that shares memory with another buffer would be read or written half-way through the graph.
 
         Raises:
-            InputError: If there is one; neither is bound then.
+            InputError: If there is one; nothing is bound then.
         """
-        slots = sorted(self.slots, key=lambda slot: slot.address)
-        for lower, upper in pairwise(slots):
-            if lower.address + lower.size_bytes > upper.address and (lower.is_output or upper.is_output):
-                lower.bound = upper.bound = None
-                raise InputError(
-                    f"module {self._name!r}: {lower.kind} {lower.name!r} and {upper.kind} {upper.name!r} share memory; "
-                    "give every output an array of its own"
-                )
-
-    def names_error(self, bindings: Mapping[str, Any]) -> InputError:
-        """What to raise where `bindings` do not have the slots' names."""
-        known = [slot.name for slot in self.slots]
-        missing = ", ".join(repr(name) for name in known if bindings.get(name) is None) or "none"
-        unknown = ", ".join(repr(name) for name in bindings if name not in known) or "none"
-        return InputError(
-            f"module {self._name!r} needs one array for every input and output; missing: {missing}; unknown: {unknown}"
-        )
+        try:
+            refuse_overlap(self._name, self.slots, [slot.address for slot in self.slots])
+        except InputError:
+            self.forget()
+            raise
 
     def forget(self) -> None:
         """Let go of every array."""

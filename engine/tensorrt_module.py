@@ -6,16 +6,14 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..kernels.array import DeviceArray
+from .bindings import DeviceBindings, ports_of, refuse_overlap
 from .cuda_device import CudaDevice, CudaStream, DeviceMemory
 from .device import Event
-from .errors import BackendError, ClosedError, InputError
+from .errors import BackendError, ClosedError
 from .runtime_cache import RuntimeCacheFile
 from .spec import TensorSpec
 from .tensorrt_flavour import Flavour, deferred_interrupt
@@ -71,9 +69,8 @@ class TensorRtModule:
         self._log = flavour.log
         self._device = device
         self._lock = threading.Lock()
-        self._slots = [_Slot(spec, is_output=False) for spec in inputs] + [
-            _Slot(spec, is_output=True) for spec in outputs
-        ]
+        self._ports = ports_of(inputs, outputs)
+        self._bindings = DeviceBindings(name, self._ports, ordinal=device.ordinal, alignment=_ALIGNMENT)
         self._bound: list[int] | None = None
         self._stream: weakref.ref[CudaStream] | None = None
         self._order: Any = None
@@ -127,7 +124,7 @@ class TensorRtModule:
             BackendError: If TensorRT refuses.
             ClosedError: If the module is closed.
         """
-        addresses = self._addresses(bindings)
+        addresses = [array.pointer for array in self._bindings.arrays(bindings)]
         with self._lock:
             context = self._require_context()
             if self._stream is None or self._stream() is not stream:
@@ -143,7 +140,7 @@ class TensorRtModule:
     def enqueue(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> Event:
         """`launch`, and an event that is done when the outputs are written (see `CudaModule.enqueue`)."""
         # Checked before, so that what does not fit is raised here and not by the event.
-        self._addresses(bindings)
+        self._bindings.arrays(bindings)
         return stream.submit(lambda: self.launch(bindings, stream))
 
     def save_runtime_cache(self) -> None:
@@ -309,32 +306,12 @@ class TensorRtModule:
             raise ClosedError(f"module {self.name!r} is closed; load it again")
         return self._context
 
-    def _addresses(self, bindings: Mapping[str, DeviceArray]) -> list[int]:
-        """The buffers in the order of the slots; this runs once a frame and is kept short."""
-        if len(bindings) != len(self._slots):
-            raise self._names_error(bindings)
-        addresses, ordinal = [], self._device.ordinal
-        for slot in self._slots:
-            array = bindings.get(slot.name)
-            if not isinstance(array, DeviceArray):
-                raise self._names_error(bindings) if array is None else self._array_error(slot, array)
-            if (
-                array.shape != slot.shape
-                or array.dtype != slot.dtype
-                or array.device != ordinal
-                or not array.contiguous
-                or array.pointer % _ALIGNMENT
-            ):
-                raise self._array_error(slot, array)
-            addresses.append(array.pointer)
-        return addresses
-
     def _bind(self, context: Any, addresses: list[int]) -> None:
-        self._check_overlap(addresses)
+        refuse_overlap(self.name, self._ports, addresses)
         old = self._bound or [0] * len(addresses)
         # Left unbound until all is well: nothing may run on half of the new buffers.
         self._bound = None
-        for slot, before, address in zip(self._slots, old, addresses, strict=True):
+        for slot, before, address in zip(self._ports, old, addresses, strict=True):
             if address != before and not context.set_tensor_address(slot.name, address):
                 raise BackendError(
                     f"module {self.name!r}: {self._flavour.title} refused the buffer of {slot.name!r}; build the "
@@ -364,52 +341,6 @@ class TensorRtModule:
         content = self._cache.serialize()
         if content is not None:
             self._cache_file.write(bytes(content))
-
-    def _check_overlap(self, addresses: list[int]) -> None:
-        """An output that shares memory with another buffer would be read or written half-way through the graph."""
-        placed = sorted(zip(addresses, self._slots, strict=True), key=lambda pair: pair[0])
-        for (address, lower), (above, upper) in pairwise(placed):
-            if address + lower.size_bytes > above and (lower.is_output or upper.is_output):
-                raise InputError(
-                    f"module {self.name!r}: {lower.kind} {lower.name!r} and {upper.kind} {upper.name!r} share memory; "
-                    "give every output an array of its own"
-                )
-
-    def _names_error(self, bindings: Mapping[str, DeviceArray]) -> InputError:
-        known = [slot.name for slot in self._slots]
-        missing = ", ".join(repr(name) for name in known if bindings.get(name) is None) or "none"
-        unknown = ", ".join(repr(name) for name in bindings if name not in known) or "none"
-        return InputError(
-            f"module {self.name!r} needs one array for every input and output; missing: {missing}; unknown: {unknown}"
-        )
-
-    def _array_error(self, slot: _Slot, array: object) -> InputError:
-        where = f"module {self.name!r}: {slot.kind} {slot.name!r}"
-        if not isinstance(array, DeviceArray):
-            return InputError(f"{where} is of type {type(array).__name__}, expected an array on {self._device.name}")
-        if array.device != self._device.ordinal:
-            return InputError(f"{where} is on cuda:{array.device}, expected {self._device.name}; move it there first")
-        if array.dtype != slot.dtype:
-            return InputError(f"{where} has dtype {array.dtype}, expected {slot.dtype}; convert it first")
-        if array.shape != slot.shape:
-            return InputError(f"{where} has shape {array.shape}, expected {slot.shape}")
-        if not array.contiguous:
-            return InputError(f"{where} is not C-contiguous; pass a copy of it")
-        return InputError(f"{where} does not begin at a multiple of {_ALIGNMENT} bytes; pass a copy of it")
-
-
-class _Slot:
-    """One input or output."""
-
-    __slots__ = ("dtype", "is_output", "kind", "name", "shape", "size_bytes")
-
-    def __init__(self, spec: TensorSpec, *, is_output: bool) -> None:
-        self.name = spec.name
-        self.shape = spec.shape
-        self.dtype = np.dtype(spec.dtype)
-        self.size_bytes = spec.size_bytes
-        self.is_output = is_output
-        self.kind = "output" if is_output else "input"
 
 
 def _said(lines: Iterable[str], otherwise: object = "it does not say why") -> str:

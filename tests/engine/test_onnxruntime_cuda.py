@@ -261,7 +261,7 @@ def strided() -> DeviceArray:
         ({"x": None}, "^module 'warp' needs one array for every input and output; missing: 'x'; unknown: none"),
         ({"y": HostDevice().lend(frame(0))}, "^module 'warp' needs one array .* missing: none; unknown: 'y'"),
         ({"x": frame(0)}, "^module 'warp': input 'x' is of type ndarray, expected an array on cuda:0"),
-        ({"x": HostDevice(1).lend(frame(0))}, "^module 'warp': input 'x' is on cuda:1, expected cuda:0; copy it"),
+        ({"x": HostDevice(1).lend(frame(0))}, "^module 'warp': input 'x' is on cuda:1, expected cuda:0; move it"),
         (
             {"x": HostDevice().lend(frame(0).astype(np.float16))},
             "^module 'warp': input 'x' has dtype float16, expected",
