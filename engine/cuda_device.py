@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..kernels.array import DeviceArray
-from ..kernels.driver import Context, check, load
+from ..kernels.driver import Context, check, load, size_text
 from .device import CpuStream, Event
 from .errors import ClosedError, DeviceError
 from .spec import Array, TensorSpec
@@ -45,10 +45,10 @@ class DeviceMemory:
         if result[0] == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             free, total = device.context.memory
             raise DeviceError(
-                f"{device.name} has no room for {what}: {_mib(size_bytes)} were asked for, {_mib(free)} of "
-                f"{_mib(total)} are free; close other programs, lower the number of producers, or take a smaller model"
+                f"{device.name} has no room for {what}: {size_text(size_bytes)} were asked for, {size_text(free)} of "
+                f"{size_text(total)} are free; close other programs, lower the number of producers, or take a smaller model"
             )
-        self.pointer = int(check(result, f"allocating {_mib(size_bytes)} for {what}"))
+        self.pointer = int(check(result, f"allocating {size_text(size_bytes)} for {what}"))
         self.size_bytes = size_bytes
         self._release = weakref.finalize(self, _free_device, device.context, self.pointer)
         self._release.atexit = False
@@ -73,7 +73,7 @@ class PinnedMemory:
             check(
                 # Portable: every context of the process may copy from it, whichever GPU a producer is on.
                 cuda.cuMemHostAlloc(max(1, size_bytes), cuda.CU_MEMHOSTALLOC_PORTABLE),
-                f"taking {_mib(size_bytes)} of pinned host memory",
+                f"taking {size_text(size_bytes)} of pinned host memory",
             )
         )
         self.size_bytes = size_bytes
@@ -445,7 +445,3 @@ def _quietly(context: Context, release: Callable[[Any], tuple[Any, ...]], what: 
         # At the end of a process the driver may be gone first, and everything with it.
         if "CUDA_ERROR_DEINITIALIZED" not in str(exc):
             logger.warning("%s", exc)
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"

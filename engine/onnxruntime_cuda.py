@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.array import DeviceArray
+from ..kernels.driver import size_text
 from .bindings import DeviceBindings
 from .cuda_device import CudaDevice, CudaStream
 from .device import Event
@@ -172,10 +173,10 @@ class OnnxRuntimeCudaModule:
         if not any(sign in text for sign in _OUT_OF_MEMORY):
             return error
         asked = _REQUESTED_SIZE.search(text)
-        wanted = f"; {_mib(int(asked[1]))} more were asked for" if asked else ""
+        wanted = f"; {size_text(int(asked[1]))} more were asked for" if asked else ""
         with contextlib.suppress(DeviceError):
             free, total = self._device.context.memory
-            wanted += f"; {_mib(free)} of {_mib(total)} are free"
+            wanted += f"; {size_text(free)} of {size_text(total)} are free"
         return DeviceError(
             f"{self._device.name} has no room for module {self.name!r}{wanted}; close other programs, lower the number "
             f"of producers, or take a smaller model ({text})"
@@ -294,7 +295,3 @@ def _load_error(ort: Any) -> str | None:
     except OSError as exc:
         return first_line(exc)
     return None
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"

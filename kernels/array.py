@@ -169,7 +169,7 @@ def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
     if not hasattr(source, "__dlpack__") and not hasattr(source, "__cuda_array_interface__"):
         raise InputError(
             f"{name} is of type {type(source).__name__}, which offers neither DLPack nor __cuda_array_interface__; "
-            "give an array on the GPU"
+            "give an array of NumPy's or one on the GPU"
         )
     if not _on_a_gpu(source):
         raise InputError(f"{name} is on the CPU, expected a GPU's memory; move it there first")

@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import DeviceError
 
-__all__ = ["OLDEST_DRIVER", "Context", "check", "cuda_version", "device_count", "load"]
+__all__ = ["OLDEST_DRIVER", "Context", "check", "cuda_version", "device_count", "load", "size_text"]
 
 OLDEST_DRIVER = 12_000
 """The oldest driver that serves, as `cuDriverGetVersion` counts: CUDA 12.0."""
@@ -221,6 +221,11 @@ class Context:
 
     def __str__(self) -> str:
         return f"cuda:{self.ordinal}"
+
+
+def size_text(size_bytes: int) -> str:
+    """An amount of memory as messages say it: ``1.5 MiB``."""
+    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes >= 2**20 else f"{size_bytes / 2**10:.1f} KiB"
 
 
 def _release_context(cuda: Any, device: Any, ordinal: int) -> None:

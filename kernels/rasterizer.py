@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .arguments import check_array
 from .array import DeviceArray
-from .driver import Context, check, load
+from .driver import Context, check, load, size_text
 from .errors import DeviceError, InputError
 from .loader import KernelLibrary, Launch
 from .reference.rasterizer import Mesh, SurfaceAtlas
@@ -365,10 +365,10 @@ class _Memory:
         if result[0] == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             free, total = context.memory
             raise DeviceError(
-                f"{context} has no room for the rasteriser: {_mib(size)} were asked for, {_mib(free)} of {_mib(total)} "
+                f"{context} has no room for the rasteriser: {size_text(size)} were asked for, {size_text(free)} of {size_text(total)} "
                 "are free; close other programs, or hold fewer or smaller frames"
             )
-        pointer = int(check(result, f"allocating {_mib(size)} for the rasteriser"))
+        pointer = int(check(result, f"allocating {size_text(size)} for the rasteriser"))
         self._release = weakref.finalize(self, _free, context, pointer)
         # At the end of the process the driver takes everything back itself, and may be gone already.
         self._release.atexit = False
@@ -435,7 +435,3 @@ def _dense_atlas(atlas: SurfaceAtlas) -> tuple[NDArray[np.int32], NDArray[np.flo
     surface = atlas.mask.reshape(-1)
     corners[surface], weights[surface] = atlas.corners, atlas.weights
     return corners, weights
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"

@@ -627,7 +627,7 @@ def test_everything_that_may_run_is_loaded_with_the_engine(make_engine: Callable
 
 def test_too_little_memory_is_said_in_numbers(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
     software_cuda.configure(memory=30_000)
-    sentence = r"cuda:0 has no room for .*: \d+\.\d MiB were asked for, \d+\.\d MiB of 0\.0 MiB are free"
+    sentence = r"cuda:0 has no room for .*: \d+\.\d KiB were asked for, \d+\.\d KiB of 29\.3 KiB are free"
     with pytest.raises(DeviceError, match=sentence), make_engine(age=1) as engine:
         engine.session()
 

@@ -546,10 +546,10 @@ def test_a_captured_run_is_replayed_on_new_content(tiny_bundle, on_streams, soft
     with CudaDevice(0) as device:
         stream = device.stream("consumer")
         module = open_module(tiny_bundle, "generator", device=device, stream=stream)
-        replay_is_the_plain_run(module, device, stream)
+        assert_replay_is_the_plain_run(module, device, stream)
 
 
-def replay_is_the_plain_run(module: OnnxRuntimeCudaModule, device: CudaDevice, stream: Any) -> None:
+def assert_replay_is_the_plain_run(module: OnnxRuntimeCudaModule, device: CudaDevice, stream: Any) -> None:
     specs = (*module.inputs, *module.outputs)
     bindings = {spec.name: device.allocate(spec) for spec in specs}
     module.launch(bindings, stream)
@@ -607,4 +607,4 @@ def test_on_a_gpu_a_captured_run_is_replayed_on_new_content(tiny_bundle, gpu):
     stream = gpu.stream("test")
     module = open_module(tiny_bundle, "generator", device=gpu, stream=stream)
     assert module.capturable
-    replay_is_the_plain_run(module, gpu, stream)
+    assert_replay_is_the_plain_run(module, gpu, stream)

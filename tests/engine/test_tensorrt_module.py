@@ -224,7 +224,7 @@ def test_runs_on_two_streams_take_turns_on_the_gpu(tiny_bundle, software_cuda, d
     np.testing.assert_array_equal(device.download(second["image"]), want)
 
 
-def test_a_stream_that_was_closed_is_followed_by_another(device, load, rtx):
+def test_a_stream_that_was_closed_is_followed_by_another(tiny_bundle, device, load, rtx):
     module, closed = load("warp", rtx), device.stream("closed")
     bindings = buffers(device, module, noise(module.inputs))
     module.enqueue(bindings, closed).wait()
@@ -233,6 +233,8 @@ def test_a_stream_that_was_closed_is_followed_by_another(device, load, rtx):
     # And one that nobody refers to any more.
     del closed
     module.enqueue(bindings, device.stream("last")).wait()
+    want = expected(tiny_bundle, "warp", noise(module.inputs))["image"]
+    np.testing.assert_array_equal(device.download(bindings["image"]), want)
 
 
 def test_threads_share_a_module(tiny_bundle, device, load, rtx):

@@ -27,7 +27,7 @@ def pair(dtype: str, shape: tuple[int, int, int], seed: int = 3) -> tuple[np.nda
     return first.astype(dtype), (first + ramp * rng.uniform(-1, 1, shape)).astype(dtype)
 
 
-def near(found: np.ndarray, expected: np.ndarray, terms: int) -> None:
+def assert_near(found: np.ndarray, expected: np.ndarray, terms: int) -> None:
     """Equal within what float32 sums may differ from float64 ones.
 
     A block's sum is taken in at most `terms` additions of positive numbers, the rest is one division, and a difference
@@ -107,10 +107,10 @@ class TestKernel:
         first, second = pair(dtype, shape)
         blocks, summary = measured(gpu, metric(16), first, second)
         expected_blocks, expected_summary = measure_change(first, second, block=16, threshold=THRESHOLD)
-        near(blocks[0], expected_blocks[0], self.terms(shape[0], 16))
+        assert_near(blocks[0], expected_blocks[0], self.terms(shape[0], 16))
         np.testing.assert_array_equal(blocks[1], expected_blocks[1])
         # The whole's mean is made of the blocks' in float64: it carries their error and one rounding more.
-        near(summary[:1], expected_summary[:1], self.terms(shape[0], 16) + 2)
+        assert_near(summary[:1], expected_summary[:1], self.terms(shape[0], 16) + 2)
         assert summary[1] == expected_summary[1]
         # No block's mean is so near the threshold that rounding could decide: the reference says so itself.
         assert np.abs(expected_blocks[0] - THRESHOLD).min() > 1e-5
@@ -121,9 +121,9 @@ class TestKernel:
         first, second = pair("float32", (2, min(block, 32) + 3, 141))
         blocks, summary = measured(gpu, metric(block), first, second)
         expected_blocks, expected_summary = measure_change(first, second, block=block, threshold=THRESHOLD)
-        near(blocks[0], expected_blocks[0], self.terms(2, block))
+        assert_near(blocks[0], expected_blocks[0], self.terms(2, block))
         np.testing.assert_array_equal(blocks[1], expected_blocks[1])
-        near(summary[:1], expected_summary[:1], self.terms(2, block) + 2)
+        assert_near(summary[:1], expected_summary[:1], self.terms(2, block) + 2)
         assert summary[1:].tolist() == expected_summary[1:].tolist()
 
     def test_sums_of_bytes_are_exact(self, gpu: Any, metric: Callable[[int], ChangeMetric]) -> None:
@@ -150,12 +150,12 @@ class TestKernel:
         # The order of additions does not depend on the layout.
         assert blocks.tobytes() == dense_blocks.tobytes()
         assert summary.tobytes() == dense_summary.tobytes()
-        near(blocks[0], measure_change(first, second, block=8, threshold=THRESHOLD)[0][0], self.terms(2, 8))
+        assert_near(blocks[0], measure_change(first, second, block=8, threshold=THRESHOLD)[0][0], self.terms(2, 8))
 
     def test_channels_and_rows_may_change_places(self, gpu: Any, metric: Callable[[int], ChangeMetric]) -> None:
         first, second = pair("float32", (2, 9, 40))
         blocks, _ = measured(gpu, metric(8), first, second, order=(1, 0, 2))
-        near(blocks[0], measure_change(first, second, block=8, threshold=THRESHOLD)[0][0], self.terms(2, 8))
+        assert_near(blocks[0], measure_change(first, second, block=8, threshold=THRESHOLD)[0][0], self.terms(2, 8))
 
     @pytest.mark.parametrize("where", [(0, 0, 0), (1, 8, 39), (0, 4, 17), (1, 8, 36)])
     @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -195,7 +195,7 @@ class TestKernel:
         spoilt = second.copy()
         spoilt[1, 3, 39] = first[1, 3, 39]
         with pytest.raises(AssertionError):
-            near(blocks[0], measure_change(first, spoilt, block=8, threshold=THRESHOLD)[0][0], self.terms(2, 8))
+            assert_near(blocks[0], measure_change(first, spoilt, block=8, threshold=THRESHOLD)[0][0], self.terms(2, 8))
 
     def test_bytes_moved(self, gpu: Any, metric: Callable[[int], ChangeMetric]) -> None:
         # Two images of 2 x 9 x 40 halves, 2 x 2 x 5 statistics written and read, 3 figures written.
