@@ -46,7 +46,8 @@ class DeviceMemory:
             free, total = device.context.memory
             raise DeviceError(
                 f"{device.name} has no room for {what}: {size_text(size_bytes)} were asked for, {size_text(free)} of "
-                f"{size_text(total)} are free; close other programs, lower the number of producers, or take a smaller model"
+                f"{size_text(total)} are free; close other programs, lower the number of producers, or take a smaller "
+                "model"
             )
         self.pointer = int(check(result, f"allocating {size_text(size_bytes)} for {what}"))
         self.size_bytes = size_bytes

@@ -365,8 +365,8 @@ class _Memory:
         if result[0] == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             free, total = context.memory
             raise DeviceError(
-                f"{context} has no room for the rasteriser: {size_text(size)} were asked for, {size_text(free)} of {size_text(total)} "
-                "are free; close other programs, or hold fewer or smaller frames"
+                f"{context} has no room for the rasteriser: {size_text(size)} were asked for, {size_text(free)} of "
+                f"{size_text(total)} are free; close other programs, or hold fewer or smaller frames"
             )
         pointer = int(check(result, f"allocating {size_text(size)} for the rasteriser"))
         self._release = weakref.finalize(self, _free, context, pointer)
