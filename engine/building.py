@@ -177,7 +177,11 @@ def build_engines(
             missing = take_those_there()
             started = time.perf_counter()
             requests = [_request(bundle, name, resolved, options) for name in missing]
-            made = build_engines_isolated(requests, flavour=flavour, device=device) if requests else []
+
+            def rescue(index: int, engine: bytes) -> None:
+                _store(cache, keys[missing[index]], engine)
+
+            made = build_engines_isolated(requests, flavour=flavour, device=device, rescue=rescue) if requests else []
             seconds = time.perf_counter() - started
             for name, engine in zip(missing, made, strict=True):
                 if isinstance(engine, WarpcacheError):

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,11 @@ def build_engine_isolated(request: BuildRequest, *, flavour: Flavour, device: in
 
 
 def build_engines_isolated(
-    requests: Sequence[BuildRequest], *, flavour: Flavour, device: int = 0
+    requests: Sequence[BuildRequest],
+    *,
+    flavour: Flavour,
+    device: int = 0,
+    rescue: Callable[[int, bytes], object] = lambda index, engine: None,
 ) -> list[bytes | WarpcacheError]:
     """Build several engines one after the other in one process, or in a further one after each crash.
 
@@ -89,6 +93,8 @@ def build_engines_isolated(
         requests: What to build.
         flavour: The library.
         device: The number of the GPU that is built on and that ``"current"`` means.
+        rescue: Where an interrupt ends this, told of every engine that is ready by then, by the number of its request:
+            with full TensorRT each is minutes of work.
 
     Returns:
         For every request its engine, or the error that building it ended in: those that were built are not to be lost
@@ -96,8 +102,23 @@ def build_engines_isolated(
     """
     built: list[bytes | WarpcacheError] = []
     while len(built) < len(requests):
-        built += _build(requests[len(built) :], flavour, device)
+        try:
+            built += _build(requests[len(built) :], flavour, device)
+        except _Interrupted as exc:
+            for index, engine in enumerate([*built, *exc.ready]):
+                if isinstance(engine, bytes):
+                    rescue(index, engine)
+            raise exc.cause from None
     return built
+
+
+class _Interrupted(BaseException):
+    """What ended a build from outside, and what was ready by then."""
+
+    def __init__(self, cause: BaseException, ready: list[bytes | WarpcacheError]) -> None:
+        super().__init__()
+        self.cause = cause
+        self.ready = ready
 
 
 def _build(requests: Sequence[BuildRequest], flavour: Flavour, device: int) -> list[bytes | WarpcacheError]:
@@ -114,9 +135,19 @@ def _build(requests: Sequence[BuildRequest], flavour: Flavour, device: int) -> l
                 }
             )
         )
-        code = _run(folder)
         answers: list[bytes | WarpcacheError] = []
         said: set[str] = set()
+        try:
+            code = _run(folder)
+        except (Exception, KeyboardInterrupt, SystemExit) as exc:
+            # The last answer may be half written.
+            with contextlib.suppress(ValueError, OSError):
+                for index in range(len(requests)):
+                    answer = _answer(folder, index, said)
+                    if answer is None:
+                        break
+                    answers.append(answer)
+            raise _Interrupted(exc, answers) from exc
         for index, request in enumerate(requests):
             answer = _answer(folder, index, said)
             if answer is None:

@@ -171,6 +171,10 @@ def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
             f"{name} is of type {type(source).__name__}, which offers neither DLPack nor __cuda_array_interface__; "
             "give an array of NumPy's or one on the GPU"
         )
+    interface = getattr(source, "__cuda_array_interface__", None)
+    if isinstance(interface, dict) and interface.get("stream") == 0:
+        # The interface forbids it: the legacy and the per-thread default stream could both be meant.
+        raise InputError(f"{name} names stream 0, which is ambiguous; give 1 (default), 2 (per thread), or a stream")
     if not _on_a_gpu(source):
         raise InputError(f"{name} is on the CPU, expected a GPU's memory; move it there first")
     from cuda.core.utils import StridedMemoryView

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import pytest
 
+from warpcache.engine import tensorrt_builder
 from warpcache.engine.building import build_engines, engine_key, precision_of, without_kernels
 from warpcache.engine.bundle import Bundle, write_bundle
 from warpcache.engine.engine_cache import EngineCache
@@ -102,6 +103,29 @@ def test_an_engine_that_cannot_be_stored_is_used_all_the_same(
     assert built.path is None
     assert built.engine[:4] == b"vtrt"
     assert "the engine serves this process only" in caplog.text
+
+
+def test_an_interrupt_keeps_what_is_ready(
+    tiny_bundle: Path, tmp_path: Path, flavour: Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tensorrt_builder._run
+
+    def interrupted(folder: Path) -> int:
+        run(folder)
+        # As it is when the third of four was being written.
+        (folder / "2.json").write_text('{"error": nu')
+        (folder / "3.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensorrt_builder, "_run", interrupted)
+    bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "engines")
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(bundle, flavour=flavour, targets=TARGETS, cache=cache)
+    monkeypatch.undo()
+    with cache.locked() as held:
+        assert held
+    built = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=cache)
+    assert [one.reused for one in built] == [True, True, False, False]
 
 
 def test_what_another_process_built_meanwhile_is_taken(

@@ -150,7 +150,7 @@ def test_the_copying_module_copies(tiny_bundle: Path, software_cuda: Any) -> Non
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"stream": 0}, "input 'x' cannot be borrowed"),
+        ({"stream": 0}, "input 'x' names stream 0, which is ambiguous; give 1"),
         ({"typestr": "<c8"}, "input 'x' has dtype complex64, expected float32"),
         ({"shape": (3, 16, 16)}, r"input 'x' has shape \(3, 16, 16\), expected \(1, 3, 16, 16\)"),
         ({"data": (0x10, False)}, "input 'x'"),
