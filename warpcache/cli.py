@@ -487,7 +487,7 @@ def _engines_kept() -> Iterator[None]:
         yield
     except KeyboardInterrupt as exc:
         raise Failure(
-            "interrupted; nothing unfinished was left behind, engines that were in the cache already are kept"
+            "interrupted; nothing unfinished was left behind, engines that were ready are kept"
         ) from exc
 
 
