@@ -486,9 +486,7 @@ def _engines_kept() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as exc:
-        raise Failure(
-            "interrupted; nothing unfinished was left behind, engines that were ready are kept"
-        ) from exc
+        raise Failure("interrupted; nothing unfinished was left behind, engines that were ready are kept") from exc
 
 
 @contextmanager
