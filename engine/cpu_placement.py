@@ -64,6 +64,7 @@ class CpuPlacement:
         self.name = "cpu/onnxruntime" if backend is None else "cpu/custom"
         self._loading = threading.Lock()
         self._closed = False
+        self._loaded: list[LoadedModule] = []  # all that there is to close, also where loading stops half-way
         self._exits: dict[Route, LoadedModule] = {}
         self._producers: tuple[LoadedModule, ...] = ()
         self._device = CpuDevice(threads)
@@ -111,7 +112,7 @@ class CpuPlacement:
         self._closed = True
         # Streams first: a producer that runs still needs its module.
         self._device.close()
-        for loaded in (*self._producers, *self._exits.values()):
+        for loaded in self._loaded:
             loaded.module.close()
 
     def _load_producer(self, share: CoreShare, index: int) -> LoadedModule:
@@ -136,7 +137,9 @@ class CpuPlacement:
             )
 
         # On the stream's own thread and cores, which the executor's threads inherit.
-        return LoadedModule.of(stream.call(load), stream, self._bundle.manifest)
+        loaded = LoadedModule.of(stream.call(load), stream, self._bundle.manifest)
+        self._loaded.append(loaded)
+        return loaded
 
 
 class CpuWorkspace:

@@ -119,6 +119,7 @@ class CudaPlacement:
         self._options = options
         self._turn = turn
         self._closed = False
+        self._loaded: list[LoadedModule] = []  # all that there is to close, also where loading stops half-way
         self._exits: dict[Route, LoadedModule] = {}
         self._producers: tuple[LoadedModule, ...] = ()
         self._devices: dict[int, CudaDevice] = {}
@@ -149,6 +150,8 @@ class CudaPlacement:
             self._producers = (self._load("producer", self._stream),)
         for route, name in wanted.items():
             self._exits[route] = self._load(name, self._stream)
+        # It may hold every engine as bytes, and nothing is loaded any more.
+        del self._backend
 
     def workspace(self, slots: int) -> CudaWorkspace:
         """Memory, lanes and graphs for one session; frames of other sessions wait meanwhile.
@@ -184,7 +187,7 @@ class CudaPlacement:
             for device in self._devices.values():
                 device.stop()
                 last.callback(device.close)
-            for loaded in (*self._producers, *self._exits.values()):
+            for loaded in self._loaded:
                 loaded.module.close()
 
     def _open(self, ordinal: int) -> CudaDevice:
@@ -211,7 +214,9 @@ class CudaPlacement:
         file = ModuleFile.of(self._bundle, name)
         module = stream.call(lambda: self._backend.load(file, device=stream.device, stream=issued_to))
         # Lanes speak of a module's protocol only as far as the two kinds agree.
-        return LoadedModule.of(module, stream, self._bundle.manifest)  # type: ignore[arg-type]
+        loaded = LoadedModule.of(module, stream, self._bundle.manifest)  # type: ignore[arg-type]
+        self._loaded.append(loaded)
+        return loaded
 
 
 class CudaWorkspace:

@@ -5,10 +5,11 @@ Everything runs on the driver in software; that the same holds on hardware, the 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,41 +307,40 @@ def test_debugging_finds_a_buffer_that_has_moved(make_engine: Callable[..., Engi
 # Events between streams. An engine also waits on the host, so these drive a session's lanes themselves.
 
 
+@contextlib.contextmanager
+def lanes(engine: Engine) -> Iterator[tuple[Any, Any, list[dict[str, Any]], dict[str, Array]]]:
+    """A producer's lane, the plain exit's, the inputs of two frames, and memory for an answer; slot 0 is of frame 0."""
+    with engine, engine.session() as session:
+        workspace: Any = session._workspace
+        given = [{"x": workspace.take_input(X, frame[None], finite=True, keep=True)} for frame in images(2)]
+        producer, plain = workspace.producer(0), workspace.exit("plain")
+        producer.enqueue(given[0], 0, {}).wait()
+        yield producer, plain, given, workspace.take_outputs()
+
+
 def test_an_exit_waits_on_the_gpu_for_the_cache_it_reads(
     make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
 ) -> None:
-    x = images(2)
-    old, new = on_the_cpu(tiny_bundle, x, policy="full")
-    with make_engine(exit="plain") as engine, engine.session() as session:
-        workspace: Any = session._workspace
-        given = [workspace.take_input(X, frame[None], finite=True, keep=True) for frame in x]
-        producer, plain = workspace.producer(0), workspace.exit("plain")
-        producer.enqueue({"x": given[0]}, 0, {}).wait()
-        outputs = workspace.take_outputs()
+    old, new = on_the_cpu(tiny_bundle, images(2), policy="full")
+    with lanes(make_engine(exit="plain")) as (producer, plain, given, outputs):
         with software_cuda.held(producer._stream):
-            producer._stream.call(lambda: producer._issue({"x": given[1]}, 0, {}))
-            answered = plain.enqueue({"x": given[1]}, 0, outputs)
+            producer._stream.call(lambda: producer._issue(given[1], 0, {}))
+            answered = plain.enqueue(given[1], 0, outputs)
             assert not answered.done
         answered.wait()
         np.testing.assert_array_equal(outputs["image"], new)
-        assert not np.array_equal(old, new)
+    assert not np.array_equal(old, new)
 
 
 def test_a_producer_waits_on_the_gpu_for_who_still_reads_the_slot(
     make_engine: Callable[..., Engine], tiny_bundle: Path, software_cuda: Any
 ) -> None:
-    x = images(2)
-    old, _ = on_the_cpu(tiny_bundle, x, policy="full")
-    with make_engine(exit="plain") as engine, engine.session() as session:
-        workspace: Any = session._workspace
-        given = [workspace.take_input(X, frame[None], finite=True, keep=True) for frame in x]
-        producer, plain = workspace.producer(0), workspace.exit("plain")
-        producer.enqueue({"x": given[0]}, 0, {}).wait()
-        outputs = workspace.take_outputs()
+    old, _ = on_the_cpu(tiny_bundle, images(2), policy="full")
+    with lanes(make_engine(exit="plain")) as (producer, plain, given, outputs):
         # Nothing runs that nobody waits for: the producer is waited for first, and must bring the reader to its end.
         software_cuda.configure(lazy=1)
-        answered = plain.enqueue({"x": given[1]}, 0, outputs)
-        producer._stream.call(lambda: producer._issue({"x": given[1]}, 0, {}))
+        answered = plain.enqueue(given[1], 0, outputs)
+        producer._stream.call(lambda: producer._issue(given[1], 0, {}))
         producer._stream.synchronize()
         answered.wait()
         np.testing.assert_array_equal(outputs["image"], old)
@@ -641,6 +641,28 @@ def test_everything_that_may_run_is_loaded_with_the_engine(make_engine: Callable
     # Without the whole generator as a way out it is not needed.
     with make_engine(on_stale="raise", backend=Wrapping(inner, note)):
         assert sorted(loaded) == ["plain", "producer", "warp"]
+
+
+def test_modules_are_closed_where_loading_stops_half_way(make_engine: Callable[..., Engine], engines: Path) -> None:
+    closed: list[str] = []
+    loaded: list[str] = []
+
+    class Noted(Wrapped):
+        def close(self) -> None:
+            closed.append(self.name)
+            super().close()
+
+    def second_fails(module: Any) -> Any:
+        loaded.append(module.name)
+        if len(loaded) == 2:
+            module.close()
+            raise BackendError("no room for a second producer")
+        return Noted(module)
+
+    inner = TensorRtBackend(software_flavour(), engine_cache=engines)
+    with pytest.raises(BackendError, match="no room for a second producer"):
+        make_engine(producers=2, backend=Wrapping(inner, second_fails))
+    assert closed == ["producer"]
 
 
 def test_too_little_memory_is_said_in_numbers(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
