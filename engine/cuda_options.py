@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +57,6 @@ class CudaOptions:
     engine_cache: Path | None = None
     build: bool = True
     debug: bool = False
-    producer_ordinals: tuple[int, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
         if self.graphs not in ("auto", "on", "off"):
@@ -66,10 +65,11 @@ class CudaOptions:
             raise InputError(f"unknown outputs {self.outputs!r}; choose 'host' or 'device'")
         if isinstance(self.producer_devices, str):
             raise InputError(f"producer_devices is {self.producer_devices!r}; give several names, e.g. ('cuda:1',)")
-        ordinals = []
         for name in self.producer_devices:
-            ordinal = parse_device(name)
-            if ordinal is None:
+            if parse_device(name) is None:
                 raise InputError("a producer cannot run on 'cpu' beside a consumer on a GPU; name GPUs, e.g. 'cuda:1'")
-            ordinals.append(ordinal)
-        object.__setattr__(self, "producer_ordinals", tuple(ordinals))
+
+    @property
+    def producer_ordinals(self) -> tuple[int, ...]:
+        """The numbers of `producer_devices`."""
+        return tuple(parse_device(name) or 0 for name in self.producer_devices)

@@ -8,9 +8,10 @@ Pinned and device memory, which are slow to get, are lent the same way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -22,15 +23,58 @@ __all__ = ["DevicePool", "OutputPool"]
 _KEPT = 4  # sets of memory that wait for their next use; what comes back beyond that is freed
 
 
-class OutputPool:
-    """Hands out host arrays, one set after the other.
+M = TypeVar("M")
+
+
+class _Pool(ABC, Generic[M]):
+    """Sets of memory, lent one after the other and used again once they are let go of.
 
     Args:
         specs: What a set holds.
-        allocate: Where fresh memory comes from, mapped and written once; None is NumPy.
+        allocate: Where fresh memory comes from, mapped and written once.
         kept: How many sets wait for their next use; what comes back beyond that is freed.
         ready: How many are there from the start.
     """
+
+    def __init__(
+        self, specs: Iterable[TensorSpec], *, allocate: Callable[[TensorSpec], M], kept: int = _KEPT, ready: int = 0
+    ) -> None:
+        self._specs = tuple(specs)
+        self._allocate = allocate
+        self._free: dict[str, deque[M]] = {spec.name: deque(maxlen=max(kept, ready)) for spec in self._specs}
+        for spec in self._specs:
+            self._free[spec.name].extend(allocate(spec) for _ in range(ready))
+
+    def take(self) -> dict[str, M]:
+        """One array per output: C-contiguous, of undefined content, the caller's alone while anything refers to it.
+
+        A view of it, a memoryview, or what was made from it by sharing its memory counts as referring to it.
+        """
+        return {spec.name: self.take_one(spec) for spec in self._specs}
+
+    def take_one(self, spec: TensorSpec) -> M:
+        """One of the set's arrays alone."""
+        free = self._free[spec.name]
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = self._allocate(spec)
+        return self._lend(memory, free)
+
+    def reserve(self) -> None:
+        """See to it that the next `take` needs no fresh memory; cheap where that is so."""
+        for spec in self._specs:
+            if not self._free[spec.name]:
+                self._free[spec.name].append(self._allocate(spec))
+
+    @staticmethod
+    @abstractmethod
+    def _lend(memory: M, free: deque[M]) -> M:
+        """The same memory as an array that brings it back to `free` when it is let go of."""
+
+
+class OutputPool(_Pool[Array]):
+    """Lends host arrays: NumPy's, or pinned ones where `allocate` says so (see `_Pool`)."""
 
     def __init__(
         self,
@@ -40,76 +84,20 @@ class OutputPool:
         kept: int = _KEPT,
         ready: int = 0,
     ) -> None:
-        self._specs = tuple(specs)
-        self._allocate = _numpy_memory if allocate is None else allocate
-        self._free: dict[str, deque[Array]] = {spec.name: deque(maxlen=max(kept, ready)) for spec in self._specs}
-        for spec in self._specs:
-            self._free[spec.name].extend(self._allocate(spec) for _ in range(ready))
+        super().__init__(specs, allocate=_numpy_memory if allocate is None else allocate, kept=kept, ready=ready)
 
-    def take(self) -> dict[str, Array]:
-        """One array per output: C-contiguous, of undefined content, the caller's alone while anything refers to it.
-
-        A view of it, a memoryview or a tensor that shares its memory counts as referring to it.
-        """
-        return {spec.name: self.take_one(spec) for spec in self._specs}
-
-    def take_one(self, spec: TensorSpec) -> Array:
-        """One of the set's arrays alone."""
-        free = self._free[spec.name]
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = self._allocate(spec)
+    @staticmethod
+    def _lend(memory: Array, free: deque[Array]) -> Array:
         return np.asarray(_HostLease(memory, free))
 
-    def reserve(self) -> None:
-        """See to it that the next `take` needs no fresh memory; cheap where that is so."""
-        for spec in self._specs:
-            if not self._free[spec.name]:
-                self._free[spec.name].append(self._allocate(spec))
 
+class DevicePool(_Pool[DeviceArray]):
+    """Lends arrays in a GPU's memory (see `_Pool`)."""
 
-class DevicePool:
-    """The same in a GPU's memory.
-
-    Args:
-        specs: What a set holds.
-        allocate: Where fresh memory comes from.
-        kept: How many sets wait for their next use.
-        ready: How many are there from the start.
-    """
-
-    def __init__(
-        self,
-        specs: Iterable[TensorSpec],
-        *,
-        allocate: Callable[[TensorSpec], DeviceArray],
-        kept: int = _KEPT,
-        ready: int = 0,
-    ) -> None:
-        self._specs = tuple(specs)
-        self._allocate = allocate
-        self._free: dict[str, deque[DeviceArray]] = {spec.name: deque(maxlen=max(kept, ready)) for spec in self._specs}
-        for spec in self._specs:
-            self._free[spec.name].extend(allocate(spec) for _ in range(ready))
-
-    def take(self) -> dict[str, DeviceArray]:
-        """One array per output, the caller's alone while it or anything made from it by DLPack is referred to."""
-        return {spec.name: self._take(spec) for spec in self._specs}
-
-    def reserve(self) -> None:
-        """See to it that the next `take` needs no fresh memory; cheap where that is so."""
-        for spec in self._specs:
-            if not self._free[spec.name]:
-                self._free[spec.name].append(self._allocate(spec))
-
-    def _take(self, spec: TensorSpec) -> DeviceArray:
-        free = self._free[spec.name]
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = self._allocate(spec)
-        return DeviceArray(memory.pointer, memory.shape, memory.dtype, device=memory.device, owner=_Lease(memory, free))
+    @staticmethod
+    def _lend(memory: DeviceArray, free: deque[DeviceArray]) -> DeviceArray:
+        lease = _Lease(memory, free)
+        return DeviceArray(memory.pointer, memory.shape, memory.dtype, device=memory.device, owner=lease)
 
 
 class _Lease:
