@@ -15,7 +15,7 @@ from .device import Event, Stream
 from .manifest import Manifest
 from .module import Module
 from .scheduler import Route
-from .spec import TensorSpec
+from .spec import Array, TensorSpec
 
 __all__ = ["Lane", "LoadedModule", "Placement", "Workspace"]
 
@@ -36,6 +36,7 @@ class LoadedModule:
         return cls(
             module,
             stream,
+            # A predictor's age comes with the frame's inputs.
             frame_inputs=tuple(spec.name for spec in module.inputs if spec.name not in cache),
             cache_inputs=tuple(spec.name for spec in module.inputs if spec.name in cache),
         )
@@ -50,7 +51,8 @@ class Lane(Protocol):
         Args:
             inputs: A frame's inputs as `Workspace.take_input` gave them; those that the module takes are picked.
             slot: The cache slot that an exit reads and a producer writes; None for an exit that reads none.
-            outputs: An exit's answer, as `Workspace.take_outputs` gave it; empty for a producer.
+            outputs: An exit's answer, as `Workspace.take_outputs` gave it; empty for a producer. A predictor's come
+                from `Workspace.take_prediction`, the auditor's from `Workspace.take_audit`.
 
         Returns:
             Done when the outputs, or the slot, are written.
@@ -104,6 +106,58 @@ class Workspace(Protocol):
         """The lane of a producer."""
         ...
 
+    def predictor(self, cold: bool) -> Lane:
+        """The lane of a predictor, on the consumer's stream.
+
+        ``predictor`` takes a slot, and with the frame's inputs ``age``: what `take_input` made of an `AGE_SPEC` array.
+        ``predictor_cold`` takes the frame's inputs alone, and no slot. Only a placement that loaded them has them.
+        """
+        ...
+
+    def take_prediction(self, cold: bool) -> dict[str, Array]:
+        """Host memory for what a predictor gives, by name as its module says.
+
+        The workspace's own and the same every time: read it before the next prediction. The lane's event is done when
+        the values are there to be read.
+        """
+        ...
+
+    def finite(self, outputs: Mapping[str, Any]) -> bool:
+        """Whether an answer, whose lane has ended, holds neither NaN nor Inf; called for every routed frame.
+
+        Args:
+            outputs: What `take_outputs` gave and an exit's lane filled.
+        """
+        ...
+
+    def auditor(self) -> Lane:
+        """The lane of the whole generator on a background stream, where it holds up no frame.
+
+        It takes what `keep_for_audit` gave, no slot, and what `take_audit` gave. Only a placement that loaded an
+        auditor has it.
+        """
+        ...
+
+    def keep_for_audit(self, inputs: Mapping[str, Any], image: Any) -> tuple[dict[str, Any], Array]:
+        """Copy a frame's inputs and the picture it was answered with, to be compared later.
+
+        The copies are in memory of the workspace's own, one set: no audit of this session may be under way. They stay
+        as they are whatever the caller does with his arrays and with the answer. Called on the thread that answers
+        frames, when the answer's lane has ended.
+
+        Args:
+            inputs: The frame's inputs, as `take_input` gave them; those that the generator takes are kept.
+            image: One of the answer's outputs.
+
+        Returns:
+            The inputs as the auditor's lane takes them; the picture on the host, complete, float32.
+        """
+        ...
+
+    def take_audit(self) -> dict[str, Array]:
+        """Host memory for the auditor's answer by output name: the workspace's own and the same every time."""
+        ...
+
     def close(self) -> None:
         """Give back what the device holds for the session, after the work that runs; safe to call twice."""
         ...
@@ -122,8 +176,14 @@ class Placement(Protocol):
         """Whether every exit that may ever run is loaded with the engine, because loading would hold up a frame."""
         ...
 
-    def load(self, exits: Iterable[Route]) -> None:
+    def load(self, exits: Iterable[Route], *, predictors: tuple[str, ...] = (), auditor: bool = False) -> None:
         """Load the producers that the policy needs, and these exits.
+
+        Args:
+            exits: Names of exits.
+            predictors: Of ``predictor`` and ``predictor_cold``, those to load for the consumer's stream.
+            auditor: Also load the whole generator for a background stream, with memory of its own: a run of it and the
+                exits' may overlap.
 
         Raises:
             BackendError: If an executor is missing or refuses a graph.

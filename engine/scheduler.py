@@ -41,7 +41,9 @@ __all__ = [
     "StartProducer",
 ]
 
-Route = Literal["whole", "plain", "warp"]
+Route = str
+"""An exit's name: ``whole``, ``plain``, ``warp``, ``warp2``, ``branch1``, ..."""
+
 OnStale = Literal["whole", "raise"]
 
 

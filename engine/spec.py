@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 
-__all__ = ["Array", "TensorSpec"]
+__all__ = ["AGE_INPUT", "AGE_SPEC", "Array", "TensorSpec"]
 
 Array = NDArray[Any]
 
@@ -62,3 +62,10 @@ class TensorSpec:
         # The sum is one pass without a temporary; only when it is not finite is it worth looking closer.
         if finite and array.dtype.kind == "f" and not np.isfinite(array.sum()) and not np.isfinite(array).all():
             raise InputError(f"input {self.name!r} holds NaN or Inf; replace those values before rendering")
+
+
+AGE_INPUT = "age"
+"""The input by which a predictor is told how old the cache is."""
+
+AGE_SPEC = TensorSpec(AGE_INPUT, "float32", (1, 1))
+"""Age in frames, as a number: what `AGE_INPUT` must be."""
