@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from .errors import BundleError, InputError
-from .spec import TensorSpec
+from .spec import AGE_INPUT, AGE_SPEC, TensorSpec
 from .strict_json import (
     Fields,
     a_name,
@@ -33,6 +34,7 @@ __all__ = [
     "CACHE_PREFIX",
     "FILE_NAME",
     "FORMAT",
+    "PREDICTORS",
     "Cut",
     "ExitRecord",
     "FileRecord",
@@ -56,6 +58,9 @@ DTYPES = frozenset(
     ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"]
 )
 _REQUIRED_MODULES = ("generator", "producer", "plain")
+
+PREDICTORS = ("predictor", "predictor_cold")
+"""The modules that predict every exit's quality: for a frame with a cache, and for one without."""
 
 Role = Literal["generator", "motion"]
 
@@ -93,7 +98,7 @@ class ExitRecord:
     """One way to answer a frame.
 
     Attributes:
-        name: ``whole``, ``plain``, ``warp``.
+        name: ``whole``, ``plain``, ``warp``, ``warp2``, ``branch1``, ...
         module: The module that answers.
         cost_ratio: Its measured cost as a fraction of the whole generator's, both on one thread.
     """
@@ -137,9 +142,9 @@ class Manifest:
         fps: Frames per second the generator was made for, if known.
         cut: Where the generator was split.
         cache: The cache tensors; their names start with ``cache.``.
-        modules: The graphs: ``generator``, ``producer``, ``plain`` and, where it was trained, ``warp``.
+        modules: The graphs: ``generator``, ``producer``, ``plain``, one a trained exit; with a promise `PREDICTORS`.
         exits: The ways to answer a frame.
-        calibration: Measured quality by exit and age, or None: then nothing is promised.
+        calibration: Measured quality by exit and age, or None: then nothing is known of it.
         files: Size and hash of every file of the folder but the manifest itself; filled in by `write_bundle`.
     """
 
@@ -292,8 +297,15 @@ class Manifest:
             _check_file_name(file, "files")
         for name, module in self.modules.items():
             self._check_module(name, module)
+        predictors = [name for name in PREDICTORS if name in self.modules]
+        if len(predictors) == 1:
+            raise BundleError(f"manifest.json: of the modules {_named(PREDICTORS)} there is {_named(predictors)} alone")
         for exit_record in self.exits:
-            if exit_record.module not in self.modules or exit_record.module == "producer":
+            if exit_record.name == "producer" or exit_record.name.startswith("predictor"):
+                raise BundleError(
+                    f"manifest.json: an exit is called {exit_record.name!r}; that is kept for what answers no frame"
+                )
+            if exit_record.module not in self.modules or exit_record.module in ("producer", *PREDICTORS):
                 raise BundleError(
                     f"manifest.json: exit {exit_record.name!r} refers to module {exit_record.module!r}, "
                     "which is not one that answers frames"
@@ -302,9 +314,18 @@ class Manifest:
     def _check_module(self, name: str, module: ModuleRecord) -> None:
         _check_file_name(module.file, f"modules.{name}.file")
         frame = {record.spec.name: record.spec for record in self.inputs}
+        if name.startswith("predictor") and name not in PREDICTORS:
+            raise BundleError(f"manifest.json: module {name!r} is unknown; a predictor is one of {_named(PREDICTORS)}")
         # Only a consumer reads the cache: the generator and the producer start from the frame's inputs alone.
-        cache = {} if name in ("generator", "producer") else {spec.name: spec for spec in self.cache}
+        without = ("generator", "producer", "predictor_cold")
+        cache = {} if name in without else {spec.name: spec for spec in self.cache}
         known = frame | cache
+        if name == "predictor":
+            if AGE_INPUT in frame:
+                raise BundleError(
+                    f"manifest.json: an input is called {AGE_INPUT!r}, which is what a predictor is told the age by"
+                )
+            known = known | {AGE_INPUT: AGE_SPEC}
         for spec in module.inputs:
             if spec.name not in known:
                 kind = "neither a cache tensor nor an input" if cache else "not an input"
@@ -314,6 +335,9 @@ class Manifest:
                     f"manifest.json: module {name!r} takes {_shown(spec)}, "
                     f"but the bundle has {_shown(known[spec.name])}"
                 )
+        if name in PREDICTORS:
+            _check_prediction(name, module.outputs)
+            return
         wanted, what = (self.cache, "cache") if name == "producer" else (self.outputs, "outputs")
         if set(module.outputs) != set(wanted):
             given = ", ".join(map(_shown, module.outputs)) or "none"
@@ -333,6 +357,25 @@ def _check_file_name(name: str, where: str) -> None:
         raise BundleError(
             f"manifest.json: {where} holds the file name {name!r}; "
             "a bundle's files lie directly in its folder and end in .onnx, .npz or .safetensors"
+        )
+
+
+def _check_prediction(name: str, outputs: tuple[TensorSpec, ...]) -> None:
+    """What a predictor gives: scores [1, E] and their spread, and how far the frame is from what it knows [1, 1]."""
+    scores = next((spec.shape for spec in outputs if spec.name == "predicted"), ())
+    exits = scores[1] if len(scores) == 2 else 1
+    wanted = {
+        TensorSpec("predicted", "float32", (1, exits)),
+        TensorSpec("spread", "float32", (1, exits)),
+        TensorSpec("novelty", "float32", (1, 1)),
+    }
+    if name == "predictor":
+        wanted.add(TensorSpec("change", "float32", (1, 1)))
+    if set(outputs) != wanted:
+        given = ", ".join(map(_shown, outputs)) or "none"
+        raise BundleError(
+            f"manifest.json: the outputs of module {name!r} are {given}, "
+            f"but a predictor gives {', '.join(sorted(map(_shown, wanted)))}"
         )
 
 
@@ -408,3 +451,7 @@ def _file(value: Any, where: str) -> FileRecord:
 
 def _shown(spec: TensorSpec) -> str:
     return f"{spec.name!r} ({spec.dtype}, {list(spec.shape)})"
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

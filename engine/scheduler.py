@@ -12,6 +12,10 @@ Rules that hold under every policy:
 - Once there is a cache, no frame waits for a producer under ``async``.
 - A slot has one writer or any number of readers (`SlotRing` raises otherwise).
 - A failing producer never stops answers: the last cache serves on, within `max_age`.
+
+In a *routed* session somebody else chooses the exit, when it knows more: `StartConsumer.route` is None, and the slot is
+the newest cache's, however old. No frame waits for the first cache under ``async``, none fails for want of a young one,
+and `Invalidated` says that a frame began another scene: no cache of an earlier frame is named from then on.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Literal
 
 from .errors import InputError, WarpcacheError
 from .policy import Policy
-from .slots import SlotRing
+from .slots import CachedFrame, SlotRing
 
 __all__ = [
     "Action",
@@ -31,6 +35,7 @@ __all__ = [
     "DropFrame",
     "FailFrame",
     "FrameArrived",
+    "Invalidated",
     "OnStale",
     "ProducerDone",
     "ProducerFailed",
@@ -92,6 +97,14 @@ class ConsumerFailed:
 
 
 @dataclass(frozen=True)
+class Invalidated:
+    """Event, of a routed session: `frame`, which is being answered, is of another scene than all frames before it."""
+
+    frame: int
+    time: float
+
+
+@dataclass(frozen=True)
 class StartProducer:
     """Action: make the cache of `frame` on `device` and write it to `slot`."""
 
@@ -105,12 +118,12 @@ class StartConsumer:
     """Action: answer `frame` by `route`, from the cache in `slot`, which is `age` frames old.
 
     `slot` is None and `age` 0 on route ``whole``. `refreshed` says that the frame had to wait for a new cache or for
-    the whole generator.
+    the whole generator. In a routed session `route` is None, and so is `slot` where there is no cache of this scene.
     """
 
     frame: int
     slot: int | None
-    route: Route
+    route: Route | None
     age: int
     refreshed: bool
 
@@ -130,7 +143,7 @@ class FailFrame:
     reason: str
 
 
-SchedulerEvent = FrameArrived | ProducerDone | ProducerFailed | ConsumerDone | ConsumerFailed
+SchedulerEvent = FrameArrived | ProducerDone | ProducerFailed | ConsumerDone | ConsumerFailed | Invalidated
 Action = StartProducer | StartConsumer | DropFrame | FailFrame
 
 
@@ -146,6 +159,7 @@ class Scheduler:
         on_stale: What happens to a frame without a young enough cache: ``whole`` lets the whole generator answer it,
             ``raise`` fails it.
         queue_limit: Frames that may wait where none is dropped (lockstep).
+        routed: Leave the exit of every frame open; `aged_exit`, `max_age` and `on_stale` then decide nothing.
 
     Raises:
         InputError: If an argument is out of range.
@@ -157,10 +171,11 @@ class Scheduler:
         *,
         devices: int = 1,
         streams: int = 1,
-        aged_exit: Literal["plain", "warp"] = "warp",
+        aged_exit: Route = "warp",
         max_age: int | None = None,
         on_stale: OnStale = "whole",
         queue_limit: int = 8,
+        routed: bool = False,
     ) -> None:
         if devices < 1 or streams < 1 or queue_limit < 1:
             raise InputError(
@@ -170,10 +185,11 @@ class Scheduler:
             raise InputError(f"max_age {max_age} is negative; give 0 or more frames, or None for no limit")
         if on_stale not in ("whole", "raise"):
             raise InputError(f"unknown on_stale {on_stale!r}; choose 'whole' or 'raise'")
-        if aged_exit not in ("plain", "warp"):
-            raise InputError(f"unknown exit {aged_exit!r}; choose 'plain' or 'warp'")
+        if aged_exit == "whole":
+            raise InputError("the exit 'whole' reads no cache; choose another, or policy 'full'")
         self.policy = policy
-        self._aged_exit: Literal["plain", "warp"] = aged_exit
+        self._routed = routed
+        self._aged_exit = aged_exit
         self._max_age = max_age
         self._on_stale = on_stale
         self._queue_limit = 1 if policy.live else queue_limit
@@ -185,6 +201,7 @@ class Scheduler:
         self._history: deque[int] = deque()  # lockstep: arrived frames that a producer may still be asked for
         self._newest_frame = -1
         self._newest_produced = -1
+        self._scene_start = 0  # caches of frames before it are of another scene
         self._current: StartConsumer | None = None
         self._refreshing: int | None = None  # the frame that waits for a producer in the foreground
         self._failed_cache: int | None = None  # lockstep: the frame whose cache could not be made
@@ -248,6 +265,8 @@ class Scheduler:
                 self._end_refresh(actions)
             case ConsumerDone() | ConsumerFailed():
                 self._end_consumer(event.frame)
+            case Invalidated():
+                self._begin_scene(event.frame)
         if not self.policy.foreground:
             self._start_producers(actions)
         self._answer_pending(actions)
@@ -290,7 +309,21 @@ class Scheduler:
             self._ring.release(self._current.slot)
         self._current = None
 
+    def _begin_scene(self, frame: int) -> None:
+        if not self._routed or self._current is None or self._current.frame != frame:
+            raise _impossible(f"frame {frame} began a scene without being routed")
+        self._scene_start = frame
+        # Lockstep: until the scene is old enough its first frame stands in, as the very first frame does at the start.
+        while self._history and self._history[0] < frame:
+            self._history.popleft()
+
     # Decisions
+
+    @property
+    def _newest(self) -> CachedFrame | None:
+        """The newest cache of this scene."""
+        newest = self._ring.newest
+        return None if newest is None or newest.frame < self._scene_start else newest
 
     def _start_producers(self, actions: list[Action]) -> None:
         """Put an idle stream to work on the newest frame; older frames are never worth a producer any more."""
@@ -308,9 +341,12 @@ class Scheduler:
     def _answer_pending(self, actions: list[Action]) -> None:
         while self._pending and self._current is None and not (self.policy.foreground and self._in_flight):
             if self.policy.kind == "full":
-                self._answer_whole(self._pending.popleft(), actions)
+                if self._routed:
+                    self._answer(self._pending.popleft(), actions, refreshed=False)
+                else:
+                    self._answer_whole(self._pending.popleft(), actions)
             elif self.policy.kind == "async":
-                if self._ring.newest is None and not self._failed_before_first:
+                if not self._routed and self._ring.newest is None and not self._failed_before_first:
                     self._waited_for_first = True
                     return
                 waited, self._waited_for_first = self._waited_for_first, False
@@ -326,7 +362,7 @@ class Scheduler:
 
     def _wanted_cache(self, frame: int) -> int | None:
         """The frame whose cache must be made before `frame` is answered; None where the one at hand serves."""
-        newest = self._ring.newest
+        newest = self._newest
         if self.policy.kind == "every":
             return frame if newest is None or frame - newest.frame >= self.policy.period else None
         # Lockstep. The very first frame stands in for frames before it; the frame before a gap, for those in the gap.
@@ -350,11 +386,14 @@ class Scheduler:
 
     def _answer(self, frame: int, actions: list[Action], *, refreshed: bool) -> None:
         """Answer from the newest cache, or where that is too old as the user chose."""
-        newest = self._ring.newest
-        if newest is not None and (self._max_age is None or frame - newest.frame <= self._max_age):
+        newest = self._newest
+        if newest is None and self._routed:
+            self._current = StartConsumer(frame, None, None, 0, refreshed)
+            actions.append(self._current)
+        elif newest is not None and (self._routed or self._max_age is None or frame - newest.frame <= self._max_age):
             age = frame - newest.frame
             self._ring.acquire(newest.slot)
-            route: Route = "plain" if age == 0 else self._aged_exit
+            route = None if self._routed else "plain" if age == 0 else self._aged_exit
             self._current = StartConsumer(frame, newest.slot, route, age, refreshed)
             actions.append(self._current)
         elif self._on_stale == "whole":
