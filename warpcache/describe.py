@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .engine.spec import TensorSpec
+from .sheets import Sheet, plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from .engine.bundle import Bundle
     from .engine.manifest import Manifest
@@ -34,16 +34,15 @@ def print_bundle(bundle: Bundle, *, console: Console | None = None) -> None:
     fps = f", {manifest.fps:g} frames per second" if manifest.fps is not None else ""
     total = sum(record.size_bytes for record in manifest.files.values())
     out.print(f"{manifest.name}: {size_text(total)}{fps} ({created})", soft_wrap=True, markup=False)
-    out.print(_tensors(manifest))
-    out.print(_candidates(manifest))
-    out.print(_exits(manifest))
+    for sheet in (_tensors(manifest), _candidates(manifest), _exits(manifest)):
+        out.print(sheet.table())
     if manifest.calibration is None:
         out.print("Quality by age: not calibrated, so nothing is promised; compile with --holdout to measure it.")
     else:
-        out.print(_calibration(manifest))
+        out.print(_calibration(manifest).table())
     if isinstance(manifest.created.get("precision"), Mapping):
         print_precision(manifest, out)
-    out.print(_files(manifest))
+    out.print(_files(manifest).table())
 
 
 def print_precision(manifest: Manifest, out: Console) -> None:
@@ -111,17 +110,6 @@ def _by_age(ages: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(ages.items(), key=lambda item: int(item[0]))
 
 
-def plain_table(title: str, *columns: str, numeric: Iterable[str] = ()) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    right = set(numeric)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table
-
-
 def size_text(size_bytes: float) -> str:
     """A size in bytes, short: 1 MB is 1,000,000 bytes."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -134,11 +122,11 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "-"
 
 
-def _tensors(manifest: Manifest) -> Table:
-    table = plain_table("Tensors", "kind", "name", "dtype", "shape", "size", numeric=["size"])
+def _tensors(manifest: Manifest) -> Sheet:
+    rows: list[tuple[str, ...]] = []
 
     def add(kind: str, spec: TensorSpec) -> None:
-        table.add_row(kind, spec.name, spec.dtype, " x ".join(map(str, spec.shape)), size_text(spec.size_bytes))
+        rows.append((kind, spec.name, spec.dtype, " x ".join(map(str, spec.shape)), size_text(spec.size_bytes)))
 
     for record in manifest.inputs:
         add("input" if record.role == "generator" else "input (motion)", record.spec)
@@ -146,42 +134,42 @@ def _tensors(manifest: Manifest) -> Table:
         add("output (image)" if spec.name == manifest.image_output else "output", spec)
     for spec in manifest.cache:
         add("cache", spec)
-    return table
+    return Sheet("Tensors", ("kind", "name", "dtype", "shape", "size"), rows, frozenset(["size"]))
 
 
-def _candidates(manifest: Manifest) -> Table:
+def _candidates(manifest: Manifest) -> Sheet:
     """The cuts that were considered; the one that was taken is marked."""
     ages = sorted({age for c in manifest.cut.candidates for age in (c.get("reuse_psnr_db") or {})}, key=int)
     reuse = [f"reuse at age {age}, dB" for age in ages]
     columns = ["consumer ms", "producer ms", "cost", "cache", *reuse]
-    table = plain_table("Cut", "", "tensors", *columns, numeric=columns)
+    rows: list[tuple[str, ...]] = []
     taken = set(manifest.cut.tensors)
     if not any(set(c.get("tensors", ())) == taken for c in manifest.cut.candidates):
-        table.add_row("*", ", ".join(manifest.cut.tensors), *["-"] * len(columns))
+        rows.append(("*", ", ".join(manifest.cut.tensors), *["-"] * len(columns)))
     for candidate in manifest.cut.candidates:
         tensors = candidate.get("tensors", ())
         cache_bytes = candidate.get("cache_bytes")
         psnr = candidate.get("reuse_psnr_db") or {}
-        table.add_row(
-            "*" if set(tensors) == taken else "",
-            ", ".join(tensors),
-            _number(candidate.get("consumer_ms"), ".2f"),
-            _number(candidate.get("producer_ms"), ".2f"),
-            _number(candidate.get("cost_ratio"), ".1%"),
-            size_text(cache_bytes) if isinstance(cache_bytes, int | float) else "-",
-            *(_number(psnr.get(age), ".2f") for age in ages),
+        rows.append(
+            (
+                "*" if set(tensors) == taken else "",
+                ", ".join(tensors),
+                _number(candidate.get("consumer_ms"), ".2f"),
+                _number(candidate.get("producer_ms"), ".2f"),
+                _number(candidate.get("cost_ratio"), ".1%"),
+                size_text(cache_bytes) if isinstance(cache_bytes, int | float) else "-",
+                *(_number(psnr.get(age), ".2f") for age in ages),
+            )
         )
-    return table
+    return Sheet("Cut", ("", "tensors", *columns), rows, frozenset(columns))
 
 
-def _exits(manifest: Manifest) -> Table:
-    table = plain_table("Exits", "exit", "module", "cost of the whole", numeric=["cost of the whole"])
-    for record in manifest.exits:
-        table.add_row(record.name, record.module, f"{record.cost_ratio:.1%}")
-    return table
+def _exits(manifest: Manifest) -> Sheet:
+    rows = [(record.name, record.module, f"{record.cost_ratio:.1%}") for record in manifest.exits]
+    return Sheet("Exits", ("exit", "module", "cost of the whole"), rows, frozenset(["cost of the whole"]))
 
 
-def _calibration(manifest: Manifest) -> Table:
+def _calibration(manifest: Manifest) -> Sheet:
     """Mean quality by exit and age, and the 5th percentile of the frames beside it."""
     from .engine.quality import METRICS
 
@@ -190,7 +178,7 @@ def _calibration(manifest: Manifest) -> Table:
     title = (
         f"Quality by age, against {calibration.get('against')}, {calibration.get('frames')} frames: mean (worst 5 %)"
     )
-    table = plain_table(title, "exit", "age", *names, numeric=["age", *names])
+    rows = []
     for name, ages in calibration.get("exits", {}).items():
         for age, metrics in _by_age(ages):
             cells = []
@@ -200,12 +188,10 @@ def _calibration(manifest: Manifest) -> Table:
                 better_high = metric not in METRICS or METRICS[metric].higher_is_better
                 worst = spread.get("p05" if better_high else "p95")
                 cells.append(f"{_number(spread.get('mean'), form)} ({_number(worst, form)})")
-            table.add_row(LABELS.get(name, name), age, *cells)
-    return table
+            rows.append((LABELS.get(name, name), age, *cells))
+    return Sheet(title, ("exit", "age", *names), rows, frozenset(["age", *names]))
 
 
-def _files(manifest: Manifest) -> Table:
-    table = plain_table("Files", "file", "size", "sha256", numeric=["size"])
-    for name, record in sorted(manifest.files.items()):
-        table.add_row(name, size_text(record.size_bytes), record.sha256[:16])
-    return table
+def _files(manifest: Manifest) -> Sheet:
+    rows = [(name, size_text(record.size_bytes), record.sha256[:16]) for name, record in sorted(manifest.files.items())]
+    return Sheet("Files", ("file", "size", "sha256"), rows, frozenset(["size"]))

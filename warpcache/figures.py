@@ -1,80 +1,19 @@
-"""The report's charts: matplotlib SVG that takes its colours and its font from the page it is put into.
-
-Matplotlib knows no CSS variables, so the charts are drawn in stand-in colours that are exchanged in the SVG text for
-``var(--ink)`` and the like. One drawing then serves the light and the dark page.
-"""
+"""The charts of what was measured under several policies: latency, ages, quality over age."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .drawing import PAPER, SERIES, Chart, drawing
 from .engine.quality import METRICS, PSNR_CAP_DB
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from .report import PolicyResult
 
-__all__ = ["Chart", "charts"]
-
-_TEXT, _RULE, _PAPER = "#010203", "#020304", "#030405"
-_SERIES = ("#0a0b00", "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
-_VARIABLES = {_TEXT: "--muted", _RULE: "--rule", _PAPER: "--card"} | {
-    color: f"--series-{index}" for index, color in enumerate(_SERIES)
-}
-_WIDTH, _HEIGHT = 4.5, 2.9  # inches of 72 points; a card on the page is about as wide
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _RULE,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.labelsize": 10.5,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5,
-    "xtick.major.size": 0,
-    "xtick.major.pad": 6,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure of the report.
-
-    Attributes:
-        title: What it shows.
-        note: How to read it, one sentence; may be empty.
-        svg: The drawing, an ``<svg>`` element.
-    """
-
-    title: str
-    note: str
-    svg: str
+__all__ = ["charts", "series"]
 
 
 def series(results: Sequence[PolicyResult]) -> list[int]:
@@ -85,7 +24,7 @@ def series(results: Sequence[PolicyResult]) -> list[int]:
             numbers.append(0)
         else:
             numbers.append(following)
-            following = following % (len(_SERIES) - 1) + 1
+            following = following % (len(SERIES) - 1) + 1
     return numbers
 
 
@@ -106,9 +45,9 @@ def charts(results: Sequence[PolicyResult]) -> list[Chart]:
 
 
 def _latency_over_time(results: Sequence[PolicyResult]) -> Chart:
-    with _drawing("time") as (axes, svg):
+    with drawing("time") as (axes, svg):
         for number, result in zip(series(results), results, strict=True):
-            axes.plot(np.arange(len(result.latency_ms)), result.latency_ms, color=_SERIES[number], linewidth=1.2)
+            axes.plot(np.arange(len(result.latency_ms)), result.latency_ms, color=SERIES[number], linewidth=1.2)
         note = _latency_axis(axes.yaxis, results)
         axes.set_xlabel("frame")
         axes.set_ylabel("ms")
@@ -117,19 +56,19 @@ def _latency_over_time(results: Sequence[PolicyResult]) -> Chart:
 
 
 def _latency_distribution(results: Sequence[PolicyResult]) -> Chart:
-    with _drawing("distribution") as (axes, svg):
+    with drawing("distribution") as (axes, svg):
         for number, result in zip(series(results), results, strict=True):
             latency = np.sort(np.asarray(result.latency_ms, np.float64))
             share = np.arange(1, len(latency) + 1) / len(latency) * 100
-            axes.step(latency, share, where="post", color=_SERIES[number])
+            axes.step(latency, share, where="post", color=SERIES[number])
             for quantile in (50, 99):
                 axes.plot(
                     np.percentile(latency, quantile),
                     quantile,
                     marker="o",
                     markersize=6,
-                    color=_SERIES[number],
-                    markeredgecolor=_PAPER,
+                    color=SERIES[number],
+                    markeredgecolor=PAPER,
                     markeredgewidth=1.4,
                     clip_on=False,
                 )
@@ -142,14 +81,14 @@ def _latency_distribution(results: Sequence[PolicyResult]) -> Chart:
 
 def _ages(results: Sequence[PolicyResult]) -> Chart:
     drawn = [(n, r) for n, r in zip(series(results), results, strict=True) if max(r.ages, default=0) > 0]
-    with _drawing("ages") as (axes, svg):
+    with drawing("ages") as (axes, svg):
         from matplotlib.ticker import MaxNLocator
 
         width = 0.8 / len(drawn)
         for position, (number, result) in enumerate(drawn):
             ages, counts = np.unique(np.asarray(result.ages), return_counts=True)
             offset = (position - (len(drawn) - 1) / 2) * width
-            axes.bar(ages + offset, counts / len(result.ages) * 100, width=width * 0.94, color=_SERIES[number])
+            axes.bar(ages + offset, counts / len(result.ages) * 100, width=width * 0.94, color=SERIES[number])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("age of the cache in frames")
@@ -186,22 +125,22 @@ def _quality_over_age(results: Sequence[PolicyResult], name: str) -> Chart | Non
         for result in results
         if result.policy == "full" and len(order) > 1 and name in result.quality_against.get(order[1], {})
     ]
-    with _drawing(name) as (axes, svg):
+    with drawing(name) as (axes, svg):
         from matplotlib.ticker import MaxNLocator
 
         for number, style, ages, values in lines:
             axes.plot(
                 ages,
                 values,
-                color=_SERIES[number],
+                color=SERIES[number],
                 linestyle=("-", (0, (3, 2.2)))[style],
                 marker="o",
                 markersize=6,
-                markeredgecolor=_PAPER,
+                markeredgecolor=PAPER,
                 markeredgewidth=1.4,
             )
         for value in ceiling:
-            axes.axhline(value, color=_SERIES[0], linestyle=(0, (3, 2.2)), linewidth=1.4)
+            axes.axhline(value, color=SERIES[0], linestyle=(0, (3, 2.2)), linewidth=1.4)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.margins(x=0.06, y=0.16)
@@ -237,42 +176,3 @@ def _latency_axis(axis: Any, results: Sequence[PolicyResult]) -> str:
     high = min((line for line in lines if line >= latency.max()), default=lines[-1])
     (axes.set_xlim if is_x else axes.set_ylim)(low, high)
     return "; logarithmic"
-
-
-@contextmanager
-def _drawing(name: str) -> Iterator[tuple[Axes, Any]]:
-    """Axes of a chart in the report's style, and a function that gives their SVG (call it after drawing)."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # Figure and not pyplot: no global state, no window system. The salt makes ids differ from chart to chart (they
-    # share one page) and not from run to run.
-    style: Any = {**_STYLE, "svg.hashsalt": name}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-        axes = figure.add_subplot()
-        text: list[str] = []
-
-        def svg() -> str:
-            return text[0]
-
-        yield axes, svg
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        text.append(_for_page(buffer.getvalue(), name))
-
-
-def _for_page(svg: str, name: str) -> str:
-    """Take a matplotlib SVG file to an element for an HTML page: its colours, no outside addresses, ids of its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows what <svg> is
-    svg = re.sub(
-        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', svg, count=1
-    )
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = svg.replace("xlink:href=", "href=")
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    return svg.strip()
