@@ -24,6 +24,7 @@ from warpcache.engine.scheduler import (
     DropFrame,
     FailFrame,
     FrameArrived,
+    Invalidated,
     ProducerDone,
     ProducerFailed,
     Scheduler,
@@ -43,6 +44,8 @@ class Driver:
         self.max_age: int | None = options.get("max_age")
         self.on_stale = options.get("on_stale", "whole")
         self.aged_exit = options.get("aged_exit", "warp")
+        self.routed = options.get("routed", False)
+        self.scene_start = 0
         self.lanes = 1 if policy.foreground else devices * streams
         self.scheduler = Scheduler(policy, devices=devices, streams=streams, queue_limit=QUEUE_LIMIT, **options)
         self.arrived: list[int] = []
@@ -85,9 +88,21 @@ class Driver:
         frame, self.running = self.running.frame, None
         return self.post(ConsumerFailed(frame, 0.0) if failed else ConsumerDone(frame, 0.0))
 
+    def invalidate(self) -> list[Action]:
+        """The frame that is being answered turns out to be of another scene than those before it."""
+        assert self.running is not None
+        self.scene_start = self.running.frame
+        return self.post(Invalidated(self.running.frame, 0.0))
+
     @property
     def newest(self) -> int | None:
+        """The frame of the newest finished cache, of whatever scene."""
         return max(self.ready.values(), default=None)
+
+    @property
+    def usable(self) -> int | None:
+        """The frame of the newest finished cache of this scene."""
+        return max((frame for frame in self.ready.values() if frame >= self.scene_start), default=None)
 
     def check(self, action: Action) -> None:
         match action:
@@ -115,11 +130,15 @@ class Driver:
                 self.dropped.append(action.frame)
             case FailFrame():
                 assert self.on_stale == "raise"
+                assert not self.routed
                 assert self.newest is None or self.too_old(action.frame - self.newest)
                 self.close_frame(action.frame)
                 self.failed.append(action.frame)
 
     def check_answer(self, action: StartConsumer) -> None:
+        if self.routed:
+            self.check_routed(action)
+            return
         if action.route == "whole":
             assert action.slot is None
             assert action.age == 0
@@ -135,10 +154,29 @@ class Driver:
         assert action.age >= 0
         assert not self.too_old(action.age)
         assert action.route == ("plain" if action.age == 0 else self.aged_exit)
+        self.check_age(action)
+
+    def check_routed(self, action: StartConsumer) -> None:
+        """The exit is open; the cache is the newest of this scene, however old, and only that."""
+        assert action.route is None
+        if action.slot is None:
+            assert self.usable is None, "a cache of this scene was passed over"
+            assert action.age == 0
+            # Where a producer is planned for the frame it is waited for, so that only its failure leaves none.
+            assert self.policy.kind in ("full", "async") or self.failures > 0
+            return
+        assert all(action.slot != other.slot for other in self.in_flight), "read while written"
+        assert self.ready[action.slot] == action.frame - action.age == self.usable
+        assert 0 <= action.age <= action.frame - self.scene_start, "a cache from before the cut"
+        self.check_age(action)
+
+    def check_age(self, action: StartConsumer) -> None:
+        """What the policy plans holds where no producer has failed."""
         if self.failures == 0 and self.policy.kind == "every":
             assert action.age < self.policy.period
         if self.failures == 0 and self.policy.kind == "lockstep":
-            wanted = max((f for f in self.arrived if f <= action.frame - self.policy.age), default=self.arrived[0])
+            scene = [frame for frame in self.arrived if frame >= self.scene_start]
+            wanted = max((frame for frame in scene if frame <= action.frame - self.policy.age), default=scene[0])
             assert action.frame - action.age == wanted
 
     def check_state(self) -> None:
@@ -148,7 +186,9 @@ class Driver:
         assert len(waiting) <= limit, "the queue grows"
         if self.running is None and waiting:
             assert self.in_flight, "a frame waits and nothing is under way"
-            assert self.policy.kind != "async" or self.newest is None, "a frame waits although there is a cache"
+            if self.policy.kind == "async":
+                assert not self.routed, "a routed frame waits for the first cache"
+                assert self.newest is None, "a frame waits although there is a cache"
         assert self.scheduler.idle == (not waiting and self.running is None)
         assert self.scheduler.needed_inputs <= set(self.arrived)
         held = 2 if self.policy.live else QUEUE_LIMIT + self.policy.age + 2
@@ -178,7 +218,8 @@ class Adversary(RuleBasedStateMachine):
         streams=st.integers(1, 2),
         max_age=st.none() | st.integers(0, 4),
         on_stale=st.sampled_from(["whole", "raise"]),
-        aged_exit=st.sampled_from(["plain", "warp"]),
+        aged_exit=st.sampled_from(["plain", "warp", "warp2"]),
+        routed=st.booleans(),
     )
     def start(self, **options: Any) -> None:
         self.driver = Driver(options.pop("policy"), **options)
@@ -204,6 +245,11 @@ class Adversary(RuleBasedStateMachine):
     @rule(failed=st.sampled_from([False, False, False, True]))
     def consumer_done(self, failed: bool) -> None:
         self.driver.consumer_done(failed=failed)
+
+    @precondition(lambda self: self.driver.routed and self.driver.running is not None)
+    @rule()
+    def invalidate(self) -> None:
+        self.driver.invalidate()
 
     def teardown(self) -> None:
         """However it went, everything ends once what is under way has ended, and every frame has had its fate."""
@@ -339,13 +385,85 @@ def test_lockstep_does_not_try_a_failed_cache_again() -> None:
     assert driver.arrive(2) == [StartConsumer(2, 0, "warp", 2, False)]
 
 
+# Routed: the exit is somebody else's choice
+
+
+def test_a_routed_frame_never_waits_for_the_first_cache() -> None:
+    driver = Driver(Policy("async"), routed=True)
+    assert driver.arrive(0) == [StartProducer(0, 0, 0), StartConsumer(0, None, None, 0, False)]
+    assert driver.consumer_done() == []
+    driver.producer_done()
+    assert driver.arrive(1) == [StartProducer(0, 1, 1), StartConsumer(1, 0, None, 1, False)]
+
+
+def test_a_routed_frame_has_the_newest_cache_however_old() -> None:
+    driver = Driver(Policy("async"), routed=True, max_age=1, on_stale="raise")
+    driver.arrive(0)
+    driver.producer_done()
+    driver.consumer_done()
+    assert driver.arrive(50)[-1] == StartConsumer(50, 0, None, 50, False)
+
+
+def test_full_routed_uses_no_producer_and_leaves_the_exit_open() -> None:
+    driver = Driver(Policy("full"), routed=True)
+    answers = run_in_order(driver, 3)
+    assert [(answer.route, answer.slot, answer.refreshed) for answer in answers] == [(None, None, False)] * 3
+    assert not driver.ready
+
+
+def test_after_a_cut_caches_from_before_it_are_never_named() -> None:
+    driver = Driver(Policy("async"), routed=True)
+    driver.arrive(0)
+    driver.producer_done()
+    driver.consumer_done()
+    assert driver.arrive(1)[-1] == StartConsumer(1, 0, None, 1, False)  # and the producer starts on frame 1
+    driver.consumer_done()
+    # Frame 2 begins a scene; the producer of frame 1 ends after that and leaves a cache of the old one.
+    assert driver.arrive(2) == [StartConsumer(2, 0, None, 2, False)]
+    assert driver.invalidate() == []
+    driver.consumer_done()
+    assert driver.producer_done() == [StartProducer(0, 0, 2)]
+    assert driver.arrive(3)[-1] == StartConsumer(3, None, None, 0, False)
+    driver.consumer_done()
+    driver.producer_done()
+    assert driver.arrive(4)[-1] == StartConsumer(4, 0, None, 2, False)
+
+
+def test_after_a_cut_every_n_refreshes_at_once() -> None:
+    driver = Driver(Policy("every", period=10), routed=True)
+    run_in_order(driver, 2)
+    driver.arrive(2)
+    driver.invalidate()
+    driver.consumer_done()
+    assert driver.arrive(3) == [StartProducer(0, 1, 3)]
+    assert driver.producer_done() == [StartConsumer(3, 1, None, 0, True)]
+
+
+def test_after_a_cut_lockstep_begins_again_with_the_scenes_first_frame() -> None:
+    driver = Driver(Policy.lockstep(3), routed=True)
+    run_in_order(driver, 5)
+    driver.arrive(5)
+    driver.invalidate()
+    assert driver.consumer_done() == [StartProducer(0, 1, 5)]
+    driver.producer_done()
+    ages = []
+    for frame in (6, 7, 8, 9):
+        driver.arrive(frame)
+        assert driver.running is not None
+        ages.append(driver.running.age)
+        for action in driver.consumer_done():
+            assert isinstance(action, StartProducer)
+            driver.producer_done()
+    assert ages == [1, 2, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("options", "opening"),
     [
         ({"devices": 0}, "devices, streams and queue_limit are 0, 1, 8; give 1 or more"),
         ({"max_age": -1}, "max_age -1 is negative"),
         ({"on_stale": "wait"}, "unknown on_stale 'wait'"),
-        ({"aged_exit": "whole"}, "unknown exit 'whole'"),
+        ({"aged_exit": "whole"}, "the exit 'whole' reads no cache"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], opening: str) -> None:
@@ -361,6 +479,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], opening: str) -> Non
         ([ProducerDone(0, 0, 0, 0.0)], "a producer ended that was not started"),
         ([FrameArrived(0, 0.0), ProducerFailed(0, 0, 7, 0.0)], "a producer ended that was not started"),
         ([ConsumerDone(0, 0.0)], "frame 0 was answered without being asked for"),
+        ([FrameArrived(0, 0.0), Invalidated(0, 0.0)], "frame 0 began a scene without being routed"),
     ],
 )
 def test_events_that_cannot_have_happened_are_refused(events: list[SchedulerEvent], opening: str) -> None:
