@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
 from warpcache.engine.spec import TensorSpec
-from warpcache.kernels import change, image, warp
+from warpcache.kernels import change, finite, image, warp
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import Context
 
@@ -148,7 +148,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Context:
         def prepare(self, *given: object) -> object:
             return given
 
-    for launcher in (image, change, warp):
+    for launcher in (image, change, finite, warp):
         monkeypatch.setattr(launcher, "KernelLibrary", NoLibrary)
     return cast(Context, NoGpu())
 

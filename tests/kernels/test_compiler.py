@@ -43,7 +43,7 @@ class TestCompile:
             assert found[f".text.{kernel}"]
 
     def test_there_are_kernels(self) -> None:
-        assert {"image.cu", "change.cu", "warp.cu", "rasterizer.cu"} <= set(SOURCES)
+        assert {"image.cu", "change.cu", "finite.cu", "warp.cu", "rasterizer.cu"} <= set(SOURCES)
 
     def test_machine_code_is_the_architectures_own(self) -> None:
         codes = {sections(compile_cubin(ADD, arch))[".text.add"] for arch in ("sm_75", "sm_90", "sm_120")}
@@ -90,7 +90,7 @@ class TestQuality:
         )
         assert "__local_depot" in ptx(spoilt + "*(int*)8 = p.a[threadIdx.x]; }")
 
-    @pytest.mark.parametrize("source", ["image.cu", "change.cu"])
+    @pytest.mark.parametrize("source", ["image.cu", "change.cu", "finite.cu"])
     def test_groups_are_moved_at_once(self, source: str) -> None:
         text = ptx((KERNELS / source).read_text("utf-8"))
         assert "ld.global.v4.f32" in text or "ld.global.v4.u32" in text
