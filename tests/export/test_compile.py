@@ -23,7 +23,7 @@ from warpcache.engine import bundle as bundle_module
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.errors import BundleError, ExportError, InputError, WarpcacheError
 from warpcache.engine.quality import psnr
-from warpcache.export import bundling
+from warpcache.export import adapter_training, bundling
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig, AdapterLayout, Surface
 from warpcache.export.adapter_graph import LADDER, choose_config
@@ -612,7 +612,7 @@ def test_cuts_and_budgets_that_cannot_be_had(portrait: Any, tmp_path: Path, monk
         compiled(portrait.module, stream, tmp_path / "p.warp", dataclasses.replace(TRAINED, cut="depe"))
     assert "Traceback" not in str(info.value)
     # One size to try is enough here; a generator as small as this one is cheaper than any adapter.
-    monkeypatch.setattr(compile_module, "choose_config", partial(choose_config, ladder=LADDER[-1:]))
+    monkeypatch.setattr(adapter_training, "choose_config", partial(choose_config, ladder=LADDER[-1:]))
     budget = dataclasses.replace(TRAINED, adapter=None, budget=0.001)
     with pytest.raises(
         ExportError, match=r"^the smallest warp adapter costs .*, over the budget of 0\.1%; (give|comp)"
@@ -654,12 +654,12 @@ def test_generators_that_cannot_be_compiled(tmp_path: Path) -> None:
 
 
 def test_lpips_trains_the_rgb_output(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compile_module, "PerceptualLoss", lambda weights: lambda a, b: (a - b).abs().sum((0, 2, 3)))
+    monkeypatch.setattr(adapter_training, "PerceptualLoss", lambda weights: lambda a, b: (a - b).abs().sum((0, 2, 3)))
 
     def seen(*channels: int, size: int = 32) -> list[float] | None:
         outputs = tuple((f"o{k}", count) for k, count in enumerate(channels))
         layout = AdapterLayout(size, size, outputs, (), (), ())
-        loss = compile_module._perceptual(Path("weights"), layout)
+        loss = adapter_training.perceptual_loss(Path("weights"), layout)
         if loss is None:
             return None
         a = torch.arange(float(sum(channels)))[None, :, None, None].expand(1, -1, 1, 1)
@@ -671,4 +671,4 @@ def test_lpips_trains_the_rgb_output(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert seen(1, 2) is None
     assert seen(3, size=16) is None
     assert len(caplog.records) == 2  # said, not silently left out
-    assert compile_module._perceptual(None, AdapterLayout(32, 32, (("o", 3),), (), (), ())) is None
+    assert adapter_training.perceptual_loss(None, AdapterLayout(32, 32, (("o", 3),), (), (), ())) is None

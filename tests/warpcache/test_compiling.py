@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from warpcache.cli import cli
 from warpcache.engine.bundle import Bundle
+from warpcache.export import adapter_training
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig
 from warpcache.export.distill import Distillation
@@ -134,7 +135,7 @@ def compile_(folder: Path, *options: Any, model: str = "my_models.py:Generator",
 def test_compile_trains_and_reports(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A generator this small is cheaper than any adapter: the size is given, the rest is as the user has it.
     small = AdapterConfig(width=8, blocks=0, features=8, encoder_width=8)
-    monkeypatch.setattr(compile_module, "choose_config", lambda *_, **__: small)
+    monkeypatch.setattr(adapter_training, "choose_config", lambda *_, **__: small)
     result = compile_(
         folder,
         "--weights", folder / "weights.safetensors", "--holdout", folder / "test.npz", "--cut", "deep",
@@ -311,7 +312,7 @@ def test_an_interrupted_training_names_its_checkpoint(folder: Path, monkeypatch:
         raise KeyboardInterrupt
 
     small = AdapterConfig(width=8, blocks=0, features=8, encoder_width=8)
-    monkeypatch.setattr(compile_module, "choose_config", lambda *_, **__: small)
+    monkeypatch.setattr(adapter_training, "choose_config", lambda *_, **__: small)
     monkeypatch.setattr(Distillation, "_train_step", interrupted)
     result = compile_(folder, "--steps", "3", "--cut", "deep")
     assert result.exit_code == 1

@@ -1,0 +1,101 @@
+"""The manifest of a compile's result, and what every exit costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from onnx import ModelProto
+
+from .. import __version__
+from ..engine.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from ..engine.spec import Array, TensorSpec
+from .cut import CutCandidate
+from .graph import GraphIndex
+from .profile import time_model
+from .recording import spec_of
+from .run import open_session, run_session
+from .split import SplitModels
+from .subject import Subject
+
+__all__ = ["WHOLE", "draft_manifest", "measure_costs"]
+
+WHOLE = "whole"
+"""The exit that the generator itself is; every other exit is called like its module."""
+
+
+def measure_costs(models: Mapping[str, ModelProto], exits: Sequence[str], subject: Subject) -> tuple[ExitRecord, ...]:
+    """Every exit with its cost, all measured in turns on one thread.
+
+    Args:
+        models: Module name -> model, the producer and every exit among them.
+        exits: Names of the exits; `WHOLE` is the module ``generator``, the others are modules of their name.
+        subject: Its last frame is what they run on.
+    """
+    feeds: dict[str, Array] = {name: array[-1:] for name, array in subject.train.arrays.items()}
+    feeds |= run_session(open_session(models["producer"]), feeds)
+    modules = {name: "generator" if name == WHOLE else name for name in exits}
+    times = time_model({name: models[module] for name, module in modules.items()}, feeds, threads=1, repeats=30)
+    whole = times[WHOLE].min_ms
+    return tuple(ExitRecord(name, module, round(times[name].min_ms / whole, 4)) for name, module in modules.items())
+
+
+def draft_manifest(
+    name: str,
+    models: Mapping[str, ModelProto],
+    parts: SplitModels,
+    subject: Subject,
+    *,
+    candidates: Sequence[CutCandidate],
+    exits: tuple[ExitRecord, ...],
+    calibration: Mapping[str, Any] | None,
+    made_from: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> Manifest:
+    """Everything but the files' sizes and hashes, which come with writing.
+
+    Args:
+        name: The bundle's.
+        models: Module name -> model.
+        parts: The generator's halves.
+        subject: The generator and its frames.
+        candidates: The cuts that were considered, best first.
+        exits: From `measure_costs`.
+        calibration: What was measured, or None.
+        made_from: The user's options, JSON-ready.
+        training: What was trained and how, JSON-ready; empty where nothing was.
+    """
+    index = {name: GraphIndex(model) for name, model in models.items()}
+
+    def specs(module: str, values: Sequence[str]) -> tuple[TensorSpec, ...]:
+        return tuple(index[module].specs[value] for value in values)
+
+    inputs = [InputRecord(spec) for spec in specs("generator", index["generator"].inputs)]
+    if subject.surface is not None:
+        atlas = subject.surface.atlas
+        inputs.append(InputRecord(spec_of(atlas, subject.train.arrays[atlas]), "motion"))
+    return Manifest(
+        name=name,
+        created={
+            "by": f"warpcache {__version__}",
+            "at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "options": json.loads(json.dumps(dict(made_from))),
+            "training": dict(training),
+        },
+        inputs=tuple(inputs),
+        outputs=specs("generator", index["generator"].outputs),
+        image_output=subject.image_output,
+        fps=subject.train.fps,
+        cut=Cut(tuple(parts.origins.values()), tuple(candidate.to_record() for candidate in candidates)),
+        cache=specs("producer", index["producer"].outputs),
+        modules={
+            module: ModuleRecord(
+                f"{module}.onnx", specs(module, index[module].inputs), specs(module, index[module].outputs)
+            )
+            for module in models
+        },
+        exits=exits,
+        calibration=None if calibration is None else dict(calibration),
+    )

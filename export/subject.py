@@ -1,0 +1,93 @@
+"""What is compiled: a generator's graph and its frames, checked against each other before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from onnx import ModelProto
+
+from ..engine.errors import InputError
+from ..engine.spec import Array
+from .adapter import AdapterLayout, Surface
+from .clip import Stream
+from .graph import GraphIndex
+from .recording import layout_of
+
+__all__ = ["Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A generator and its frames.
+
+    Attributes:
+        model: The whole, in normal form.
+        train: Frames that are trained on.
+        held: Frames that are calibrated on.
+        surface: Where the inputs carry the surface's motion, or None.
+    """
+
+    model: ModelProto
+    train: Stream
+    held: Stream
+    surface: Surface | None = None
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """The generator's inputs, in its order."""
+        return GraphIndex(self.model).inputs
+
+    @cached_property
+    def image_output(self) -> str | None:
+        """The first output that is a picture."""
+        return _image_output(self.model)
+
+    @property
+    def sample(self) -> dict[str, Array]:
+        """The generator's inputs over the whole training part: its beginning may hardly move."""
+        return {name: self.train.arrays[name] for name in self.inputs}
+
+    def layout(self, cut: Sequence[str]) -> AdapterLayout:
+        """What a warp adapter reads and writes at the cut `cut`; raises as `layout_of`."""
+        atlas = self._atlas()
+        return layout_of(self.model, cut, self.surface, None if atlas is None else atlas.shape)
+
+    def check(self, *, training: bool) -> None:
+        """Refuse, before the cut is searched for, what could not be trained or compared in the end.
+
+        Raises:
+            InputError: If truth or atlas do not fit.
+            ExportError: If the generator is none that an adapter can be trained for.
+        """
+        specs = GraphIndex(self.model).specs
+        for stream in (self.train, self.held):
+            if stream.truth is None:
+                continue
+            if self.image_output is None:
+                raise InputError("the inputs hold a truth, but no output is an image to compare with it; leave it out")
+            if stream.truth.shape[1:] != specs[self.image_output].shape[1:]:
+                raise InputError(
+                    f"the truth is {list(stream.truth.shape[1:])} a frame, but output {self.image_output!r} is "
+                    f"{list(specs[self.image_output].shape[1:])}; make them alike, or leave it out"
+                )
+        if training:
+            self.layout(())
+            atlas = self._atlas()
+            if self.surface is not None and atlas is not None and atlas.dtype != np.float32:
+                raise InputError(f"the atlas {self.surface.atlas!r} has dtype {atlas.dtype}; convert it to float32")
+
+    def _atlas(self) -> Array | None:
+        return None if self.surface is None else self.train.arrays.get(self.surface.atlas)
+
+
+def _image_output(model: ModelProto) -> str | None:
+    """The first output that is a picture."""
+    index = GraphIndex(model)
+    for name in index.outputs:
+        spec = index.specs[name]
+        if spec.dtype == "float32" and len(spec.shape) == 4 and spec.shape[1] in (1, 3) and min(spec.shape[2:]) > 1:
+            return name
+    return None
