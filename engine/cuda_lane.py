@@ -74,12 +74,15 @@ class StaticInputs:
         self._cuda = load()
 
     def fill(self, name: str, source: HostInput | DeviceArray, stream: CudaStream) -> None:
-        """Copy one input there, in order on `stream`; what is there already (an input that never changes) is left."""
+        """Copy one input there, in order on `stream`; what is there already (an input that never changes, or the very
+        buffer, which somebody else has filled) is left."""
+        target = self.arrays[name]
         if self._holds.get(name) is source:
             return
         # Until the copy has been issued nothing is claimed to be there.
         self._holds.pop(name, None)
-        target = self.arrays[name]
+        if source is target:
+            return
         if isinstance(source, HostInput):
             code = self._cuda.cuMemcpyHtoDAsync(target.pointer, source.pointer, target.size_bytes, stream.stream)
         else:

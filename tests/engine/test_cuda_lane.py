@@ -511,7 +511,7 @@ def test_what_a_frame_waits_for_goes_first(make_engine: Callable[..., Engine], s
     cuda = load()
     with make_engine() as engine:
         placement: Any = engine._placement
-        consumer, producer = placement._stream, placement._producers[0].stream.cuda
+        consumer, producer = placement._stream, placement._modules.producers[0].stream.cuda
         # CUDA's priorities: the lower the number, the earlier.
         assert check(cuda.cuStreamGetPriority(consumer.stream), "asking") < check(
             cuda.cuStreamGetPriority(producer.stream), "asking"
@@ -555,7 +555,7 @@ def test_frames_go_on_while_a_producer_is_held(
         first = next(reader)
         assert (first.route, first.age) == ("plain", 0)
         engine.synchronize()
-        stream = engine._placement._producers[0].stream.cuda  # type: ignore[attr-defined]
+        stream = engine._placement._modules.producers[0].stream.cuda  # type: ignore[attr-defined]
         with software_cuda.held(stream):
             ages = []
             for _ in range(3):
