@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -28,7 +29,15 @@ from .recording import Progress, working_tap
 from .split import SplitModels
 from .trace import export_module
 
-__all__ = ["LADDER", "choose_config", "consumer_graph", "producer_graph"]
+__all__ = [
+    "CHEAPER",
+    "LADDER",
+    "choose_config",
+    "choose_configs",
+    "consumer_graph",
+    "producer_graph",
+    "smaller_configs",
+]
 
 # From the largest to the smallest; every step down saves about a fifth of the time.
 LADDER = (
@@ -46,6 +55,8 @@ LADDER = (
 )
 # Of the budget: what is measured here varies by some percent from run to run, and the promise is the budget itself.
 _BUDGET_MARGIN = 0.93
+CHEAPER = 0.45
+"""Budget of a further consumer as a fraction of that of the one before: much closer ones save too little to choose."""
 
 
 def choose_config(
@@ -70,12 +81,89 @@ def choose_config(
     Raises:
         ExportError: If even the smallest is over the budget; the message says what it costs.
     """
+    chosen, ratio = _largest_within(model, layout, budget, feeds, ladder, progress)
+    if ratio > budget * _BUDGET_MARGIN:
+        least = math.ceil(100 * ratio / _BUDGET_MARGIN) / 100
+        remedy = (
+            f"give --budget {least:.2f} or more" if least <= 1 else "compile with --steps 0 to cut without training"
+        )
+        raise ExportError(
+            f"the smallest warp adapter costs {ratio:.1%} of this generator, over the budget of {budget:.1%}; {remedy}"
+        )
+    return ladder[chosen]
+
+
+def choose_configs(
+    model: ModelProto,
+    layout: AdapterLayout,
+    budget: float,
+    feeds: Mapping[str, Array],
+    count: int,
+    *,
+    ladder: Sequence[AdapterConfig] = LADDER,
+    progress: Progress,
+) -> tuple[AdapterConfig, ...]:
+    """Adapters for consumers of several sizes on one cache, each cheaper than the one before.
+
+    The first is what `choose_config` gives. Every further one is the largest of the smaller sizes whose consumer costs
+    at most `CHEAPER` of the budget of the one before; where none does, as a consumer's work at the image's own
+    resolution is the same for all, it is the smallest that leaves a size for each that is still to come.
+
+    Args:
+        model: The whole, in normal form.
+        layout: What the adapters read and write.
+        budget: The first consumer's cost as a fraction of the generator's.
+        feeds: One frame's generator inputs.
+        count: How many.
+        ladder: Sizes to choose from, largest first.
+        progress: Told how far it is.
+
+    Returns:
+        `count` sizes, dearest first, with the same encoding (`features`, `encoder_width`, `stride`).
+
+    Raises:
+        ExportError: If even the smallest is over the budget, or fewer sizes than asked for are below the first.
+    """
+    first = choose_config(model, layout, budget, feeds, ladder=ladder, progress=progress)
+    chosen = [first]
+    for k in range(1, count):
+        budget *= CHEAPER
+        sizes = smaller_configs(chosen[-1], ladder)
+        later = count - 1 - k
+        if len(sizes) <= later:
+            raise ExportError(
+                f"{count} consumers were asked for, but the largest that the budget allows (width {first.width}, "
+                f"{first.blocks} blocks) leaves only {k + len(sizes)}; ask for fewer exits or give a larger --budget"
+            )
+        best, _ = _largest_within(model, layout, budget, feeds, sizes[: len(sizes) - later], progress)
+        chosen.append(sizes[best])
+    return tuple(chosen)
+
+
+def smaller_configs(config: AdapterConfig, ladder: Sequence[AdapterConfig] = LADDER) -> tuple[AdapterConfig, ...]:
+    """The sizes of `ladder` below `config`, largest first, for consumers that read the encoding that `config` makes."""
+    found = []
+    for step in ladder:
+        if step.width <= config.width and step.blocks <= config.blocks:
+            size = dataclasses.replace(config, width=step.width, blocks=step.blocks)
+            if size != config and size not in found:
+                found.append(size)
+    return tuple(found)
+
+
+def _largest_within(
+    model: ModelProto,
+    layout: AdapterLayout,
+    budget: float,
+    feeds: Mapping[str, Array],
+    ladder: Sequence[AdapterConfig],
+    progress: Progress,
+) -> tuple[int, float]:
+    """The first step of the ladder that fits the budget, or else its last, and that one's measured cost."""
     low, high = 0, len(ladder) - 1  # cost falls along the ladder, so bisection finds the first that fits
     ratios: dict[int, float] = {}
-    trials = 0
 
     def fits(k: int) -> bool:
-        nonlocal trials
         consumer = consumer_graph(WarpConsumer(layout, ladder[k]).eval(), layout, (-1.0, 1.0))
         index = GraphIndex(consumer)
         arrays = dict(feeds)
@@ -85,7 +173,7 @@ def choose_config(
         times = time_model({"whole": model, "consumer": consumer}, arrays, threads=1, repeats=15)
         # The fastest runs: on a machine that does other work too, medians tell of that work.
         ratios[k] = times["consumer"].min_ms / times["whole"].min_ms
-        trials += 1
+        trials = len(ratios)
         progress("fitting the adapter to the budget", trials, max(trials, len(ladder).bit_length()))
         return ratios[k] <= budget * _BUDGET_MARGIN
 
@@ -95,16 +183,9 @@ def choose_config(
             high = middle
         else:
             low = middle + 1
-    if low not in ratios and not fits(low):
-        least = math.ceil(100 * ratios[low] / _BUDGET_MARGIN) / 100
-        remedy = (
-            f"give --budget {least:.2f} or more" if least <= 1 else "compile with --steps 0 to cut without training"
-        )
-        raise ExportError(
-            f"the smallest warp adapter costs {ratios[low]:.1%} of this generator, over the budget of {budget:.1%}; "
-            f"{remedy}"
-        )
-    return ladder[low]
+    if low not in ratios:
+        fits(low)
+    return low, ratios[low]
 
 
 def consumer_graph(consumer: WarpConsumer, layout: AdapterLayout, limits: tuple[float, float]) -> ModelProto:

@@ -88,7 +88,7 @@ def train_adapter(
     encoder, consumer = CacheEncoder(layout, config), WarpConsumer(layout, config)
     distillation = Distillation(
         encoder,
-        consumer,
+        [consumer],
         recording,
         train_options,
         perceptual=perceptual_loss(options.lpips, layout),

@@ -3,15 +3,18 @@
 A step draws frames t and ages a in 1..A, encodes frame s = t - a, answers frame t, and compares with what the generator
 rendered for t (self-distillation: no labels), and with ground truth where it is given. The generator is not run: its
 images and cut tensors were recorded once.
+
+Consumers of several sizes are trained together on one cache encoder, which runs once a step: a cache serves them all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +70,7 @@ class Distillation:
 
     Args:
         encoder: Cache encoder, trained in place.
-        consumer: Warp consumer, trained in place.
+        consumers: Warp consumers that read what it makes, trained in place; the loss is the sum of theirs.
         recording: The generator's frames.
         options: How to train.
         perceptual: A perceptual distance between two batches of images, scalar, or None.
@@ -79,7 +82,7 @@ class Distillation:
     def __init__(
         self,
         encoder: CacheEncoder,
-        consumer: WarpConsumer,
+        consumers: Sequence[WarpConsumer],
         recording: Recording,
         options: DistillOptions,
         *,
@@ -90,12 +93,13 @@ class Distillation:
         frames = len(recording.images)
         if frames < 2:
             raise ExportError(f"training needs at least 2 frames, the inputs hold {frames}; give a longer clip")
-        self.encoder, self.consumer = encoder, consumer
+        self.encoder, self.consumers = encoder, tuple(consumers)
         self.recording, self.options, self.perceptual = recording, options, perceptual
         self.max_age = min(round(options.max_age * AGE_MARGIN), frames - 1)
         self._identity = json.dumps({"of": identity, "options": asdict(options)}, sort_keys=True)
         self._plan = json.dumps(plan or {}, sort_keys=True)
-        self._modules = nn.ModuleDict({"encoder": encoder, "consumer": consumer})
+        names = ["consumer", *(f"consumer{k}" for k in range(2, len(self.consumers) + 1))]
+        self._modules = nn.ModuleDict({"encoder": encoder, **dict(zip(names, self.consumers, strict=True))})
         self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = torch.optim.Adam(self._modules.parameters(), lr=options.peak_rate, betas=(0.9, 0.99))
         # At least 20 steps: OneCycleLR divides by the length of its rise less one step, which is 0 for a cycle of 10.
@@ -111,7 +115,7 @@ class Distillation:
 
         Args:
             checkpoint: File to resume from, if it is there, and to save to; removed by the caller when it is done.
-            on_step: Told the number of steps done and the losses.
+            on_step: Told the number of steps done and the losses, summed over the consumers.
         """
         if checkpoint is not None and checkpoint.exists():
             self.load(checkpoint)
@@ -127,16 +131,16 @@ class Distillation:
                 self.save(checkpoint)
         self._modules.eval()
 
-    def answer(self, t: Tensor, s: Tensor) -> Tensor:
-        """Answer frames `t` from the caches of frames `s` (both int64 [N]): [N, C, H, W]."""
+    def answers(self, t: Tensor, s: Tensor) -> list[Tensor]:
+        """Every consumer's answer to frames `t` from the caches of frames `s` (both int64 [N]): [N, C, H, W] each."""
         recording = self.recording
         then = {name: recording.at(name, s) for name in recording.inputs}
         now = {name: recording.at(name, t) for name in recording.inputs}
         image = recording.images[s]
         features = self.encoder([tap[s].float() for tap in recording.taps], then, image)
         atlas = None if recording.atlas is None else recording.atlas[s]
-        answer: Tensor = self.consumer(features, image_planes(image), atlas, now)
-        return answer
+        planes = image_planes(image)
+        return [consumer(features, planes, atlas, now) for consumer in self.consumers]
 
     def save(self, path: Path) -> None:
         """Write a checkpoint beside `path`, then rename it there; missing parent folders are made.
@@ -209,29 +213,40 @@ class Distillation:
         backwards = random.random(options.batch) < 1 / 3
         t = torch.from_numpy(np.where(backwards, later - ages, later))
         s = torch.from_numpy(np.where(backwards, later, later - ages))
+        losses: dict[str, Tensor] = {}
         # bfloat16 is 3 to 4 times faster than float32 on CPUs that have it; flow stays float32 in the consumer.
         with torch.autocast("cpu", torch.bfloat16):
-            answer = self.answer(t, s).float()
-            target = recording.images[t]
-            losses = {"generator": functional.l1_loss(answer, target)}
-            total = losses["generator"]
-            if options.detail_weight:
-                losses["detail"] = _detail(answer, target)
-                total = total + options.detail_weight * losses["detail"]
-            if recording.truth is not None and options.truth_weight:
-                truth = recording.truth[t]
-                # The square minds large errors, at edges out of place, and lets the generator rule the small ones.
-                losses["truth"] = functional.l1_loss(answer, truth) + 5.0 * functional.mse_loss(answer, truth)
-                total = total + options.truth_weight * losses["truth"]
-            if self.perceptual is not None and options.perceptual_weight:
-                losses["perceptual"] = self.perceptual(*_crops(answer, target, random))
-                total = total + options.perceptual_weight * losses["perceptual"]
+            totals = []
+            for answer in self.answers(t, s):
+                total, parts = self._loss(answer.float(), t, random)
+                totals.append(total)
+                losses = {name: losses[name] + value if name in losses else value for name, value in parts.items()}
+            total = functools.reduce(torch.add, totals)
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._modules.parameters(), 1.0)
         self._optimizer.step()
         self._schedule.step()
         return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _loss(self, answer: Tensor, t: Tensor, random: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """One consumer's loss for its answer to frames `t`, and what it is made of."""
+        options, recording = self.options, self.recording
+        target = recording.images[t]
+        losses = {"generator": functional.l1_loss(answer, target)}
+        total = losses["generator"]
+        if options.detail_weight:
+            losses["detail"] = _detail(answer, target)
+            total = total + options.detail_weight * losses["detail"]
+        if recording.truth is not None and options.truth_weight:
+            truth = recording.truth[t]
+            # The square minds large errors, at edges out of place, and lets the generator rule the small ones.
+            losses["truth"] = functional.l1_loss(answer, truth) + 5.0 * functional.mse_loss(answer, truth)
+            total = total + options.truth_weight * losses["truth"]
+        if self.perceptual is not None and options.perceptual_weight:
+            losses["perceptual"] = self.perceptual(*_crops(answer, target, random))
+            total = total + options.perceptual_weight * losses["perceptual"]
+        return total, losses
 
 
 def _crops(a: Tensor, b: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:

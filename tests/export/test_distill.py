@@ -52,13 +52,13 @@ def recording(frames: int = 8, *, still: bool = False, truth: bool = False, seed
 def distillation(data: Recording, options: DistillOptions = OPTIONS, **more: Any) -> Distillation:
     """A run from the initial weights that the options' seed makes."""
     torch.manual_seed(options.seed)
-    return Distillation(CacheEncoder(LAYOUT, CONFIG), WarpConsumer(LAYOUT, CONFIG), data, options, **more)
+    return Distillation(CacheEncoder(LAYOUT, CONFIG), [WarpConsumer(LAYOUT, CONFIG)], data, options, **more)
 
 
 def weights(run: Distillation) -> dict[str, Tensor]:
     return {
         f"{part}.{name}": value.detach().clone()
-        for part, module in (("encoder", run.encoder), ("consumer", run.consumer))
+        for part, module in (("encoder", run.encoder), *((f"consumer{k}", c) for k, c in enumerate(run.consumers)))
         for name, value in module.named_parameters()
     }
 
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(tmp_path: Path, stop: i
     # A new process would begin like this: other weights, overwritten by the checkpoint.
     resumed = distillation(recording(), OPTIONS)
     with torch.no_grad():
-        for parameter in resumed.consumer.parameters():
+        for parameter in resumed.consumers[0].parameters():
             parameter.add_(1.0)
     losses: list[tuple[int, dict[str, float]]] = []
     with warnings.catch_warnings():
@@ -223,7 +223,7 @@ def test_it_learns_what_moves() -> None:
         """Mean absolute error of age 1 over the clip, in float32."""
         with torch.no_grad():
             t = torch.arange(1, 8)
-            return float((run.answer(t, t - 1) - data.images[t]).abs().mean())
+            return float((run.answers(t, t - 1)[0] - data.images[t]).abs().mean())
 
     untrained = error()
     run.run(on_step=lambda _, told: losses.append(told["generator"]))
@@ -233,7 +233,7 @@ def test_it_learns_what_moves() -> None:
     assert error() < 0.6 * frozen
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])
     assert not run.encoder.training
-    assert not run.consumer.training
+    assert not run.consumers[0].training
 
 
 def test_frames_that_never_change_are_learnt_by_heart() -> None:
@@ -243,7 +243,7 @@ def test_frames_that_never_change_are_learnt_by_heart() -> None:
     run.run(on_step=lambda _, losses: told.append(losses))
     assert all(np.isfinite(list(losses.values())).all() for losses in told)
     with torch.no_grad():
-        answer = run.answer(torch.tensor([2]), torch.tensor([1]))
+        (answer,) = run.answers(torch.tensor([2]), torch.tensor([1]))
     # It begins 2 % off (it does not fully trust the moved image); what is left is noise of the last steps.
     assert (answer - data.images[2]).abs().mean() < 0.02
 
@@ -251,14 +251,14 @@ def test_frames_that_never_change_are_learnt_by_heart() -> None:
 class Watched(Distillation):
     """A run that notes the pairs of frames that it draws."""
 
-    def answer(self, t: Tensor, s: Tensor) -> Tensor:
+    def answers(self, t: Tensor, s: Tensor) -> list[Tensor]:
         self.__dict__.setdefault("pairs", []).extend(zip(t.tolist(), s.tolist(), strict=True))
-        return super().answer(t, s)
+        return super().answers(t, s)
 
 
 def drawn(frames: int, options: DistillOptions) -> list[tuple[int, int]]:
     torch.manual_seed(0)
-    run = Watched(CacheEncoder(LAYOUT, CONFIG), WarpConsumer(LAYOUT, CONFIG), recording(frames), options)
+    run = Watched(CacheEncoder(LAYOUT, CONFIG), [WarpConsumer(LAYOUT, CONFIG)], recording(frames), options)
     run.run()
     return run.__dict__["pairs"]
 
