@@ -119,7 +119,7 @@ class SessionStatistics:
         failed: Frames that ended in an error: their exit failed, or no cache was young enough.
         rejected: Frames refused for their inputs; they never ran.
         refreshes: Frames that waited for a new cache or for the whole generator.
-        late: Frames answered after the next one was due; 0 where no frame rate is set.
+        late: Frames answered after their deadline, or after the next one was due; 0 where neither is set.
         producer_runs: Caches made.
         producer_failures: Producers that failed.
         last_producer_error: The message of the last failure; None before one.
@@ -129,6 +129,17 @@ class SessionStatistics:
         latency_ms: From a frame's arrival to its answer.
         stages_ms: Time by stage, see `STAGES`.
         graphs: CUDA graphs that are replayed instead of issuing call by call; 0 on the CPU.
+        degraded: Frames that a deadline cost their quality: `Frame.degraded` says how, and dropped ones count too.
+        non_finite: Answers that held NaN or infinity and were replaced by another exit's.
+        audits: Answers that were compared with the whole generator's; exact ones need no comparison and count too.
+        audit_misses: Audited answers that were worse than the threshold.
+        drifts: Times that the audits' misses became too many to be chance.
+        scene_cuts: Times that a frame was of another scene, or of another subject, than those before it.
+        tightening: What audits have added to the margins, in spreads: the most at any age.
+        predictor_failures: Predictions that failed or were not finite; an exact exit answered.
+        audit_failures: Audits that failed.
+        predictor: Time from the start of a predictor to its values being on the host.
+        router: Time of the router's own decision.
     """
 
     frames: int = 0
@@ -146,6 +157,17 @@ class SessionStatistics:
     latency_ms: LatencySummary = field(default_factory=LatencySummary)
     stages_ms: Mapping[str, LatencySummary] = field(default_factory=dict)
     graphs: int = 0
+    degraded: int = 0
+    non_finite: int = 0
+    audits: int = 0
+    audit_misses: int = 0
+    drifts: int = 0
+    scene_cuts: int = 0
+    tightening: float = 0.0
+    predictor_failures: int = 0
+    audit_failures: int = 0
+    predictor: LatencySummary = field(default_factory=LatencySummary)
+    router: LatencySummary = field(default_factory=LatencySummary)
 
 
 class Telemetry:
@@ -165,6 +187,9 @@ class Telemetry:
         self._age_sum = 0
         self._age_max = 0
         self._last_producer_error: str | None = None
+        self._predictor = LatencyHistogram()
+        self._router = LatencyHistogram()
+        self._tightening = 0.0
 
     def answered(
         self,
@@ -176,6 +201,7 @@ class Telemetry:
         latency_ms: float,
         wait_ms: float,
         consumer_ms: float,
+        degraded: bool = False,
     ) -> None:
         """One frame was answered."""
         with self._lock:
@@ -187,6 +213,8 @@ class Telemetry:
                 self._counts["refreshes"] += 1
             if late:
                 self._counts["late"] += 1
+            if degraded:
+                self._counts["degraded"] += 1
             self._latency.record(latency_ms)
             self._stages["queue_wait"].record(wait_ms)
             self._stages["consumer"].record(consumer_ms)
@@ -194,6 +222,52 @@ class Telemetry:
     def dropped(self) -> None:
         """One frame was replaced by a newer one."""
         self._count("dropped")
+
+    def dropped_for_deadline(self) -> None:
+        """One frame was dropped because no exit could answer it in time."""
+        with self._lock:
+            self._counts["dropped"] += 1
+            self._counts["degraded"] += 1
+
+    def predicted(self, ms: float) -> None:
+        """One frame's predictor has run, well or not."""
+        with self._lock:
+            self._predictor.record(ms)
+
+    def routed(self, ms: float) -> None:
+        """The router decided on one frame."""
+        with self._lock:
+            self._router.record(ms)
+
+    def predictor_failed(self) -> int:
+        """One prediction failed or was not finite; returns how many have."""
+        return self._count("predictor_failures")
+
+    def non_finite(self) -> int:
+        """One answer held NaN or infinity; returns how many have."""
+        return self._count("non_finite")
+
+    def scene_cut(self) -> None:
+        """One frame was of another scene than those before it."""
+        self._count("scene_cuts")
+
+    def audited(self, *, missed: bool, drifts: int, tightening: float) -> None:
+        """One audit has ended.
+
+        Args:
+            missed: Whether the answer was worse than the threshold.
+            drifts: How often the audits have found a drift, this one included.
+            tightening: What the audits add to the margins by now, the most at any age.
+        """
+        with self._lock:
+            self._counts["audits"] += 1
+            self._counts["audit_misses"] += missed
+            self._counts["drifts"] = drifts
+            self._tightening = tightening
+
+    def audit_failed(self) -> int:
+        """One audit failed; returns how many have."""
+        return self._count("audit_failures")
 
     def failed(self) -> None:
         """One frame ended in an error."""
@@ -241,8 +315,20 @@ class Telemetry:
                 latency_ms=self._latency.summary(),
                 stages_ms={stage: histogram.summary() for stage, histogram in self._stages.items()},
                 graphs=self._graphs,
+                degraded=self._counts["degraded"],
+                non_finite=self._counts["non_finite"],
+                audits=self._counts["audits"],
+                audit_misses=self._counts["audit_misses"],
+                drifts=self._counts["drifts"],
+                scene_cuts=self._counts["scene_cuts"],
+                tightening=self._tightening,
+                predictor_failures=self._counts["predictor_failures"],
+                audit_failures=self._counts["audit_failures"],
+                predictor=self._predictor.summary(),
+                router=self._router.summary(),
             )
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str) -> int:
         with self._lock:
             self._counts[name] += 1
+            return self._counts[name]
