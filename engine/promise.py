@@ -1,0 +1,735 @@
+"""The quality promise: what is asked for, what was measured for it, and the rule that keeps it.
+
+A *score* is a quality in the form in which it is predicted: natural logarithm, larger is worse, finite for identical
+images too. A *rule* says by how many spreads an exit's predicted score must lie below the threshold's, for each cache
+age (`margin`); margins are made from a bundle's calibration whenever a quality is named, so that any threshold and any
+confidence can be asked of one bundle.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .bundle import Bundle
+from .conformal import allowed_losses, risk_control_margin
+from .errors import BundleError, InputError
+from .manifest import Manifest
+from .quality import PSNR_CAP_DB
+from .strict_json import (
+    Fields,
+    a_name,
+    a_number,
+    a_string,
+    an_integer,
+    mapping_of,
+    mistyped,
+    refuse_duplicates,
+    tuple_of,
+)
+
+__all__ = [
+    "METHOD",
+    "PROMISABLE",
+    "Calibration",
+    "Outcome",
+    "PromiseRecord",
+    "Quality",
+    "Rule",
+    "canonical_metric",
+    "evaluate",
+    "from_score",
+    "metric_option",
+    "score_value",
+    "to_score",
+]
+
+PROMISABLE: Final = ("lpips", "flip", "psnr_db", "ms_ssim")
+"""The metrics that a threshold can be promised in, by their names in `quality.METRICS`."""
+
+METHOD: Final = "conformal risk control"
+
+_ALIASES = {"psnr": "psnr_db", "ms-ssim": "ms_ssim"}
+_OPTIONS = {"psnr_db": "psnr", "ms_ssim": "ms-ssim"}
+_RANGES = {
+    "lpips": "a finite number above 0",
+    "flip": "a number above 0 and at most 1",
+    "psnr_db": f"a number of decibels above 0 and at most {PSNR_CAP_DB:g}",
+    "ms_ssim": "a number between 0 and 1, both excluded",
+}
+# What identical images count as: far below what is visible, and far above what float32 arithmetic leaves of nothing.
+_LEAST_DISTANCE = 1e-6
+_NATS_PER_DB = math.log(10.0) / 10.0
+
+# An exit that is expected to be worse than the threshold is not eligible, however much the calibration would allow:
+# it saves little, and a rule that has gone below would first have to be tightened back when the frames change.
+_LEAST_MARGIN = 0.0
+_LEAST_ELIGIBLE_SHARE = 0.1
+_MAX_NPZ_BYTES = 256 * 2**20
+_AT = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
+_EXACT_EXITS = ("whole", "plain")
+_PREDICTORS = ("predictor", "predictor_cold")
+
+
+def canonical_metric(name: str) -> str:
+    """The name of a metric as `quality.METRICS` has it; ``psnr`` and ``ms-ssim`` are understood too.
+
+    Raises:
+        InputError: If nothing can be promised in such a metric; the message lists those in which it can.
+    """
+    if isinstance(name, str):
+        lowered = name.strip().lower()
+        lowered = _ALIASES.get(lowered, lowered)
+        if lowered in PROMISABLE:
+            return lowered
+    known = ", ".join(metric_option(metric) for metric in PROMISABLE)
+    raise InputError(f"no quality can be promised in metric {name!r}; choose one of: {known}")
+
+
+def metric_option(metric: str) -> str:
+    """How the command line's options spell a metric: ``lpips``, ``flip``, ``psnr``, ``ms-ssim``."""
+    return _OPTIONS.get(metric, metric)
+
+
+def to_score(metric: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Turn a metric's values into scores: larger is worse, one unit is a factor e of distance.
+
+    LPIPS and FLIP: the logarithm of the value; MS-SSIM: of 1 - value; each distance counts 1e-6 at least. PSNR: of
+    the mean squared error on [0, 1], the decibels capped at 100 as everywhere. NaN stays NaN.
+
+    Args:
+        metric: A name or alias of a promisable metric.
+        values: Any shape.
+
+    Returns:
+        float64, the shape of `values`.
+    """
+    metric = canonical_metric(metric)
+    given = np.asarray(values, np.float64)
+    if metric == "psnr_db":
+        return np.asarray(-_NATS_PER_DB * np.minimum(given, PSNR_CAP_DB))
+    distance = 1.0 - given if metric == "ms_ssim" else given
+    return np.asarray(np.log(np.maximum(distance, _LEAST_DISTANCE)))
+
+
+def from_score(metric: str, scores: ArrayLike) -> NDArray[np.float64]:
+    """Turn scores back into the metric's values; the inverse of `to_score` where nothing was cut off."""
+    metric = canonical_metric(metric)
+    given = np.asarray(scores, np.float64)
+    if metric == "psnr_db":
+        return np.asarray(-given / _NATS_PER_DB)
+    distance = np.exp(given)
+    return np.asarray(1.0 - distance if metric == "ms_ssim" else distance)
+
+
+def score_value(metric: str, score: float) -> float:
+    """`from_score` of one score and a canonical metric name, without arrays: for the path of a frame."""
+    if metric == "psnr_db":
+        return -score / _NATS_PER_DB
+    # Beyond, exp overflows; a score that far out says "of no use" either way.
+    distance = math.exp(min(score, 700.0))
+    return 1.0 - distance if metric == "ms_ssim" else distance
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A quality that a caller asks for: a metric, how far an answer may be from the whole generator's, how surely.
+
+    Attributes:
+        metric: ``lpips``, ``flip``, ``psnr_db`` or ``ms_ssim``; ``psnr`` and ``ms-ssim`` are understood and stored so.
+        threshold: The worst value allowed, in the metric's unit.
+        confidence: At least this share of the frames keeps it; in (0, 1).
+
+    Raises:
+        InputError: If the metric is unknown, the threshold outside its range, or the confidence outside (0, 1).
+    """
+
+    metric: str
+    threshold: float
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", canonical_metric(self.metric))
+        threshold = _number(self.threshold)
+        if threshold is None or not _in_range(self.metric, threshold):
+            raise InputError(
+                f"a threshold of {metric_option(self.metric)} is {_RANGES[self.metric]}, but {self.threshold!r} was "
+                "given; choose one in that range"
+            )
+        object.__setattr__(self, "threshold", threshold)
+        confidence = _number(self.confidence)
+        if confidence is None or not 0.0 < confidence < 1.0:
+            raise InputError(
+                f"confidence {self.confidence!r} is not a number between 0 and 1, both excluded; give for example 0.95"
+            )
+        object.__setattr__(self, "confidence", confidence)
+
+    @classmethod
+    def parse(cls, text: str, *, confidence: float = 0.95) -> Quality:
+        """Read a quality from its text form.
+
+        Args:
+            text: ``"METRIC=THRESHOLD"``, for example ``"lpips=0.1"``.
+            confidence: As the attribute.
+
+        Raises:
+            InputError: If the text has another form, or what it says is out of range.
+        """
+        metric, equals, value = text.partition("=")
+        try:
+            threshold = float(value)
+        except ValueError:
+            equals = ""
+            threshold = math.nan
+        if not equals:
+            raise InputError(f"quality {text!r} is not of the form METRIC=THRESHOLD; write it as in 'lpips=0.1'")
+        return cls(metric, threshold, confidence)
+
+    @property
+    def score(self) -> float:
+        """The threshold's score: what is above it is worse than asked for."""
+        return float(to_score(self.metric, self.threshold))
+
+    def __str__(self) -> str:
+        return f"{metric_option(self.metric)}={self.threshold:g}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When an exit is eligible: when its predicted score lies `margin` spreads or more below the threshold's.
+
+    Attributes:
+        quality: What is promised.
+        margins: Spreads by calibrated age in frames; age 0 is a frame without a cache.
+    """
+
+    quality: Quality
+    margins: Mapping[int, float]
+
+    def margin(self, age: int | None) -> float:
+        """The margin at `age` frames; None is no cache, as 0 is. inf (nothing is eligible) where none is calibrated."""
+        return self.margins.get(0 if age is None else age, math.inf)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule gives at one age on a calibration's frames, each answered by its cheapest eligible exit.
+
+    Attributes:
+        age: Age in frames; 0 is without a cache.
+        coverage: Share of the frames whose answer keeps the threshold.
+        saved: Share of the whole generator's cost that is saved, the predictor's cost taken off.
+        shares: Share of the frames by exit that answered; exits that answered none are left out.
+    """
+
+    age: int
+    coverage: float
+    saved: float
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PromiseRecord:
+    """What a manifest says of its promise, at ``calibration.promise``.
+
+    Attributes:
+        metric: The metric it is made in.
+        exits: Exits with a predicted quality, in the order of the predictor's columns.
+        cold_exits: Those of them that need no cache, in the order of the cold predictor's columns.
+        ages: Calibrated ages in frames, rising from 1 or more.
+        samples: Rows of the calibration.
+        frames: Different frames among them.
+        at: When it was made, UTC, ``2026-11-20T12:00:00Z``.
+        file: The bundle's file with the rows.
+        macs: Multiply-accumulates by exit, of ``whole``, ``plain``, and of the two predictors.
+        errors: Median absolute error of the predicted score by exit.
+        thresholds: For people: what was found at some thresholds.
+        method: How margins are made; this library knows one way.
+    """
+
+    metric: str
+    exits: tuple[str, ...]
+    cold_exits: tuple[str, ...]
+    ages: tuple[int, ...]
+    samples: int
+    frames: int
+    at: str
+    file: str
+    macs: Mapping[str, float]
+    errors: Mapping[str, float]
+    thresholds: tuple[Mapping[str, Any], ...] = ()
+    method: str = METHOD
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> PromiseRecord | None:
+        """Read a manifest's record strictly; None where the manifest makes no promise.
+
+        Raises:
+            BundleError: If a key is missing, unknown or mistyped, or the record does not fit the manifest.
+        """
+        value = (manifest.calibration or {}).get("promise")
+        if value is None:
+            return None
+        record = cls._read(value, "calibration.promise")
+        record._check(manifest, "calibration.promise")
+        return record
+
+    def to_record(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "method": self.method,
+            "metric": self.metric,
+            "exits": list(self.exits),
+            "cold_exits": list(self.cold_exits),
+            "ages": list(self.ages),
+            "samples": self.samples,
+            "frames": self.frames,
+            "at": self.at,
+            "file": self.file,
+            "macs": dict(self.macs),
+            "predictor": {"error": dict(self.errors)},
+            "thresholds": [dict(threshold) for threshold in self.thresholds],
+        }
+
+    @classmethod
+    def _read(cls, value: Any, where: str) -> PromiseRecord:
+        fields = Fields(value, where)
+        predictor = Fields(fields.take("predictor", lambda found, _: found), f"{where}.predictor")
+        record = cls(
+            method=fields.take("method", a_string),
+            metric=fields.take("metric", a_string),
+            exits=fields.take("exits", tuple_of(a_name)),
+            cold_exits=fields.take("cold_exits", tuple_of(a_name)),
+            ages=fields.take("ages", tuple_of(an_integer)),
+            samples=fields.take("samples", an_integer),
+            frames=fields.take("frames", an_integer),
+            at=fields.take("at", a_string),
+            file=fields.take("file", a_string),
+            macs=fields.take("macs", mapping_of(_not_negative)),
+            errors=predictor.take("error", mapping_of(_not_negative)),
+            thresholds=fields.take("thresholds", tuple_of(_threshold)),
+        )
+        predictor.finish()
+        fields.finish()
+        return record
+
+    def _check(self, manifest: Manifest, where: str) -> None:
+        """What holds between the keys, and between them and the manifest."""
+        if self.method != METHOD:
+            raise mistyped(f"{where}.method", repr(METHOD), self.method)
+        if self.metric not in PROMISABLE:
+            raise mistyped(f"{where}.metric", f"one of {', '.join(PROMISABLE)}", self.metric)
+        known = {record.name for record in manifest.exits} - set(_EXACT_EXITS)
+        refuse_duplicates(f"{where}.exits", self.exits)
+        refuse_duplicates(f"{where}.cold_exits", self.cold_exits)
+        if not self.exits or not known.issuperset(self.exits):
+            raise mistyped(f"{where}.exits", f"some of the bundle's exits {', '.join(sorted(known))}", list(self.exits))
+        if not set(self.exits).issuperset(self.cold_exits):
+            raise mistyped(f"{where}.cold_exits", f"some of {', '.join(self.exits)}", list(self.cold_exits))
+        if any(age < 1 for age in self.ages) or any(a >= b for a, b in zip(self.ages, self.ages[1:], strict=False)):
+            raise mistyped(f"{where}.ages", "ages from 1 on, rising", list(self.ages))
+        if not self.ages and not self.cold_exits:
+            raise mistyped(f"{where}.ages", "at least one age where there are no cold exits", list(self.ages))
+        if self.samples < 1 or not 1 <= self.frames <= self.samples:
+            raise mistyped(f"{where}.frames", f"1 to {self.samples}, the samples", self.frames)
+        if _AT.fullmatch(self.at) is None:
+            raise mistyped(f"{where}.at", "a time such as 2026-11-20T12:00:00Z", self.at)
+        if not self.file.endswith(".npz"):
+            raise mistyped(f"{where}.file", "the name of an .npz file", self.file)
+        counted = {*_EXACT_EXITS, *_PREDICTORS, *self.exits}
+        if not self.macs.get("whole") or not counted.issuperset(self.macs):
+            raise mistyped(f"{where}.macs", f"counts for whole and others of {', '.join(sorted(counted))}", self.macs)
+        if not set(self.exits).issuperset(self.errors):
+            raise mistyped(f"{where}.predictor.error", f"errors of {', '.join(self.exits)}", self.errors)
+        for name, columns in zip(_PREDICTORS, (self.exits if self.ages else (), self.cold_exits), strict=True):
+            if not columns:
+                continue
+            if name not in manifest.modules:
+                raise BundleError(f"manifest.json: {where} needs module {name!r}, which is missing; compile again")
+            for spec in manifest.modules[name].outputs:
+                if spec.name in ("predicted", "spread") and spec.shape != (1, len(columns)):
+                    raise BundleError(
+                        f"manifest.json: module {name!r} gives {spec.name!r} of shape {list(spec.shape)}, "
+                        f"but {where} has {len(columns)} exits for it; compile the bundle again"
+                    )
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Predicted and measured scores on frames that nothing was fitted to: what margins are made from.
+
+    A row is one frame at one cache age. Rows of age 0 are frames without a cache: their predictions are the cold
+    predictor's, and only the columns of `cold_exits` count there.
+
+    Attributes:
+        metric: The metric of the scores.
+        exits: Names of the E columns.
+        cold_exits: Those that count at age 0.
+        ages: Calibrated ages in frames, rising from 1 or more.
+        predicted: Predicted scores, float32 [N, E].
+        spread: Their spreads, above 0, float32 [N, E].
+        measured: Scores as they were measured, float32 [N, E]; NaN where an exit has no meaning, and there the other
+            two may hold anything.
+        age: Age in frames, int32 [N].
+        frame: Index of the frame, int32 [N].
+
+    Raises:
+        InputError: If the arrays do not fit each other, or a number is not finite.
+    """
+
+    metric: str
+    exits: tuple[str, ...]
+    cold_exits: tuple[str, ...]
+    ages: tuple[int, ...]
+    predicted: NDArray[np.float32]
+    spread: NDArray[np.float32]
+    measured: NDArray[np.float32]
+    age: NDArray[np.int32]
+    frame: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", canonical_metric(self.metric))
+        for name in ("exits", "cold_exits", "ages"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        # As they are stored: a rule does not depend on whether the file was in between.
+        for name, dtype in _ARRAYS.items():
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype))
+        problem = self._problem()
+        if problem:
+            raise InputError(f"the calibration cannot be used: {problem}; measure it again")
+
+    @classmethod
+    def read(cls, bundle: Bundle) -> Calibration:
+        """Read a bundle's calibration.
+
+        Raises:
+            InputError: If the bundle has none.
+            BundleError: If the manifest's record or the file is malformed, or they do not fit each other.
+        """
+        record = PromiseRecord.of(bundle.manifest)
+        if record is None:
+            raise InputError(
+                f"bundle {bundle.path} has no quality promise, so no quality can be asked of it; compile it again "
+                "with --exits N and --metric lpips, flip, psnr or ms-ssim"
+            )
+        arrays = _read_arrays(bundle, record)
+        try:
+            calibration = cls(record.metric, record.exits, record.cold_exits, record.ages, **arrays)
+        except InputError as exc:
+            raise BundleError(f"bundle {bundle.path}: file {record.file!r}: {exc}") from exc
+        return calibration
+
+    def to_npz(self) -> bytes:
+        """The rows as the bytes of an ``.npz`` file; the same rows give the same bytes."""
+        buffer = BytesIO()
+        np.savez(buffer, **{name: getattr(self, name) for name in _ARRAYS})
+        return buffer.getvalue()
+
+    def rule(self, quality: Quality) -> Rule:
+        """The rule that keeps `quality`.
+
+        Raises:
+            InputError: If it cannot be promised: it is in another metric, the confidence asks for more rows than
+                there are, or so few frames have an eligible exit that nothing would be gained. The message says what
+                can be promised.
+        """
+        if quality.metric != self.metric:
+            mine, other = metric_option(self.metric), metric_option(quality.metric)
+            raise InputError(
+                f"the bundle is calibrated for {mine}, so nothing can be promised in {other}; "
+                f"ask for a quality in {mine}, or compile the bundle again with --metric {other}"
+            )
+        self._check_confidence(quality.confidence)
+        rule, share = self._made(quality)
+        if share >= _LEAST_ELIGIBLE_SHARE:
+            return rule
+        best = self.best(quality.confidence)
+        raise InputError(
+            f"{quality} at confidence {quality.confidence:g} cannot be promised: all exits but the whole generator "
+            f"would be ruled out for {1 - share:.0%} of the frames; the best that can be promised at this confidence "
+            f"is {metric_option(self.metric)}={best:.6g}"
+        )
+
+    def best(self, confidence: float) -> float:
+        """The best threshold that can be promised, with at least one frame in ten answered by more than exact exits.
+
+        Found among the measured scores, refined between the last that fails and the first that holds, and rounded to
+        three digits towards what can be kept.
+
+        Raises:
+            InputError: If `confidence` cannot be had with so few rows, or no threshold can be promised.
+        """
+        Quality(self.metric, _any_threshold(self.metric), confidence)
+        self._check_confidence(confidence)
+        scores = np.unique(self.measured[np.isfinite(self.measured)].astype(np.float64))
+        candidates = np.unique(np.quantile(scores, np.linspace(0.0, 1.0, 129)))
+        failed: float | None = None
+        for candidate in map(float, candidates):
+            if not self._holds(candidate, confidence):
+                failed = candidate
+                continue
+            if failed is not None:
+                candidate = self._refined(failed, candidate, confidence)
+            threshold = self._rounded(candidate, confidence)
+            if threshold is not None:
+                return threshold
+            failed = candidate
+        raise InputError(
+            f"no threshold of {metric_option(self.metric)} can be promised at confidence {confidence:g}: the "
+            "predictor expects every exit to be worse than it ever was; compile the bundle again with more frames"
+        )
+
+    def groups(self) -> tuple[int, ...]:
+        """The ages that have a margin: 0 where there are cold exits, then the calibrated ones."""
+        return (0, *self.ages) if self.cold_exits else self.ages
+
+    def rows(self, age: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Indices of the rows of one age group and of the columns that count in it."""
+        counts = self.cold_exits if age == 0 else self.exits
+        columns = np.array([index for index, name in enumerate(self.exits) if name in counts], np.intp)
+        return np.flatnonzero(self.age == age), columns
+
+    def slack(self, age: int, score: float) -> NDArray[np.float64]:
+        """How many spreads each prediction lies below `score`, [rows, columns] of one age; -inf without a meaning."""
+        rows, columns = self.rows(age)
+        where = np.ix_(rows, columns)
+        counts = np.isfinite(self.measured[where])
+        difference = score - self.predicted[where].astype(np.float64)
+        slack = np.full(counts.shape, -np.inf)
+        np.divide(difference, self.spread[where], out=slack, where=counts)
+        return slack
+
+    def _made(self, quality: Quality) -> tuple[Rule, float]:
+        """The rule of least margins, and the share of rows that have an eligible exit under it."""
+        score = quality.score
+        margins: dict[int, float] = {}
+        eligible = total = 0
+        for age in self.groups():
+            slack = self.slack(age, score)
+            rows, columns = self.rows(age)
+            # NaN compares false: what has no meaning is neither bad nor eligible.
+            bad = self.measured[np.ix_(rows, columns)] > score
+            lost_at = np.where(bad, slack, -np.inf).max(axis=1)
+            margins[age] = max(_LEAST_MARGIN, risk_control_margin(lost_at, 1.0 - quality.confidence))
+            eligible += int((slack.max(axis=1) >= margins[age]).sum())
+            total += rows.size
+        return Rule(quality, margins), eligible / total
+
+    def _holds(self, score: float, confidence: float) -> bool:
+        threshold = float(from_score(self.metric, score))
+        if not _in_range(self.metric, threshold):
+            return False
+        return self._made(Quality(self.metric, threshold, confidence))[1] >= _LEAST_ELIGIBLE_SHARE
+
+    def _refined(self, failed: float, holding: float, confidence: float) -> float:
+        """Halve between a score that cannot be promised and one that can, down to what three digits show."""
+        while holding - failed > 1e-3:
+            middle = 0.5 * (failed + holding)
+            if self._holds(middle, confidence):
+                holding = middle
+            else:
+                failed = middle
+        return holding
+
+    def _rounded(self, score: float, confidence: float) -> float | None:
+        """The threshold of `score` with three digits, rounded to the worse side; None where that does not hold."""
+        threshold = float(from_score(self.metric, score))
+        if self.metric == "ms_ssim":
+            rounded = 1.0 - _up(1.0 - threshold)
+            rounded = float(f"{rounded:.9g}")
+        else:
+            rounded = -_up(-threshold) if self.metric == "psnr_db" else _up(threshold)
+        for value in (rounded, threshold):
+            if _in_range(self.metric, value) and self._holds(float(to_score(self.metric, value)), confidence):
+                return value
+        return None
+
+    def _check_confidence(self, confidence: float) -> None:
+        """Refuse a confidence for which some age has too few rows."""
+        fewest, age = min((self.rows(age)[0].size, age) for age in self.groups())
+        if allowed_losses(fewest, 1.0 - confidence) < 0:
+            highest = math.floor(fewest / (fewest + 1) * 1e6) / 1e6
+            raise InputError(
+                f"confidence {confidence:g} cannot be promised from {fewest} calibration frames (age {age}); "
+                f"they allow {highest:g} at the most: ask for less, or compile with more frames"
+            )
+
+    def _problem(self) -> str | None:
+        """What is wrong with the arrays, None where nothing is."""
+        shape = (len(self.age), len(self.exits))
+        if self.age.ndim != 1 or self.frame.shape != self.age.shape or not shape[0] or not shape[1]:
+            return f"age and frame have the shapes {self.age.shape} and {self.frame.shape} for {shape[1]} exits"
+        for name in ("predicted", "spread", "measured"):
+            if getattr(self, name).shape != shape:
+                return f"{name} has the shape {getattr(self, name).shape}, not {shape}"
+        if not set(self.exits).issuperset(self.cold_exits) or len(set(self.exits)) != len(self.exits):
+            return f"cold exits {self.cold_exits} are not among the exits {self.exits}"
+        groups = self.groups()
+        if any(age < 1 for age in self.ages) or list(self.ages) != sorted(set(self.ages)) or not groups:
+            return f"the ages {self.ages} do not rise from 1 on"
+        stray = sorted(set(self.age.tolist()) - set(groups))
+        if stray:
+            return f"there are rows of age {stray[0]}, which is not calibrated"
+        for age in groups:
+            rows, columns = self.rows(age)
+            where = np.ix_(rows, columns)
+            measured = self.measured[where]
+            if rows.size == 0 or np.isnan(measured).all():
+                return f"there is no measured row of age {age}"
+            if np.isinf(measured).any():
+                return f"a measured score of age {age} is infinite"
+            counts = ~np.isnan(measured)
+            predicted, spread = self.predicted[where][counts], self.spread[where][counts]
+            if not np.isfinite(predicted).all() or not (np.isfinite(spread) & (spread > 0)).all():
+                return f"a prediction of age {age} is not finite, or its spread is not above 0"
+        return None
+
+
+_ARRAYS: Final[Mapping[str, Any]] = {
+    "predicted": np.float32,
+    "spread": np.float32,
+    "measured": np.float32,
+    "age": np.int32,
+    "frame": np.int32,
+}
+
+
+def evaluate(calibration: Calibration, rule: Rule, costs: Mapping[str, float]) -> tuple[Outcome, ...]:
+    """What a rule gives on a calibration's frames (or, made into one, on any others), by age.
+
+    Every frame is answered by the cheapest of its eligible exits and the whole generator.
+
+    Args:
+        calibration: The frames.
+        rule: The rule.
+        costs: Costs as fractions of the whole generator's, of every exit of the calibration; where it has
+            ``predictor`` and ``predictor_cold``, every frame pays for the one of its age.
+
+    Raises:
+        InputError: If an exit's cost is missing.
+    """
+    missing = [name for name in calibration.exits if name not in costs]
+    if missing:
+        raise InputError(f"the cost of exit {missing[0]!r} is missing; there are: {', '.join(costs)}")
+    score = rule.quality.score
+    outcomes = []
+    for age in calibration.groups():
+        rows, columns = calibration.rows(age)
+        names = [calibration.exits[column] for column in columns] + ["whole"]
+        price = np.array([costs[name] for name in names[:-1]] + [1.0])
+        eligible = np.ones((rows.size, len(names)), bool)
+        eligible[:, :-1] = calibration.slack(age, score) >= rule.margin(age)
+        chosen = np.where(eligible, price, np.inf).argmin(axis=1)
+        bad = np.zeros(eligible.shape, bool)
+        bad[:, :-1] = calibration.measured[np.ix_(rows, columns)] > score
+        paid = float(price[chosen].mean()) + costs.get("predictor" if age else "predictor_cold", 0.0)
+        counts = np.bincount(chosen, minlength=len(names))
+        outcomes.append(
+            Outcome(
+                age=age,
+                coverage=1.0 - float(bad[np.arange(rows.size), chosen].mean()),
+                saved=1.0 - paid,
+                shares={name: count / rows.size for name, count in zip(names, counts.tolist(), strict=True) if count},
+            )
+        )
+    return tuple(outcomes)
+
+
+def _read_arrays(bundle: Bundle, record: PromiseRecord) -> dict[str, NDArray[Any]]:
+    """The five arrays of a calibration file, each header read before anything is allocated for it."""
+    where = f"bundle {bundle.path}: file {record.file!r}"
+    path = bundle.file(record.file)
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = sorted(archive.namelist())
+            if found != sorted(f"{name}.npy" for name in _ARRAYS):
+                raise BundleError(f"{where} holds {', '.join(found)}; it should hold {', '.join(_ARRAYS)}")
+            size_bytes = sum(info.file_size for info in archive.infolist())
+            if size_bytes > _MAX_NPZ_BYTES:
+                raise BundleError(f"{where} unpacks to {size_bytes} bytes, over the limit of {_MAX_NPZ_BYTES}")
+            for name, dtype in _ARRAYS.items():
+                shape = (record.samples,) if dtype is np.int32 else (record.samples, len(record.exits))
+                arrays[name] = _read_array(archive.read(f"{name}.npy"), np.dtype(dtype), shape, f"{where}: {name}")
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as exc:
+        raise BundleError(f"{where} cannot be read: {exc}; copy the bundle again") from exc
+    frames = len(set(arrays["frame"].tolist()))
+    if frames != record.frames:
+        raise BundleError(f"{where} has {frames} frames, the manifest says {record.frames}; compile the bundle again")
+    return arrays
+
+
+def _read_array(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> NDArray[Any]:
+    """One ``.npy`` of a known dtype and shape; a header that says otherwise is refused, objects among them."""
+    stream = BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise BundleError(f"{where} is of .npy version {version}, not (1, 0); compile the bundle again")
+    found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
+    if found_shape != shape or found_dtype != dtype or fortran:
+        raise BundleError(
+            f"{where} is {found_dtype} of shape {found_shape}, not {dtype} of shape {shape}; compile the bundle again"
+        )
+    content: bytes = data[stream.tell() :]
+    if len(content) != dtype.itemsize * math.prod(shape):
+        raise BundleError(f"{where} has {len(content)} bytes of data, which do not fit its shape; copy it again")
+    array: NDArray[Any] = np.frombuffer(content, dtype).reshape(shape)
+    return array
+
+
+def _threshold(value: Any, where: str) -> dict[str, Any]:
+    fields = Fields(value, where)
+    record = {
+        "threshold": fields.take("threshold", a_number),
+        "confidence": fields.take("confidence", a_number),
+        "age": fields.take("age", an_integer),
+        "coverage": fields.take("coverage", a_number),
+        "saved": fields.take("saved", a_number),
+        "shares": fields.take("shares", mapping_of(_not_negative)),
+    }
+    fields.finish()
+    return record
+
+
+def _not_negative(value: Any, where: str) -> float:
+    number = a_number(value, where)
+    if number < 0:
+        raise mistyped(where, "a number of 0 or more", value)
+    return number
+
+
+def _number(value: object) -> float | None:
+    """A real number as float; None for anything else, bool and str among it."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        return None
+    return float(value)
+
+
+def _in_range(metric: str, threshold: float) -> bool:
+    # NaN fails every comparison.
+    if metric == "lpips":
+        return 0.0 < threshold < math.inf
+    if metric == "flip":
+        return 0.0 < threshold <= 1.0
+    return 0.0 < threshold <= PSNR_CAP_DB if metric == "psnr_db" else 0.0 < threshold < 1.0
+
+
+def _any_threshold(metric: str) -> float:
+    return 30.0 if metric == "psnr_db" else 0.5
+
+
+def _up(value: float) -> float:
+    """`value` with three significant digits, rounded up."""
+    if value == 0.0:
+        return 0.0
+    scale = 10.0 ** (2 - math.floor(math.log10(abs(value))))
+    return math.ceil(value * scale) / scale
