@@ -18,7 +18,7 @@ from .errors import InputError
 __all__ = ["AdaptiveMargin", "DriftTest", "allowed_losses", "binomial_tail", "risk_control_margin"]
 
 _WINDOWS = (5, 10, 20, 40)
-_LEVEL = 5e-5
+_LEVEL = 1e-4
 
 
 def allowed_losses(samples: int, alpha: float) -> int:
