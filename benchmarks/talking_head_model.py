@@ -1,15 +1,23 @@
-"""The reference generator of the talking-head benchmarks, as `warpcache compile` takes it."""
+"""The reference generators of the talking-head benchmarks, as `warpcache compile` takes them."""
 
 from __future__ import annotations
 
 from warpcache.export.adapter import Surface
 from warpcache.models.renderer import DeferredNeuralRenderer
 
-__all__ = ["generator"]
+__all__ = ["generator", "generator_256"]
 
 
 def generator() -> DeferredNeuralRenderer:
     """A deferred neural renderer of 2.1 M parameters at 128x128, untrained."""
-    model = DeferredNeuralRenderer(128)
+    return _with_surface(DeferredNeuralRenderer(128))
+
+
+def generator_256() -> DeferredNeuralRenderer:
+    """The same network at 256x256, untrained."""
+    return _with_surface(DeferredNeuralRenderer(256))
+
+
+def _with_surface(model: DeferredNeuralRenderer) -> DeferredNeuralRenderer:
     model.surface = Surface("atlas", ("condition", 0, 2), ("condition", 5))
     return model

@@ -1,0 +1,120 @@
+"""What every exit would have answered on every unseen frame, and how far from the whole generator that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measuring import BareModule
+from warpcache.engine.bundle import Bundle
+from warpcache.engine.lpips import Lpips
+from warpcache.engine.promise import PromiseRecord
+from warpcache.engine.quality import measure_frames
+from warpcache.progress import Report
+
+__all__ = ["COLD", "ExitTable", "measure_table", "oracle_reuse"]
+
+COLD = 0
+"""The age of frames that are answered without a cache."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExitTable:
+    """True quality and the predictor's opinion, frame by frame.
+
+    Attributes:
+        exits: The promise's exits, in the predictor's order.
+        quality: Age -> exit -> metric against the whole generator, [T]; NaN where there is no frame so far back.
+        predicted: Age -> scores [T, exits of that age].
+        spread: Age -> [T, exits of that age].
+        novelty: [T].
+        frozen: Age -> metric of the whole generator's image of that age shown again, [T].
+        images: The whole generator's images, float32 [T, C, H, W].
+    """
+
+    exits: tuple[str, ...]
+    quality: Mapping[int, Mapping[str, Floats]]
+    predicted: Mapping[int, Floats]
+    spread: Mapping[int, Floats]
+    novelty: Floats
+    frozen: Mapping[int, Floats]
+    images: NDArray[np.float32]
+
+    def exits_at(self, age: int) -> tuple[str, ...]:
+        """Exits that can answer at this age; age 0 is without a cache."""
+        return tuple(self.quality[age])
+
+
+def measure_table(
+    bundle: Bundle, arrays: Mapping[str, NDArray[Any]], promise: PromiseRecord, lpips: Lpips, progress: Report
+) -> ExitTable:
+    """Run every exit at every age on every frame."""
+    manifest = bundle.manifest
+    image = manifest.image_output
+    assert image is not None
+    modules = {name: BareModule(bundle, manifest.exit(name).module, 1) for name in (*promise.exits, "whole")}
+    producer = BareModule(bundle, "producer", 1)
+    predictor, cold = BareModule(bundle, "predictor", 1), BareModule(bundle, "predictor_cold", 1)
+    total = len(next(iter(arrays.values())))
+    frames = [{name: array[t : t + 1] for name, array in arrays.items()} for t in range(total)]
+    images = np.concatenate([modules["whole"].run(frame)[image] for frame in frames])
+    consumers = [name for name in promise.exits if name not in promise.cold_exits]
+    quality: dict[int, dict[str, Floats]] = {
+        COLD: {name: np.full(total, np.nan) for name in promise.cold_exits},
+        **{age: {name: np.full(total, np.nan) for name in promise.exits} for age in promise.ages},
+    }
+    predicted = {age: np.full((total, len(columns)), np.nan) for age, columns in quality.items()}
+    spread = {age: np.full((total, len(columns)), np.nan) for age, columns in quality.items()}
+    frozen = {age: np.full(total, np.nan) for age in promise.ages}
+    novelty = np.full(total, np.nan)
+    caches: dict[int, dict[str, NDArray[Any]]] = {}
+
+    def measured(answer: NDArray[np.float32], t: int) -> float:
+        return float(measure_frames(answer, images[t : t + 1], [promise.metric], lpips=lpips)[promise.metric][0])
+
+    for t, frame in enumerate(frames):
+        caches[t] = producer.run(frame)
+        caches.pop(t - max(promise.ages) - 1, None)
+        for name in promise.cold_exits:
+            quality[COLD][name][t] = measured(modules[name].run(frame)[image], t)
+        opinion = cold.run(frame)
+        predicted[COLD][t], spread[COLD][t] = opinion["predicted"][0], opinion["spread"][0]
+        novelty[t] = opinion["novelty"][0, 0]
+        for age in promise.ages:
+            if age > t:
+                continue
+            feeds = {**frame, **caches[t - age]}
+            opinion = predictor.run({**feeds, "age": np.array([[age]], np.float32)})
+            predicted[age][t], spread[age][t] = opinion["predicted"][0], opinion["spread"][0]
+            for name in promise.exits:
+                known = name in promise.cold_exits
+                quality[age][name][t] = (
+                    quality[COLD][name][t] if known else measured(modules[name].run(feeds)[image], t)
+                )
+            frozen[age][t] = measured(images[t - age : t - age + 1], t)
+        progress("measuring every exit", t + 1, total)
+    assert consumers
+    return ExitTable(promise.exits, quality, predicted, spread, novelty, frozen, images)
+
+
+def oracle_reuse(images: NDArray[np.float32], threshold: float, metric: str, lpips: Lpips) -> float:
+    """Share of frames that need the whole generator when the last one it made is shown again for as long as a perfect
+    oracle says that it is within the threshold.
+    """
+    kept, needed = 0, 1
+    for t in range(1, len(images)):
+        distance = measure_frames(images[kept : kept + 1], images[t : t + 1], [metric], lpips=lpips)[metric][0]
+        if distance > threshold:
+            kept, needed = t, needed + 1
+    return needed / len(images)
+
+
+def within(values: Sequence[float] | Floats, threshold: float) -> float:
+    """Share of values at most `threshold`."""
+    return float(np.mean(np.asarray(values) <= threshold))
