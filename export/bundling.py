@@ -29,8 +29,16 @@ def refuse_out(out: Path) -> None:
         raise BundleError(f"{out} exists already; remove it or choose another name")
 
 
-def bundle_models(out: Path, manifest: Manifest, models: Mapping[str, ModelProto]) -> Bundle:
+def bundle_models(
+    out: Path, manifest: Manifest, models: Mapping[str, ModelProto], *, more: Mapping[str, bytes] | None = None
+) -> Bundle:
     """Write a bundle of these models, each as ``NAME.onnx``, with their large weights once.
+
+    Args:
+        out: Its place.
+        manifest: Everything but the files' sizes and hashes.
+        models: Module name -> model.
+        more: Further files by name.
 
     Raises:
         BundleError: If it cannot be written; then nothing is.
@@ -44,4 +52,5 @@ def bundle_models(out: Path, manifest: Manifest, models: Mapping[str, ModelProto
             ) from exc
         files: dict[str, Path | bytes] = {f"{name}.onnx": data for name, data in graphs.items()}
         files[WEIGHTS_FILE] = Path(folder) / WEIGHTS_FILE
+        files |= more or {}
         return write_bundle(out, manifest, files)
