@@ -1,11 +1,11 @@
-"""Train the warp adapter: from a cut generator and its frames to the producer and the consumer."""
+"""Train the warp adapter: from a cut generator and its frames to the producer and the consumers."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine.lpips import SMALLEST_SIDE
 from .adapter import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer
-from .adapter_graph import choose_config, consumer_graph, producer_graph
+from .adapter_graph import choose_configs, consumer_graph, producer_graph
 from .clip import Stream
 from .compile_options import CompileOptions
 from .cut import CutCandidate
@@ -37,8 +37,8 @@ class TrainedAdapter:
     """What training an adapter gives.
 
     Attributes:
-        producer: Frame inputs -> cache tensors, the plain consumer's and the warp consumer's.
-        consumers: Exit name -> consumer.
+        producer: Frame inputs -> cache tensors, the plain consumer's and the warp consumers'.
+        consumers: Exit name -> consumer, the dearest first: ``warp``, ``warp2``, ...
         layout: What the adapter reads and writes.
         recording: The generator on the training frames.
         record: What the manifest says of the training, JSON-ready.
@@ -61,7 +61,7 @@ def train_adapter(
     plan: Mapping[str, Any] | None,
     progress: Progress,
 ) -> TrainedAdapter:
-    """Choose the adapter's size, record the generator, train.
+    """Choose the consumers' sizes, record the generator, train.
 
     Args:
         subject: The generator and its frames.
@@ -78,22 +78,23 @@ def train_adapter(
     """
     train = subject.train
     layout = subject.layout(cut.names)
-    config = AdapterConfig(**plan["adapter"]) if plan else options.adapter
-    if config is None:
+    configs = _planned(plan) if plan else options.adapters
+    if not configs:
         feeds = {name: array[:1] for name, array in subject.sample.items()}
-        config = choose_config(subject.model, layout, options.budget, feeds, progress=progress)
-    recording = record(subject.model, layout, config, train.arrays, truth=train.truth, progress=progress)
+        configs = choose_configs(subject.model, layout, options.budget, feeds, options.consumers, progress=progress)
+    recording = record(subject.model, layout, configs[0], train.arrays, truth=train.truth, progress=progress)
     train_options = DistillOptions(steps=options.steps, max_age=options.max_age, seed=options.seed, **options.train)
     torch.manual_seed(options.seed)
-    encoder, consumer = CacheEncoder(layout, config), WarpConsumer(layout, config)
+    encoder = CacheEncoder(layout, configs[0])
+    consumers = [WarpConsumer(layout, config) for config in configs]
     distillation = Distillation(
         encoder,
-        [consumer],
+        consumers,
         recording,
         train_options,
         perceptual=perceptual_loss(options.lpips, layout),
-        identity=_identity(subject.model, train, options.lpips is not None),
-        plan={"cut": ",".join(cut.names), "adapter": config.to_record()},
+        identity=_identity(subject.model, train, options),
+        plan={"cut": ",".join(cut.names), **_sizes(configs)},
     )
     if not options.resume:
         checkpoint.unlink(missing_ok=True)
@@ -103,10 +104,13 @@ def train_adapter(
     limits = (float(recording.images.min()), float(recording.images.max()))
     return TrainedAdapter(
         producer=producer_graph(subject.model, parts, encoder.eval(), layout),
-        consumers={"warp": consumer_graph(consumer.eval(), layout, limits)},
+        consumers={
+            "warp" if k == 1 else f"warp{k}": consumer_graph(consumer.eval(), layout, limits)
+            for k, consumer in enumerate(consumers, 1)
+        },
         layout=layout,
         recording=recording,
-        record={"adapter": config.to_record(), **dataclasses.asdict(train_options)},
+        record={**_sizes(configs), **dataclasses.asdict(train_options)},
     )
 
 
@@ -125,12 +129,25 @@ def perceptual_loss(weights: Path | None, layout: AdapterLayout) -> Callable[[Te
     return None
 
 
-def _identity(model: ModelProto, train: Stream, perceptual: bool) -> str:
-    """What a checkpoint belongs to: this generator, these frames and this loss."""
+def _sizes(configs: Sequence[AdapterConfig]) -> dict[str, Any]:
+    """What manifest and checkpoint say of the sizes: the first, and the others where there are some."""
+    smaller = [config.to_record() for config in configs[1:]]
+    return {"adapter": configs[0].to_record(), **({"smaller": smaller} if smaller else {})}
+
+
+def _planned(plan: Mapping[str, Any]) -> tuple[AdapterConfig, ...]:
+    """The sizes that `_sizes` wrote."""
+    return tuple(AdapterConfig(**size) for size in (plan["adapter"], *plan.get("smaller", ())))
+
+
+def _identity(model: ModelProto, train: Stream, options: CompileOptions) -> str:
+    """What a checkpoint belongs to: this generator, these frames, this loss and number of consumers."""
     digest = hashlib.sha256(model.SerializeToString(deterministic=True))
     arrays = dict(train.arrays) if train.truth is None else {**train.arrays, "the truth": train.truth}
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    digest.update(f"perceptual {perceptual}".encode())
+    digest.update(f"perceptual {options.lpips is not None}".encode())
+    if options.consumers > 1:
+        digest.update(f"consumers {options.consumers}".encode())
     return digest.hexdigest()

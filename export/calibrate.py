@@ -41,7 +41,8 @@ def calibrate(
     Args:
         generator: The whole.
         producer: Frame inputs -> cache tensors.
-        exits: Exit name -> its consumer, fed with the cache of an older frame and the inputs of the newest.
+        exits: Exit name -> its module, fed with the inputs of the newest frame and, where it reads one, the cache of an
+            older frame.
         arrays: Held-back stream, name -> [T, ...].
         image_output: The output that quality is measured on.
         max_age: Ages 1..max_age are measured, as far as the stream is long enough.
@@ -52,7 +53,8 @@ def calibrate(
     Returns:
         The manifest's `calibration` record: `frames` (measured an age), `against`, `metrics`, `exits` (exit -> age ->
         metric -> mean, p05, p50, p95) with the last image shown again as ``frozen``, and `truth` (the same against the
-        truth, with the whole generator at age 0) or None. None if the stream has fewer than 2 frames.
+        truth, with the whole generator at age 0) or None. An exit that reads no cache is measured once, under age 0.
+        None if the stream has fewer than 2 frames.
     """
     stream = list(frames_of(arrays, list(arrays)))
     ages = [age for age in range(1, max_age + 1) if age < len(stream)]
@@ -66,21 +68,30 @@ def calibrate(
     source = open_session(producer)
     sources = sorted({t - age for t in targets for age in ages})
     caches = {s: run_session(source, stream[s]) for s in sources}
-    consumers = {name: open_session(model) for name, model in exits.items()}
+    sessions = {name: open_session(model) for name, model in exits.items()}
+    cached = {value.name for value in source.get_outputs()}
+    ages_of = {
+        name: ages if cached.intersection(value.name for value in session.get_inputs()) else [0]
+        for name, session in sessions.items()
+    } | {FROZEN: ages}
     against: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in (*exits, FROZEN)}
     of_truth: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in (*exits, FROZEN)}
     use_truth = truth is not None and truth.shape[1:] == images[0].shape[1:]
     rendered = np.concatenate([images[t] for t in targets])
     filmed = truth[targets] if truth is not None and use_truth else None
-    done, total = 0, len(ages) * len(against)
-    for age in ages:
+    done, total = 0, sum(map(len, ages_of.values()))
+    for age in (0, *ages):
         for name in against:
+            if age not in ages_of[name]:
+                continue
             if name == FROZEN:
                 answers = np.concatenate([images[t - age] for t in targets])
             else:
                 answers = np.concatenate(
                     [
-                        run_session(consumers[name], {**stream[t], **caches[t - age]}, [image_output])[image_output]
+                        run_session(sessions[name], {**stream[t], **caches.get(t - age, {})}, [image_output])[
+                            image_output
+                        ]
                         for t in targets
                     ]
                 )

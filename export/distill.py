@@ -122,6 +122,7 @@ class Distillation:
         elif checkpoint is not None:
             self.save(checkpoint)  # so that an early interrupt, too, leaves the plan
         self._modules.train()
+        losses: dict[str, float] | None = None
         while self.step < self.options.steps:
             losses = self._train_step()
             self.step += 1
@@ -129,6 +130,8 @@ class Distillation:
                 on_step(self.step, losses)
             if checkpoint is not None and self.step % self.options.checkpoint_every == 0:
                 self.save(checkpoint)
+        if checkpoint is not None and losses is not None and self.step % self.options.checkpoint_every:
+            self.save(checkpoint)  # what comes after may be interrupted too
         self._modules.eval()
 
     def answers(self, t: Tensor, s: Tensor) -> list[Tensor]:

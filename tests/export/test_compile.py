@@ -26,7 +26,7 @@ from warpcache.engine.quality import psnr
 from warpcache.export import adapter_training, bundling
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig, AdapterLayout, Surface
-from warpcache.export.adapter_graph import LADDER, choose_config
+from warpcache.export.adapter_graph import LADDER, choose_configs
 from warpcache.export.compile import CompileOptions, compile_generator, split_model
 from warpcache.export.run import run_model
 from warpcache.inputs import InputStream
@@ -612,7 +612,7 @@ def test_cuts_and_budgets_that_cannot_be_had(portrait: Any, tmp_path: Path, monk
         compiled(portrait.module, stream, tmp_path / "p.warp", dataclasses.replace(TRAINED, cut="depe"))
     assert "Traceback" not in str(info.value)
     # One size to try is enough here; a generator as small as this one is cheaper than any adapter.
-    monkeypatch.setattr(adapter_training, "choose_config", partial(choose_config, ladder=LADDER[-1:]))
+    monkeypatch.setattr(adapter_training, "choose_configs", partial(choose_configs, ladder=LADDER[-1:]))
     budget = dataclasses.replace(TRAINED, adapter=None, budget=0.001)
     with pytest.raises(
         ExportError, match=r"^the smallest warp adapter costs .*, over the budget of 0\.1%; (give|comp)"

@@ -135,7 +135,7 @@ def compile_(folder: Path, *options: Any, model: str = "my_models.py:Generator",
 def test_compile_trains_and_reports(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A generator this small is cheaper than any adapter: the size is given, the rest is as the user has it.
     small = AdapterConfig(width=8, blocks=0, features=8, encoder_width=8)
-    monkeypatch.setattr(adapter_training, "choose_config", lambda *_, **__: small)
+    monkeypatch.setattr(adapter_training, "choose_configs", lambda *_, **__: (small,))
     result = compile_(
         folder,
         "--weights", folder / "weights.safetensors", "--holdout", folder / "test.npz", "--cut", "deep",
@@ -312,7 +312,7 @@ def test_an_interrupted_training_names_its_checkpoint(folder: Path, monkeypatch:
         raise KeyboardInterrupt
 
     small = AdapterConfig(width=8, blocks=0, features=8, encoder_width=8)
-    monkeypatch.setattr(adapter_training, "choose_config", lambda *_, **__: small)
+    monkeypatch.setattr(adapter_training, "choose_configs", lambda *_, **__: (small,))
     monkeypatch.setattr(Distillation, "_train_step", interrupted)
     result = compile_(folder, "--steps", "3", "--cut", "deep")
     assert result.exit_code == 1
