@@ -112,7 +112,8 @@ def test_keys_are_standardised_and_keep_distances() -> None:
 def test_keys_are_short(frames: int, features: int) -> None:
     wide = np.random.default_rng(2).standard_normal((frames, features)).astype(np.float32)
     projection, offset = fit_keys(wide)
-    assert projection.shape == (features, min(64, frames, features)) and offset.shape == (projection.shape[1],)
+    assert projection.shape == (features, min(64, frames, features))
+    assert offset.shape == (projection.shape[1],)
     assert np.isfinite(wide @ projection + offset).all()
 
 
@@ -159,7 +160,8 @@ def test_torch_onnx_and_numpy_find_the_same() -> None:
     lookup = trained(entries, [(1, 3, 8, 8)])
     exported = export_module(Found(lookup), (maps[:1],), ["value"], ["guide", "sum"])
     operators = {node.op_type for node in exported.graph.node}
-    assert {"TopK", "Gather", "Softmax", "Resize"} <= operators and operators & {"MatMul", "Gemm"}
+    assert {"TopK", "Gather", "Softmax", "Resize"} <= operators
+    assert operators & {"MatMul", "Gemm"}
     for t in (0, 7, 23, 39):
         value = maps[t : t + 1]
         expected = look_up(entries, pool_features([value]).numpy())
@@ -183,7 +185,9 @@ def test_an_entry_finds_itself_and_weighs_by_distance() -> None:
     squared = np.sort(((entries.keys - entries.keys[6]) ** 2).sum(1))[:NEAREST]
     order = np.argsort(((entries.keys - entries.keys[6]) ** 2).sum(1))[:NEAREST]
     weights = np.exp(-squared) / np.exp(-squared).sum()
-    assert order[0] == 6 and squared[0] < 1e-6 and weights[0] > 1 / 3
+    assert order[0] == 6
+    assert squared[0] < 1e-6
+    assert weights[0] > 1 / 3
     by_hand = sum(w * entries.values[k] for w, k in zip(weights, order, strict=True))
     np.testing.assert_allclose(one[0], by_hand, atol=1e-4)
 
@@ -231,7 +235,8 @@ def test_the_guide_goes_where_it_is_cheapest() -> None:
     vector, tokens = of([values[0]]), of([values[3]])
     for lookup, value in ((vector, values[0]), (tokens, values[3])):
         difference = lookup(value) - value
-        assert difference.shape == value.shape and (difference != 0).all()
+        assert difference.shape == value.shape
+        assert (difference != 0).all()
     # One and the same for every token.
     shared = tokens(values[3]) - values[3]
     # Differences of sums of size 1 in float32.
@@ -249,7 +254,8 @@ def test_values_are_few_and_small() -> None:
     guides = np.einsum("cs,kshw->kchw", mixing, sources).astype(np.float32)
     features = rng.standard_normal((9, 6)).astype(np.float32)
     made = make_bank(features, *fit_keys(features), np.arange(9), guides)
-    assert made.values.shape == (9, 32, 13, 13) and made.values.dtype == np.float32
+    assert made.values.shape == (9, 32, 13, 13)
+    assert made.values.dtype == np.float32
     assert made.to_record() == {"entries": 9, "key": 6, "value": [32, 13, 13], "radius": 0.0}
     assert made.values.std() == pytest.approx(1.0, rel=1e-3)
     energy = (made.values.astype(np.float64) ** 2).sum((0, 2, 3))
