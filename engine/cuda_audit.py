@@ -45,8 +45,9 @@ class AuditMemory:
         self._arrived = arrived
         self._stream = device.stream("warpcache-audit-copies", priority="high")
         self._raw = device.allocate_pinned(image) if on_device else None
-        plain = self._raw is not None and image.dtype == "float32"
-        self._image = self._raw if plain else np.zeros(image.shape, np.float32)
+        self._image: Array = np.zeros(image.shape, np.float32)
+        if self._raw is not None and image.dtype == "float32":
+            self._image = self._raw
 
     def keep(self, inputs: Mapping[str, Any], image: Any) -> tuple[dict[str, Any], Array]:
         """See `placement.Workspace.keep_for_audit`. Waits for the copies of what is on the GPU, and for them alone.

@@ -5,18 +5,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from onnx import ModelProto
 
 from ..engine.bundle import Bundle
 from ..engine.errors import InputError
-from ..engine.manifest import CACHE_PREFIX
+from ..engine.manifest import CACHE_PREFIX, PREDICTORS
 from .casting import Casting, HalfType, Reason, cast_model, coordinate_values
 from .graph import GraphIndex, load_model, normalise
+from .lookups import lookup_nodes
 from .parity import PRODUCER
 from .quantize import Histogram, QuantType, quantisable, quantise, scales
 
-__all__ = ["Choice", "Conversion"]
+__all__ = ["Choice", "Conversion", "Rule"]
+
+Rule = Reason | Literal["lookup", "predictor"]
+"""Why a node is in float32 without being asked for: by a rule of `casting`, because it decides what a look-up finds, or
+because a predictor reads what it makes."""
 
 # A module with more nodes of its own than this is glue between layers, not a layer: its nodes are kept one by one.
 _LARGEST_LAYER = 12
@@ -46,6 +52,9 @@ class Conversion:
     module or of one that is glue. A layer of that name is kept in every module of the bundle: they are parts of one
     network, share its weights, and answer alike at age 0.
 
+    Predictors stay as they are, and so does what they read: a quality promise was calibrated with their numbers, and a
+    change that no picture shows may move them. What a converted exit is worth, their numbers do not know; audits do.
+
     Args:
         bundle: In float32.
         half: What is computed in.
@@ -54,8 +63,8 @@ class Conversion:
 
     Attributes:
         models: Module -> float32 graph.
-        layers: Module -> layer -> its nodes, in the graph's order.
-        rules: Module -> node -> the rule that keeps it in float32 (`casting`).
+        layers: Module that is converted -> layer -> its nodes, in the graph's order.
+        rules: Module that is converted -> node -> the rule that keeps it in float32.
         histograms: Module -> value -> distribution; has to be set before anything is quantised.
 
     Raises:
@@ -65,10 +74,11 @@ class Conversion:
     def __init__(self, bundle: Bundle, half: HalfType, quant: QuantType | None, keep: Sequence[str]) -> None:
         manifest = bundle.manifest
         self.half, self.quant = half, quant
-        self.models: dict[str, ModelProto] = {
-            name: normalise(load_model(bundle.file(module.file))) for name, module in manifest.modules.items()
-        }
-        self._indices = {name: GraphIndex(model) for name, model in self.models.items()}
+        self.models: dict[str, ModelProto] = {}
+        for name, module in manifest.modules.items():
+            model = load_model(bundle.file(module.file))
+            self.models[name] = model if name in PREDICTORS else normalise(model)
+        self._indices = {name: GraphIndex(model) for name, model in self.models.items() if name not in PREDICTORS}
         self._cache = manifest.cache
         # What a consumer samples at is a coordinate in the producer too, and in the cache between them.
         self._coordinates = {
@@ -78,27 +88,39 @@ class Conversion:
             for value in coordinate_values(index)
             if value.startswith(CACHE_PREFIX)
         }
+        self._predicted_from = {
+            spec.name
+            for name, module in manifest.modules.items()
+            if name in PREDICTORS
+            for spec in module.inputs
+            if spec.name.startswith(CACHE_PREFIX)
+        }
         self._asked = {name: self._named(index, keep) for name, index in self._indices.items()}
         for wanted in keep:
             if not any(self._named(index, [wanted]) for index in self._indices.values()):
                 raise self._unknown(wanted)
-        self._quantisable = {name: frozenset(quantisable(model)) for name, model in self.models.items()}
+        self._quantisable = {name: frozenset(quantisable(self.models[name])) for name in self._indices}
         self.layers = {name: _layers(index) for name, index in self._indices.items()}
         self.histograms: dict[str, dict[str, Histogram]] = {}
-        self.rules: dict[str, dict[str, Reason]] = {name: {} for name in self.models}
-        for name, casting in self.convert(Choice(half_cache=True)).items():
-            self.rules[name] = {node: reason for node, reason in casting.kept.items() if reason != "asked"}
+        self._ours = {name: self._own_rules(name) for name in self._indices}
+        self.rules: dict[str, dict[str, Rule]] = {name: {} for name in self._indices}
+        for name, casting in self.convert(Choice(half_cache=True), self._indices).items():
+            ours, asked = self._ours[name], self._asked[name]
+            self.rules[name] = {
+                node: ours.get(node, reason)
+                for node, reason in casting.kept.items()
+                if reason != "asked" or (node in ours and node not in asked)
+            }
 
     def convert(self, choice: Choice, modules: Iterable[str] | None = None) -> dict[str, Casting]:
         """The graphs of some modules (all by default) under a choice."""
         return {name: self._convert(name, choice) for name in (modules if modules is not None else self.models)}
 
     def cache_types(self, *, half_cache: bool) -> dict[str, str]:
-        """Cache tensor -> its dtype in the result; coordinates stay in float32."""
+        """Cache tensor -> its dtype in the result; coordinates, and what a predictor reads, stay in float32."""
+        exact = self._coordinates | self._predicted_from
         return {
-            spec.name: "float16"
-            if half_cache and spec.dtype == "float32" and spec.name not in self._coordinates
-            else spec.dtype
+            spec.name: "float16" if half_cache and spec.dtype == "float32" and spec.name not in exact else spec.dtype
             for spec in self._cache
         }
 
@@ -122,8 +144,15 @@ class Conversion:
         return [layer for layer, members in self.layers[module].items() if self._asked[module].intersection(members)]
 
     def _convert(self, name: str, choice: Choice) -> Casting:
-        model, layers = self.models[name], self.layers[name]
-        keep = self._asked[name] | {node for layer in choice.kept for node in layers.get(layer, ())}
+        model = self.models[name]
+        if name in PREDICTORS:
+            return Casting(model, {}, {})
+        layers = self.layers[name]
+        keep = (
+            self._asked[name]
+            | self._ours[name].keys()
+            | {node for layer in choice.kept for node in layers.get(layer, ())}
+        )
         if self.quant is not None and choice.ranges is not None:
             spared = {node for layer in choice.unquantised for node in layers.get(layer, ())}
             nodes = self.lowered(name, quantised=True) - keep - spared
@@ -131,6 +160,15 @@ class Conversion:
         types = self.cache_types(half_cache=choice.half_cache)
         io = {tensor: dtype for tensor, dtype in types.items() if dtype == "float16"}
         return cast_model(model, self.half, keep=keep, io=io, coordinates=self._coordinates if name == PRODUCER else ())
+
+    def _own_rules(self, name: str) -> dict[str, Rule]:
+        """Node -> the rule that keeps it, for the rules that single graphs do not know."""
+        index = self._indices[name]
+        rules: dict[str, Rule] = dict.fromkeys(lookup_nodes(index), "lookup")
+        if name == PRODUCER:
+            read = index.closure(self._predicted_from)
+            rules.update(dict.fromkeys((index.names[number] for number in read), "predictor"))
+        return rules
 
     def _named(self, index: GraphIndex, wanted: Collection[str]) -> set[str]:
         """Nodes of these names, or within modules of these paths."""

@@ -20,7 +20,7 @@ from ..engine.spec import Array
 from .casting import elem_types, emulated
 from .run import frame_at, open_session, run_session
 
-__all__ = ["GENERATOR", "PRODUCER", "ExitParity", "Parity", "fewest_kept", "open_answering"]
+__all__ = ["GENERATOR", "PRODUCER", "ExitParity", "Parity", "fewest_kept", "open_answering", "reads_cache"]
 
 GENERATOR, PRODUCER = "generator", "producer"
 _FLOAT8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
@@ -63,8 +63,9 @@ class ExitParity:
 class Parity:
     """The float32 bundle's answers on some frames, and other graphs' answers compared with them.
 
-    Sources are spread over the stream. From each, the whole generator answers the source's frame and one that is `age`
-    frames later; plain answers both from the source's cache; every other consumer the later one.
+    Sources are spread over the stream. From each, what reads no cache (the whole generator, a branch) answers the
+    source's frame and one that is `age` frames later; plain answers both from the source's cache; every other consumer
+    the later one.
 
     Args:
         models: Module name -> float32 graph.
@@ -91,7 +92,7 @@ class Parity:
         age = min(age, frames - 1)
         count = min(sources, frames - age)
         self.sources = sorted({round(s) for s in np.linspace(0, frames - 1 - age, count)})
-        self._plan = {exit_: self._pairs(exit_, age) for exit_ in exits}
+        self._plan = {exit_: self._pairs(exit_, models[module], age) for exit_, module in exits.items()}
         self._image = image_output
         self._reference: dict[tuple[str, int, int], dict[str, Array]] = {}
         for exit_, answers in _answer(models, self.exits, self._plan, arrays, emulate=False):
@@ -103,10 +104,10 @@ class Parity:
         images = [outputs[self._signal] for outputs in self._reference.values()] if self._signal else []
         self._peak = max((float(np.ptp(i[np.isfinite(i)])) for i in images if np.isfinite(i).any()), default=0.0) or 1.0
 
-    def _pairs(self, exit_: str, age: int) -> list[tuple[int, int]]:
+    def _pairs(self, exit_: str, model: ModelProto, age: int) -> list[tuple[int, int]]:
         """(frame, source) of every answer."""
         later = [(s + age, s) for s in self.sources]
-        if self.exits[exit_] == GENERATOR:
+        if not reads_cache(model):
             return [(t, t) for t in sorted({*self.sources, *(t for t, _ in later)})]
         if exit_ == "plain" or age == 0:
             return sorted({*((s, s) for s in self.sources), *later})
@@ -218,7 +219,7 @@ def _answer(
     def answers(module: str, pairs: Sequence[tuple[int, int]]) -> Iterator[_Answer]:
         for t, s in pairs:
             feeds = frame_at(arrays, t)
-            if module != GENERATOR and any(v.name.startswith(CACHE_PREFIX) for v in session(module).get_inputs()):
+            if reads_cache(models[module]):
                 if s not in caches:
                     caches[s] = run_session(session(PRODUCER), frame_at(arrays, s))
                 feeds = {**feeds, **caches[s]}
@@ -226,6 +227,11 @@ def _answer(
 
     for exit_, module in exits.items():
         yield exit_, answers(module, plan[exit_])
+
+
+def reads_cache(model: ModelProto) -> bool:
+    """Whether a module is a consumer: what reads no cache answers from the frame's inputs alone."""
+    return any(value.name.startswith(CACHE_PREFIX) for value in model.graph.input)
 
 
 def open_answering(model: ModelProto) -> ort.InferenceSession:

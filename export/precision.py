@@ -2,7 +2,8 @@
 
 Frame inputs and outputs keep their types; the cache has a type of its own. Where frames are given, every exit is
 compared with the float32 bundle (`parity.py`), and where one falls short the layers that break it are searched for and
-kept: in float32 for fp16 and bf16, in fp16 for int8 and fp8.
+kept: in float32 for fp16 and bf16, in fp16 for int8 and fp8. A quality promise goes along as it was calibrated, and
+with it the predictors, in float32.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
-from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept
+from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept, reads_cache
 from .quantize import METHODS, QuantType, RangeCollector
 from .recording import Progress
 from .run import frame_at, open_session, run_session
+from .weights import WEIGHTS_FILE
 
 __all__ = ["Precision", "PrecisionOptions", "convert_bundle"]
 
@@ -41,6 +43,10 @@ _CALIBRATION_SHIFT_DB = 0.1
 # To rank layers by their harm, this many answers an exit will do.
 _RANKING_ANSWERS = 2
 _IN_FP32 = "measured in fp32"
+_PROMISED_BEFORE = (
+    "calibrated before the conversion; predictors and what they read are as they were, and audits watch what the exits "
+    "became"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +57,8 @@ class PrecisionOptions:
 
     Attributes:
         precision: What to compute in. int8 and fp8 are convolutions' and matrix products'; the rest is in fp16.
-        cache_precision: Of the float32 cache tensors, but those that carry coordinates, which stay in fp32. None is
-            fp16, or fp32 where no kept layer brings an exit to `min_psnr_db` with an fp16 cache.
+        cache_precision: Of the float32 cache tensors, but those that carry coordinates or that a predictor reads, which
+            stay in fp32. None is fp16, or fp32 where no kept layer brings an exit to `min_psnr_db` with an fp16 cache.
         min_psnr_db: What every answer of every exit has to reach against fp32.
         keep: Paths of PyTorch modules, or names of nodes, to keep in fp32.
         calibration_frames: Frames at most that the ranges of int8 and fp8 are made of.
@@ -113,10 +119,12 @@ def convert_bundle(
 
         - ``precision``, ``cache`` ("fp16" or "fp32"), ``min_psnr_db``, and ``frames``: how many the stream had;
         - ``kept``: module -> layers in float32 that were asked for or searched for;
-        - ``rules``: module -> what is in float32 by a rule (`casting`): the number of nodes that compute coordinates,
-          the nodes whose constants do not fit (with the reason), the operators without the type;
+        - ``rules``: module -> what is in float32 by a rule: the number of nodes that compute coordinates, of those
+          that decide what a look-up finds, and of those that a predictor's inputs come from; the nodes whose constants
+          do not fit (with the reason); the operators without the type;
         - ``parity``: exit -> ``{"frames", "psnr_db": {"mean", "worst"}, "flip", "max_error", "nan"}``, or null;
         - ``measured``: how; ``trials``: conversions that the search tried; ``calibration``: what it was measured in;
+          ``promise``: that it was calibrated before, or null where there is none;
         - for int8 and fp8 ``range`` (how ranges were made) and ``unquantised``: module -> layers left in fp16.
 
     Raises:
@@ -142,10 +150,13 @@ def convert_bundle(
         fitted = _Fit(conversion, bundle.manifest, options, frames, progress).run(choice)
     graphs = _graphs(fitted.castings)
     calibration, said = _calibration(bundle.manifest, conversion, graphs, fitted.parity, frames, options, progress)
-    record = _record(conversion, fitted, options, 0 if frames is None else _length(frames)) | {"calibration": said}
+    promised = "promise" in (bundle.manifest.calibration or {})
+    record = _record(conversion, fitted, options, 0 if frames is None else _length(frames))
+    record |= {"calibration": said, "promise": _PROMISED_BEFORE if promised else None}
     types = conversion.cache_types(half_cache=fitted.choice.half_cache)
     progress("writing the bundle", 0, 1)
-    converted = bundle_models(out, _manifest(bundle.manifest, out, types, calibration, record), graphs)
+    manifest = _manifest(bundle.manifest, out, types, calibration, record)
+    converted = bundle_models(out, manifest, graphs, more=_carried(bundle))
     progress("writing the bundle", 1, 1)
     logger.info("converted %s to %s in %.1f s", bundle.path, options.precision, time.perf_counter() - started)
     return converted
@@ -231,7 +242,7 @@ class _Fit:
             parity = self._measure(replace(choice, ranges=method), list(self.exits))
             worst[method] = min(min(p.psnr_db) for p in parity.values())
         choice = replace(choice, ranges=max(worst, key=lambda method: worst[method]))
-        quantised = self.conversion.layers_of(list(self.conversion.models), quantised=True)
+        quantised = self.conversion.layers_of(list(self.conversion.layers), quantised=True)
         while failing := self._failing(fitted := self._fitted(choice)):
             layers = [
                 layer
@@ -278,13 +289,14 @@ class _Fit:
         """Distributions of what quantisable nodes read, over the calibration frames; consumers at age 0 and aged."""
         length = _length(self.frames)
         chosen = _spread(length, self.options.calibration_frames)
-        collectors = {name: RangeCollector(model) for name, model in self.conversion.models.items()}
-        producer = open_session(self.conversion.models[PRODUCER])
+        models = self.conversion.models
+        collectors = {name: RangeCollector(models[name]) for name in self.conversion.layers}
+        producer = open_session(models[PRODUCER])
         for done, t in enumerate(chosen):
             now = frame_at(self.frames, t)
             cache = run_session(producer, now)
             for name, collector in collectors.items():
-                aged = [] if name in (GENERATOR, PRODUCER) else [min(t + self.options.age, length - 1)]
+                aged = [min(t + self.options.age, length - 1)] if reads_cache(models[name]) else []
                 for feeds in (now, *(frame_at(self.frames, later) for later in aged if later != t)):
                     collector.add({**feeds, **cache})
             self.progress("collecting ranges", done + 1, len(chosen))
@@ -314,8 +326,11 @@ class _Fit:
 
     def _modules(self, exits: Sequence[str]) -> list[str]:
         """The modules that these exits run."""
+        models = self.conversion.models
         names = {self.exits[name] for name in exits}
-        return [name for name in self.conversion.models if name in names or (name == PRODUCER and names - {GENERATOR})]
+        if any(reads_cache(models[name]) for name in names):
+            names.add(PRODUCER)
+        return [name for name in models if name in names]
 
     def _short(self, exit_: str, parity: ExitParity) -> ExportError:
         what = f"{parity.nan} values that are NaN or Inf" if parity.nan else f"{min(parity.psnr_db):.1f} dB"
@@ -367,7 +382,15 @@ def _calibration(
     )
     if again is None:
         return known, _IN_FP32
+    if "promise" in known:
+        again["promise"] = known["promise"]
     return again, f"measured in {options.precision}, emulated on the CPU, on the frames given"
+
+
+def _carried(bundle: Bundle) -> dict[str, bytes]:
+    """The files that a conversion leaves as they are: what a quality promise was calibrated with."""
+    made = {WEIGHTS_FILE, *(module.file for module in bundle.manifest.modules.values())}
+    return {name: bundle.file(name).read_bytes() for name in bundle.manifest.files if name not in made}
 
 
 def _shift_db(calibration: Mapping[str, Any], exit_: str, parity: ExitParity) -> float:
@@ -391,7 +414,10 @@ def _record(conversion: Conversion, fitted: _Fitted, options: PrecisionOptions, 
         kept[name] += [layer for layer in conversion.asked_layers(name) if layer not in kept[name]]
     rules = {
         name: {
-            "coordinates": sum(reason == "coordinates" for reason in reasons.values()),
+            **{
+                rule: sum(reason == rule for reason in reasons.values())
+                for rule in ("coordinates", "lookup", "predictor")
+            },
             "constant": dict(fitted.castings[name].constants),
             "type": sorted(node for node, reason in reasons.items() if reason == "type"),
         }

@@ -508,7 +508,7 @@ def test_an_interrupt_leaves_nothing(three: Bundle, tmp_path: Path, stage: str) 
 
 
 def test_a_failure_while_writing_leaves_nothing(three: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(out: Path, manifest: Manifest, models: Mapping[str, ModelProto]) -> Bundle:
+    def fail(out: Path, manifest: Manifest, models: Mapping[str, ModelProto], **more: object) -> Bundle:
         return write_bundle(out, manifest, {"generator.onnx": b"", "producer.onnx": tmp_path / "missing"})
 
     monkeypatch.setattr(precision_module, "bundle_models", fail)
