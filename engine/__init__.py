@@ -17,6 +17,7 @@ from .errors import (
 )
 from .manifest import Manifest
 from .policy import Policy
+from .promise import Quality
 from .session import Frame, Session
 from .spec import Array, TensorSpec
 from .telemetry import LatencySummary, SessionStatistics
@@ -37,6 +38,7 @@ __all__ = [
     "LatencySummary",
     "Manifest",
     "Policy",
+    "Quality",
     "Session",
     "SessionStatistics",
     "TensorSpec",

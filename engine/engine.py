@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from .bundle import Bundle, Manifest
 from .cpu_placement import Backend, CpuPlacement
@@ -15,8 +16,12 @@ from .cuda_options import CUDA_BACKENDS, CudaOptions, parse_device
 from .errors import ClosedError, InputError
 from .placement import Placement, Workspace
 from .policy import Policy
-from .scheduler import OnStale, Route, Scheduler
+from .promise import Quality, Rule
+from .routing import Routing
+from .routing_plan import RoutingPlan, checked_audit_every, checked_deadline, checked_quality
+from .scheduler import OnStale, Route, Scheduler, SchedulerEvent
 from .session import Clock, Session
+from .telemetry import Telemetry
 
 if TYPE_CHECKING:
     from .cuda_placement import CudaBackend
@@ -34,8 +39,8 @@ class Engine:
         policy: When producers run: ``"full"``, ``"every:N"`` or ``"async"`` (see `Policy`).
         age: Deterministic lockstep: frame t is answered from the cache of frame max(0, t - age). Goes with no policy
             but the default.
-        exit: Which exit answers from an aged cache: ``"warp"`` or ``"plain"``; None takes ``warp`` where the bundle has
-            it. At age 0 ``plain`` answers, which is exact there.
+        exit: Which exit answers from an aged cache: ``"warp"``, ``"plain"`` or another of the bundle's; None takes
+            ``warp`` where the bundle has it. At age 0 ``plain`` answers, which is exact there.
         threads: Cores to use; None uses all that the process may. Under ``async`` they are shared out between
             consumer and producers, else every module uses all of them, one at a time.
         max_age: The oldest cache to answer from, in frames; None sets no limit.
@@ -48,9 +53,16 @@ class Engine:
             asked for runs, or an error says why not. Or an object of one's own: a `Backend` on the CPU, a
             `CudaBackend` on a GPU.
         cuda: Options of a GPU; goes with such a device only.
+        quality: What every frame is to keep: it is answered by the cheapest exit that does, so that no exit is to be
+            chosen. None: nothing is promised. `Session.submit` takes another for a single frame.
+        deadline_ms: With a quality, milliseconds from a frame's arrival that its answer may take. Where no exit that
+            keeps the quality is done by then, a worse one answers, or the frame is dropped (`Frame.degraded`).
+        audit_every: With a quality, one frame in so many is answered by the whole generator too, in the background, to
+            compare; 0 never.
+        lpips: Weights of LPIPS, where audits compare in it; None looks at WARPCACHE_LPIPS.
 
     Raises:
-        InputError: If an option is wrong, or two of them exclude each other.
+        InputError: If an option is wrong, two of them exclude each other, or the bundle cannot promise the quality.
         BundleError: If the bundle is damaged or foreign; nothing of it was executed.
         BackendError: If there is no executor, or it refuses a graph.
         DeviceError: If the GPU or its driver is missing, too old, or out of memory.
@@ -62,7 +74,7 @@ class Engine:
         *,
         policy: str | Policy = "async",
         age: int | None = None,
-        exit: Literal["plain", "warp"] | None = None,
+        exit: Route | None = None,
         threads: int | None = None,
         max_age: int | None = None,
         on_stale: OnStale = "whole",
@@ -71,6 +83,10 @@ class Engine:
         device: str = "cpu",
         backend: str | Backend | CudaBackend = "onnxruntime",
         cuda: CudaOptions | None = None,
+        quality: Quality | None = None,
+        deadline_ms: float | None = None,
+        audit_every: int = 30,
+        lpips: str | Path | None = None,
     ) -> None:
         self.policy = Policy.choose(policy, age)
         self.validate = validate
@@ -89,14 +105,21 @@ class Engine:
         self._closing = threading.Lock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._check_options(exit, producers)
+        _check_promise_options(quality, deadline_ms, audit_every, exit=exit, on_stale=on_stale)
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self._aged_exit = _choose_aged_exit(self.manifest, exit)
+        self._plan = self._plan_routing(quality, deadline_ms, audit_every, lpips)
+        self.deadline_ms = None if self._plan is None else self._plan.deadline_ms
         self._placement = self._place(ordinal, threads, backend, options)
         planned = self._plan_exits()
         self.required_inputs = self._find_required_inputs(planned)
         with ExitStack() as undo:
             undo.callback(self._placement.close)
-            self._placement.load(planned)
+            if self._plan is None:
+                self._placement.load(planned)
+            else:
+                self._placement.load(planned, predictors=self._plan.predictors, auditor=self._plan.audit_every > 0)
+                self._plan.measure(self._placement, slots=self.new_scheduler().slots, turn=self.turn)
             undo.pop_all()
 
     @property
@@ -108,6 +131,11 @@ class Engine:
     def manifest(self) -> Manifest:
         """What the bundle says about itself."""
         return self._bundle.manifest
+
+    @property
+    def exit_costs(self) -> dict[str, float]:
+        """What every exit took when the engine was loaded, in milliseconds; empty without a quality."""
+        return {} if self._plan is None else dict(self._plan.costs)
 
     def session(self, *, clock: Clock | None = None) -> Session:
         """Open a session: one client's sequence of frames, with caches of its own.
@@ -157,7 +185,44 @@ class Engine:
             aged_exit=self._aged_exit,
             max_age=self._max_age,
             on_stale=self._on_stale,
+            routed=self._plan is not None,
         )
+
+    def new_routing(
+        self,
+        workspace: Workspace,
+        *,
+        telemetry: Telemetry,
+        now: Callable[[], float],
+        post: Callable[[SchedulerEvent], None],
+        lock: threading.Condition,
+    ) -> Routing | None:
+        """What chooses one session's exits; None where nothing is promised."""
+        if self._plan is None:
+            return None
+        return Routing(self._plan, workspace, telemetry=telemetry, now=now, turn=self.turn, post=post, lock=lock)
+
+    def rule_for(self, quality: Quality) -> Rule:
+        """The rule of a single frame's quality; made once, then looked up.
+
+        Raises:
+            InputError: If the engine promises nothing, or the quality cannot be promised.
+        """
+        if self._plan is None:
+            raise InputError(
+                "a frame came with a quality, but the engine has none; give Engine a quality to load exits for"
+            )
+        return self._plan.rule_for(checked_quality(quality))
+
+    def frame_deadline(self, deadline_ms: float) -> float:
+        """A single frame's deadline, checked.
+
+        Raises:
+            InputError: If the engine promises nothing, or it is no positive finite number.
+        """
+        if self._plan is None:
+            raise InputError("a frame came with a deadline, but the engine has no quality; give Engine a quality too")
+        return checked_deadline(deadline_ms)
 
     def workspace(self, slots: int) -> Workspace:
         """Memory and lanes of one session on the device."""
@@ -196,8 +261,8 @@ class Engine:
 
     def _check_options(self, exit_: str | None, producers: int) -> None:
         """Validate without touching a device or a file."""
-        if exit_ not in (None, "plain", "warp"):
-            raise InputError(f"unknown exit {exit_!r}; choose 'plain' or 'warp' (policy='full' is the whole generator)")
+        if exit_ == "whole":
+            raise InputError("exit 'whole' reads no cache; choose another, or policy='full' for the whole generator")
         if producers < 1:
             raise InputError(f"producers is {producers}; give 1 or more")
         planned = self.policy.oldest_planned_age
@@ -209,22 +274,41 @@ class Engine:
         Scheduler(self.policy, max_age=self._max_age, on_stale=self._on_stale)
 
     def _plan_exits(self) -> tuple[Route, ...]:
-        """The exits that the policy itself uses."""
+        """The exits that the policy itself uses, and with a quality all that may be chosen."""
+        if self._plan is not None:
+            return self._plan.exits
         if self.policy.kind == "full":
             return ("whole",)
         exits: list[Route] = ["plain"]
-        if self._aged_exit == "warp" and self.policy.oldest_planned_age != 0:
-            exits.append("warp")
+        if self._aged_exit != "plain" and self.policy.oldest_planned_age != 0:
+            exits.append(self._aged_exit)
         # Asked for by an age limit, so part of the plan; otherwise only a failing producer needs it.
         asked_for = self._max_age is not None and not self.policy.foreground
         if self._on_stale == "whole" and (asked_for or self._placement.loads_ahead):
             exits.append("whole")
         return tuple(exits)
 
+    def _plan_routing(
+        self, quality: Quality | None, deadline_ms: float | None, audit_every: int, lpips: str | Path | None
+    ) -> RoutingPlan | None:
+        if quality is None:
+            return None
+        return RoutingPlan(
+            self._bundle,
+            quality,
+            deadline_ms=deadline_ms,
+            audit_every=audit_every,
+            lpips=lpips,
+            policy=self.policy,
+            max_age=self._max_age,
+        )
+
     def _find_required_inputs(self, planned: tuple[Route, ...]) -> frozenset[str]:
         """The generator's inputs, and motion where a module that is going to run takes it."""
         manifest = self.manifest
         names = [manifest.exit(route).module for route in planned]
+        if self._plan is not None:
+            names.extend(self._plan.predictors)
         if self.policy.kind != "full":
             names.append("producer")
         taken = {spec.name for name in names for spec in manifest.modules[name].inputs}
@@ -238,8 +322,31 @@ class Engine:
             raise ClosedError("the engine is closed; open a new one")
 
 
-def _choose_aged_exit(manifest: Manifest, exit_: Literal["plain", "warp"] | None) -> Literal["plain", "warp"]:
+def _choose_aged_exit(manifest: Manifest, exit_: Route | None) -> Route:
     if exit_ is None:
         return "warp" if any(record.name == "warp" for record in manifest.exits) else "plain"
     manifest.exit(exit_)
     return exit_
+
+
+def _check_promise_options(
+    quality: Quality | None, deadline_ms: float | None, audit_every: int, *, exit: Route | None, on_stale: OnStale
+) -> None:
+    """Validate what belongs to a quality without touching a device or a file."""
+    checked_audit_every(audit_every)
+    if deadline_ms is not None:
+        checked_deadline(deadline_ms)
+    if quality is None:
+        if deadline_ms is not None:
+            raise InputError(
+                f"deadline_ms is {deadline_ms} and there is no quality to weigh against it; give a quality too"
+            )
+        return
+    checked_quality(quality)
+    if exit is not None:
+        raise InputError(f"exit {exit!r} and quality {quality} exclude each other: the quality chooses; give one")
+    if on_stale == "raise":
+        raise InputError(
+            "on_stale='raise' and a quality exclude each other: without a young cache exits that need none answer; "
+            "leave it out"
+        )

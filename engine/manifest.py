@@ -297,9 +297,6 @@ class Manifest:
             _check_file_name(file, "files")
         for name, module in self.modules.items():
             self._check_module(name, module)
-        predictors = [name for name in PREDICTORS if name in self.modules]
-        if len(predictors) == 1:
-            raise BundleError(f"manifest.json: of the modules {_named(PREDICTORS)} there is {_named(predictors)} alone")
         for exit_record in self.exits:
             if exit_record.name == "producer" or exit_record.name.startswith("predictor"):
                 raise BundleError(

@@ -186,7 +186,7 @@ class Scheduler:
         if on_stale not in ("whole", "raise"):
             raise InputError(f"unknown on_stale {on_stale!r}; choose 'whole' or 'raise'")
         if aged_exit == "whole":
-            raise InputError("the exit 'whole' reads no cache; choose another, or policy 'full'")
+            raise InputError("exit 'whole' reads no cache; choose another, or policy='full' for the whole generator")
         self.policy = policy
         self._routed = routed
         self._aged_exit = aged_exit

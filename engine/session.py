@@ -23,7 +23,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .device import Event
 from .errors import ClosedError, DeadlineError, InputError
+from .promise import Quality, Rule
 from .reader import Reader, Rendering, Submitted
+from .router import Degraded
+from .routing import RoutedAnswer
 from .scheduler import (
     ConsumerDone,
     ConsumerFailed,
@@ -56,12 +59,16 @@ class Frame:
         index: Position in the session's sequence, from 0; a gap means that frames were dropped or refused.
         outputs: The generator's outputs by name, leading axis 1; arrays that belong to the caller. NumPy's, on a GPU in
             pinned memory; with ``CudaOptions(outputs="device")`` a `DeviceArray` each, complete, to be taken by DLPack.
-        age: Age of the cache it was answered from, in frames; 0 where it is exactly the generator's output.
-        route: The exit that answered: ``whole``, ``plain`` or ``warp``.
+        age: Age of the cache it was answered from, in frames; 0 where that is the frame's own, or none was read.
+        route: The exit that answered: ``whole``, ``plain``, ``warp``, ``branch1``, ...
         latency_ms: From the arrival of the frame's inputs to the answer. They arrive when `Session.submit` is called;
             in `Session.render` when they are due by the frame rate, or else when the frame before is answered and they
             have been checked.
         refreshed: Whether the frame waited for a new cache or for the whole generator.
+        predicted: With a quality, what the predictor expects of this answer, in the metric's unit; None where it is
+            exactly the generator's output.
+        degraded: With a deadline, what was given up for it: ``cheaper exit``, where every exit that keeps the quality
+            takes too long, or ``older cache``, where a cache older than allowed served; None: nothing.
     """
 
     index: int
@@ -70,6 +77,8 @@ class Frame:
     route: Route
     latency_ms: float
     refreshed: bool
+    predicted: float | None = None
+    degraded: Degraded | None = None
 
 
 class Clock(Protocol):
@@ -98,10 +107,12 @@ class MonotonicClock:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A frame's inputs and when they arrived."""
+    """A frame's inputs and when they arrived; with a quality, the frame's own rule and deadline where it has them."""
 
     inputs: dict[str, Array]
     time: float
+    rule: Rule | None = None
+    deadline_ms: float | None = None
 
 
 class Session:
@@ -134,6 +145,13 @@ class Session:
         self._finished = False
         self._closed = False
         self._fault: BaseException | None = None
+        self._routing = engine.new_routing(
+            self._workspace,
+            telemetry=self._telemetry,
+            now=self._clock.now,
+            post=self._post,
+            lock=self._condition,
+        )
 
     @property
     def statistics(self) -> SessionStatistics:
@@ -165,7 +183,14 @@ class Session:
         self._require_open()
         return Rendering(self, inputs, fps)
 
-    def submit(self, inputs: Mapping[str, Any], *, timeout: float | None = None) -> int:
+    def submit(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        timeout: float | None = None,
+        quality: Quality | None = None,
+        deadline_ms: float | None = None,
+    ) -> int:
         """Hand in the inputs of one frame; `frames` gives the answer. Safe from any thread.
 
         The arrays are copied, so the caller may use them again at once. Under a live policy a frame that still waits
@@ -178,18 +203,25 @@ class Session:
         Args:
             inputs: One array per input of the bundle, leading axis 1.
             timeout: Seconds to wait for room under lockstep; None waits for as long as it takes.
+            quality: What this frame is to keep; None is the engine's quality. One that was not asked for before costs
+                this call some time, and no other.
+            deadline_ms: Milliseconds from this call that the frame's answer may take; None is the engine's deadline.
 
         Returns:
             The frame's index.
 
         Raises:
-            InputError: If names, dtype or shape are wrong, or a value is NaN or Inf; no index is used up.
+            InputError: If names, dtype or shape are wrong, a value is NaN or Inf, or the quality cannot be promised; no
+                index is used up.
             DeadlineError: If there was no room in time.
             ClosedError: If the session is closed or finished.
         """
         arrived = self._clock.now()
         self._require_open()
         try:
+            rule = None if quality is None else self._engine.rule_for(quality)
+            if deadline_ms is not None:
+                deadline_ms = self._engine.frame_deadline(deadline_ms)
             adopted = self.adopt(inputs)
             taken = {name: self.take_input(name, array, keep=True) for name, array in adopted.items()}
         except InputError:
@@ -206,7 +238,7 @@ class Session:
                     )
                 self._clock.wait(self._condition, left)
             self._require_open()
-            return self.arrive(taken, arrived)
+            return self.arrive(taken, arrived, rule=rule, deadline_ms=deadline_ms)
 
     def frames(self) -> Iterator[Frame]:
         """The answers to submitted frames, in order, as they come; ends after `finish` or `close`.
@@ -234,6 +266,8 @@ class Session:
             self._arrivals.clear()
             self._condition.notify_all()
         # Not under the condition: a producer that is waited for posts its end there.
+        if self._routing is not None:
+            self._routing.close()
         self._workspace.close()
 
     def __enter__(self) -> Session:
@@ -308,12 +342,19 @@ class Session:
         """Seconds on the session's clock."""
         return self._clock.now()
 
-    def arrive(self, inputs: dict[str, Array], arrived: float) -> int:
+    def arrive(
+        self,
+        inputs: dict[str, Array],
+        arrived: float,
+        *,
+        rule: Rule | None = None,
+        deadline_ms: float | None = None,
+    ) -> int:
         """Give the next frame its index and hand it to the scheduler."""
         with self._condition:
             index = self._next_index
             self._next_index += 1
-            self._arrivals[index] = _Arrival(inputs, arrived)
+            self._arrivals[index] = _Arrival(inputs, arrived, rule, deadline_ms)
             self._post(FrameArrived(index, arrived))
             return index
 
@@ -328,6 +369,8 @@ class Session:
             if self._ended is not None:
                 ended, self._ended = self._ended, None
                 self._post(ended)
+                if self._routing is not None:
+                    self._routing.between_frames()
             while True:
                 if not self._work:
                     # Nothing waits yet, so this is off every frame's latency.
@@ -415,31 +458,63 @@ class Session:
             "raise max_age, or let the whole generator answer with on_stale='whole'"
         )
 
-    def _answer(self, action: StartConsumer, arrival: _Arrival, period_ms: float | None) -> Frame:
-        """Run a frame's exit here and now."""
+    def _answer(self, action: StartConsumer, arrival: _Arrival, period_ms: float | None) -> Frame | None:
+        """Run a frame's exit here and now; None where it was dropped because none could answer it in time."""
         started = self._clock.now()
+        deadline_ms = self._engine.deadline_ms if arrival.deadline_ms is None else arrival.deadline_ms
         try:
-            lane = self._workspace.exit(action.route)
-            outputs = self._workspace.take_outputs()
-            with self._engine.turn:
-                lane.enqueue(arrival.inputs, action.slot, outputs).wait()
+            if self._routing is not None:
+                answer = self._routing.answer(
+                    action,
+                    arrival.inputs,
+                    rule=arrival.rule,
+                    deadline=None if deadline_ms is None else arrival.time + deadline_ms / 1e3,
+                )
+            else:
+                answer = self._run(action, arrival.inputs)
         except BaseException:
             self._telemetry.failed()
             self._ended = ConsumerFailed(action.frame, self._clock.now())
             raise
         ended = self._clock.now()
+        if answer is None:
+            # Nobody gets this frame, so that nobody comes back for the next one.
+            self._post(ConsumerDone(action.frame, ended))
+            return None
         self._ended = ConsumerDone(action.frame, ended)
         latency_ms = (ended - arrival.time) * 1e3
+        refreshed = action.refreshed or answer.exit == "whole"
         self._telemetry.answered(
-            action.route,
-            action.age,
-            refreshed=action.refreshed,
-            late=period_ms is not None and latency_ms > period_ms,
+            answer.exit,
+            answer.age,
+            refreshed=refreshed,
+            late=(period_ms is not None and latency_ms > period_ms)
+            or (deadline_ms is not None and latency_ms > deadline_ms),
             latency_ms=latency_ms,
             wait_ms=(started - arrival.time) * 1e3,
-            consumer_ms=(ended - started) * 1e3,
+            consumer_ms=answer.exit_ms,
+            degraded=answer.degraded is not None,
         )
-        return Frame(action.frame, outputs, action.age, action.route, latency_ms, action.refreshed)
+        return Frame(
+            action.frame,
+            answer.outputs,
+            answer.age,
+            answer.exit,
+            latency_ms,
+            refreshed,
+            answer.predicted,
+            answer.degraded,
+        )
+
+    def _run(self, action: StartConsumer, inputs: Mapping[str, Any]) -> RoutedAnswer:
+        """Run the exit that the scheduler chose."""
+        assert action.route is not None, "a frame was left to a router, and there is none"
+        started = self._clock.now()
+        lane = self._workspace.exit(action.route)
+        outputs = self._workspace.take_outputs()
+        with self._engine.turn:
+            lane.enqueue(inputs, action.slot, outputs).wait()
+        return RoutedAnswer(action.route, outputs, action.age, None, None, (self._clock.now() - started) * 1e3)
 
     def _produce(self, action: StartProducer, arrival: _Arrival) -> None:
         """Run a producer in the foreground."""

@@ -463,7 +463,7 @@ def test_after_a_cut_lockstep_begins_again_with_the_scenes_first_frame() -> None
         ({"devices": 0}, "devices, streams and queue_limit are 0, 1, 8; give 1 or more"),
         ({"max_age": -1}, "max_age -1 is negative"),
         ({"on_stale": "wait"}, "unknown on_stale 'wait'"),
-        ({"aged_exit": "whole"}, "the exit 'whole' reads no cache"),
+        ({"aged_exit": "whole"}, "exit 'whole' reads no cache; choose another"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], opening: str) -> None:

@@ -817,7 +817,7 @@ def test_in_the_foreground_every_module_has_all_threads(tiny_bundle: Path) -> No
     [
         ({"policy": "sliced"}, "policy 'sliced' is not available"),
         ({"policy": "full", "age": 1}, "policy 'full' and age 1 exclude each other"),
-        ({"exit": "whole"}, "unknown exit 'whole'; choose 'plain' or 'warp'"),
+        ({"exit": "whole"}, "exit 'whole' reads no cache; choose another"),
         ({"max_age": -1}, "max_age -1 is negative"),
         ({"on_stale": "panic"}, "unknown on_stale 'panic'"),
         ({"producers": 0}, "producers is 0; give 1 or more"),
