@@ -170,8 +170,8 @@ class CudaPlacement:
             )
 
     def synchronize(self) -> None:
-        """Wait until every producer that was started has ended."""
-        for loaded in self._modules.producers:
+        """Wait until every producer and every audit that was started has ended."""
+        for loaded in self._modules.background:
             loaded.stream.synchronize()
 
     def close(self) -> None:

@@ -23,13 +23,15 @@ from .manifest import Manifest
 from .outputs import DevicePool, OutputPool
 from .placement import Lane, LoadedModule
 from .scheduler import Route
-from .spec import AGE_SPEC, Array, TensorSpec
+from .spec import AGE_INPUT, AGE_SPEC, Array, TensorSpec
 
 __all__ = ["CudaModules", "CudaWorkspace"]
 
 # Frames whose inputs are held at once: the one being answered, the one that is prepared, those that wait (lockstep).
 _WAITING_FRAMES = 10
 _READY_FRAMES = 3
+# Ages that a session's predictor is told, each held for as long as its router may name it again.
+_AGES = 320
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,11 @@ class CudaWorkspace:
         self._audit: AuditMemory | None = None
         self._check: FiniteCheck | None = None
         specs = tuple(record.spec for record in manifest.inputs)
-        if modules.predictors:
-            specs = (*specs, AGE_SPEC)
         depth = max(1, slots) + _WAITING_FRAMES
         # One more set for the frame that is being audited.
         ready = _READY_FRAMES + (modules.auditor is not None)
         self._staging = OutputPool(specs, allocate=device.allocate_pinned, kept=depth, ready=ready)
+        self._ages = _age_pool(device) if modules.predictors else OutputPool(())
         self._answers: OutputPool | DevicePool
         if options.outputs == "device":
             self._answers = DevicePool(manifest.outputs, allocate=device.allocate, ready=2)
@@ -115,7 +116,7 @@ class CudaWorkspace:
         with ExitStack() as undo:
             undo.callback(self._release)
             ring = CudaSlots(device, manifest.cache, slots) if slots else None
-            shared = StaticInputs(device, specs)
+            shared = StaticInputs(device, (*specs, AGE_SPEC) if modules.predictors else specs)
             answers = {spec.name: device.allocate(spec) for spec in manifest.outputs}
             for loaded in modules.producers:
                 lane = self._lane(loaded, inputs=_inputs_of(loaded), outputs=None, slots=ring, options=options)
@@ -171,7 +172,7 @@ class CudaWorkspace:
             return array[:]
         spec.check(array, finite=finite)
         self._require_open()
-        pinned = self._staging.take_one(spec)
+        pinned = (self._ages if spec is AGE_SPEC else self._staging).take_one(spec)
         np.copyto(pinned, array)
         return HostInput(pinned, pinned.__array_interface__["data"][0])
 
@@ -285,7 +286,7 @@ class CudaWorkspace:
         self._producer_lanes.clear()
         self._predictor_lanes.clear()
         self._predictions.clear()
-        self._staging = OutputPool(())
+        self._staging = self._ages = OutputPool(())
         self._answers = OutputPool(())
         for item in (self._audit, self._check, self._arrived, self._intake):
             if item is not None:
@@ -299,6 +300,17 @@ def _inputs_of(loaded: LoadedModule) -> StaticInputs:
         loaded.stream.device,  # type: ignore[attr-defined]  # a CUDA stream knows its device
         (spec for spec in loaded.module.inputs if spec.name in loaded.frame_inputs),
     )
+
+
+def _age_pool(device: CudaDevice) -> OutputPool:
+    """Pinned memory for ages: rows of one block, because a block of its own is a page and takes long to get."""
+    rows = iter(device.allocate_pinned(TensorSpec(AGE_INPUT, AGE_SPEC.dtype, (_AGES, *AGE_SPEC.shape))))
+
+    def allocate(spec: TensorSpec) -> Array:
+        row = next(rows, None)
+        return device.allocate_pinned(spec) if row is None else row
+
+    return OutputPool((AGE_SPEC,), allocate=allocate, kept=_AGES, ready=_AGES)
 
 
 def _predictor_name(cold: bool) -> str:
