@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from .engine.bundle import Bundle
     from .engine.lpips import Lpips
     from .engine.manifest import Manifest
+    from .engine.promise import Quality
     from .engine.session import Frame
     from .inputs import InputStream
+    from .quality_choice import QualityChoice
     from .report import PolicyResult
+    from .routed import Routed, Within
 
 __all__ = [
     "CPU",
@@ -39,7 +42,7 @@ __all__ = [
     "run_bundle",
 ]
 
-ExitName = Literal["plain", "warp"]
+ExitName = str
 
 CPU = DeviceChoice()
 """Where everything runs unless told otherwise."""
@@ -82,6 +85,7 @@ class Recording:
         images: The image output of the kept frames, float32 [C, H, W], by frame index.
         placement: Where it ran and by what, e.g. ``cuda:0/tensorrt-rtx``.
         graphs: CUDA graphs that were replayed; 0 on the CPU, and where a backend cannot be captured.
+        routed: What routing did; None where no quality was asked for.
     """
 
     policy: str
@@ -93,6 +97,7 @@ class Recording:
     images: dict[int, Array] = field(default_factory=dict)
     placement: str = ""
     graphs: int = 0
+    routed: Routed | None = None
 
     @property
     def fps(self) -> float:
@@ -125,6 +130,8 @@ def record(
     fps: float | None = None,
     threads: int | None = None,
     on: DeviceChoice = CPU,
+    promise: QualityChoice | None = None,
+    lpips: Path | None = None,
     keep: Callable[[int], bool] = lambda index: False,
     on_frame: Callable[[Frame], None] | None = None,
     progress: Report = silent,
@@ -139,6 +146,8 @@ def record(
         fps: Pace of arrival; None submits the next frame when the last one is answered.
         threads: CPU threads; default: the cores of this process.
         on: Where it runs and by what; default: the CPU.
+        promise: A quality to keep: every frame is routed to the cheapest exit that keeps it.
+        lpips: Weights of LPIPS, for the audits of a promise in it.
         keep: Which frames' images to keep, by index.
         on_frame: Called with every frame between two frames; it must be short.
         progress: Told how far it is.
@@ -148,12 +157,14 @@ def record(
     """
     from .engine import Engine
 
-    label = str(policy)
+    label = str(policy) if promise is None else f"{policy} routed"
     total = frame_count(arrays)
-    result = Recording(policy=label)
+    result = Recording(policy=str(policy))
     image = bundle.manifest.image_output
     progress(label, 0, total)
-    with Engine(bundle, policy=policy, exit=exit_name, threads=threads, **on.for_engine()) as engine:
+    routing = {} if promise is None else promise.for_engine(lpips)
+    answered: list[Frame] = []
+    with Engine(bundle, policy=policy, exit=exit_name, threads=threads, **on.for_engine(), **routing) as engine:
         result.placement = engine.placement
         session = engine.session()
         begin = time.perf_counter()
@@ -166,8 +177,15 @@ def record(
                 result.images[frame.index] = frame.outputs[image][0]
             if on_frame is not None:
                 on_frame(frame)
+            if promise is not None:
+                answered.append(replace(frame, outputs={}))  # its images are not ours to keep
             progress(label, frame.index + 1, total)
         result.seconds = time.perf_counter() - begin
+        if promise is not None:
+            from .routed import Routed
+
+            engine.synchronize()  # an audit that still runs counts too
+            result.routed = Routed.of(promise, answered, session.statistics)
         result.graphs = session.statistics.graphs
     return result
 
@@ -182,6 +200,7 @@ def result_of(
     references: Mapping[str, Mapping[int, Array]],
     *,
     lpips: Lpips | None = None,
+    asked: Quality | None = None,
     progress: Report = silent,
 ) -> PolicyResult:
     """Compare the images of `recording` with each reference, frame by frame.
@@ -190,21 +209,26 @@ def result_of(
         recording: What a policy answered.
         references: Name of the reference -> its images by frame index; only frames in both are compared.
         lpips: Loaded LPIPS; without it LPIPS is left out.
+        asked: A quality whose frames are counted, against the whole generator.
         progress: Told how far it is.
 
     Returns:
         The policy's figures: means over the frames, and means by age of the cache against the first reference.
     """
     from .report import PolicyResult
+    from .routed import within_of
 
     quality: dict[str, dict[str, float]] = {}
     by_age: dict[str, dict[int, dict[str, float]]] = {}
+    within: Within | None = None
     age_of = dict(zip(recording.indices, recording.ages, strict=True))
     for name, images in references.items():
         frames = sorted(set(recording.images) & set(images))
         if not frames:
             continue
-        values = _compare(recording, images, frames, name, lpips, progress)
+        values = _compare(recording, images, frames, name, lpips, asked, progress)
+        if asked is not None and name == WHOLE:
+            within = within_of(asked, values[asked.metric].tolist())
         quality[name] = {metric: float(np.mean(column)) for metric, column in values.items()}
         ages = np.array([age_of[index] for index in frames])
         by_age[name] = {
@@ -221,6 +245,8 @@ def result_of(
         quality_by_age=by_age,
         placement=recording.placement,
         graphs=recording.graphs,
+        routed=recording.routed,
+        within=within,
     )
 
 
@@ -230,16 +256,18 @@ def _compare(
     frames: Sequence[int],
     name: str,
     lpips: Lpips | None,
+    asked: Quality | None,
     progress: Report,
 ) -> dict[str, Array]:
     """Every metric of every frame in `frames`, in that order: name -> float64 [len(frames)]."""
     from .engine.quality import available_metrics, measure
 
     # MS-SSIM says little that SSIM does not and takes as long as all others together.
+    wanted = None if asked is None else asked.metric
     metrics = [
         metric
         for metric in available_metrics(images[frames[0]].shape, lpips=lpips)
-        if metric != "ms_ssim" and (metric != "lpips" or lpips is not None)
+        if metric == wanted or (metric != "ms_ssim" and (metric != "lpips" or lpips is not None))
     ]
 
     stage = f"quality of {recording.policy} against {name}"
@@ -269,6 +297,7 @@ def bench_bundle(
     measure_every: int | None = None,
     threads: int | None = None,
     on: DeviceChoice = CPU,
+    promise: QualityChoice | None = None,
     lpips: Path | None = None,
     progress: Report = silent,
 ) -> Measured:
@@ -283,11 +312,12 @@ def bench_bundle(
         measure_every: Measure quality on every N-th frame; default: so that about `MEASURED_FRAMES` are measured.
         threads: CPU threads; default: the cores of this process.
         on: Where it runs and by what; default: the CPU.
+        promise: A quality to keep: every policy is measured a second time with its frames routed.
         lpips: Weights of LPIPS; without them it is left out.
         progress: Told how far it is.
 
     Returns:
-        One row a policy.
+        One row a policy, and after it, where a quality is to be kept, the same policy routed.
 
     Raises:
         BundleError: If the bundle is damaged.
@@ -298,7 +328,11 @@ def bench_bundle(
     from .engine.bundle import Bundle
     from .report import row
 
+    if promise is not None:
+        promise.require_lpips(lpips, measuring=True)
     bundle, network = Bundle.open(path), load_lpips(lpips)
+    if promise is not None:
+        promise.check(bundle)
     stream = open_inputs(inputs, bundle.manifest)
     step = measure_every or max(1, -(-stream.frames // MEASURED_FRAMES))
     rate = fps or stream.fps or bundle.manifest.fps
@@ -307,7 +341,7 @@ def bench_bundle(
     # engine refuses the option.
     others = on.without_producers() if any(policy.kind == "async" for policy in policies) else on
 
-    def run(policy: Policy) -> Recording:
+    def run(policy: Policy, promise: QualityChoice | None = None) -> Recording:
         return record(
             bundle,
             stream.arrays,
@@ -316,23 +350,31 @@ def bench_bundle(
             fps=pace(policy, None, rate),
             threads=threads,
             on=on if policy.kind == "async" else others,
+            promise=promise,
+            lpips=lpips,
             keep=lambda index: index % step == 0,
             progress=progress,
         )
 
-    recordings = [run(policy) for policy in policies]
-    whole = next((r for r in recordings if r.policy == "full"), None)
+    recordings = []
+    for policy in policies:
+        # Routed first, so that a deadline that no exit meets is found out before anything was measured.
+        routed = [] if promise is None else [run(policy, promise)]
+        recordings += [run(policy), *routed]
+    whole = next((r for r in recordings if r.policy == "full" and r.routed is None), None)
     if whole is None and bundle.manifest.image_output is not None:
         whole = run(Policy("full"))  # the reference; its own row was not asked for
     references: dict[str, Mapping[int, Array]] = {WHOLE: whole.images} if whole is not None else {}
     if stream.truth is not None:
         references[TRUTH] = {index: stream.truth[index] for index in range(0, len(stream.truth), step)}
-    rows = [row(result_of(r, references, lpips=network, progress=progress)) for r in recordings]
+    asked = None if promise is None else promise.quality
+    rows = [row(result_of(r, references, lpips=network, asked=asked, progress=progress)) for r in recordings]
     which = "every frame" if step == 1 else f"every {_ordinal(step)} frame"
     paced = f"async paced at {rate:g} frames per second" if rate else "async unpaced"
     return Measured(
         title=f"{bundle.manifest.name}: {stream.frames} frames of {inputs.name}",
-        caption=f"Quality on {which}; {paced}; latency from arrival to answer.",
+        caption=f"Quality on {which}; {paced}; latency from arrival to answer."
+        + ("" if promise is None else f" Routed for {promise}."),
         rows=rows,
         facts=on.facts(),
     )
@@ -348,6 +390,8 @@ def run_bundle(
     fps: float | None = None,
     threads: int | None = None,
     on: DeviceChoice = CPU,
+    promise: QualityChoice | None = None,
+    lpips: Path | None = None,
     progress: Report = silent,
 ) -> Measured:
     """Stream `inputs` through the bundle at `path` and write the answers to `out`.
@@ -361,6 +405,8 @@ def run_bundle(
         fps: Pace of arrival and of the video; default: the clip's or the bundle's.
         threads: CPU threads; default: the cores of this process.
         on: Where it runs and by what; default: the CPU.
+        promise: A quality to keep: every frame is routed to the cheapest exit that keeps it.
+        lpips: Weights of LPIPS, for the audits of a promise in it.
         progress: Told how far it is.
 
     Returns:
@@ -370,7 +416,11 @@ def run_bundle(
     from .outputs import OutputWriter
     from .report import row
 
+    if promise is not None:
+        promise.require_lpips(lpips, measuring=False)
     bundle = Bundle.open(path)
+    if promise is not None:
+        promise.check(bundle)
     manifest = bundle.manifest
     stream = open_inputs(inputs, manifest)
     rate = pace(policy, fps, stream.fps or manifest.fps)
@@ -383,12 +433,15 @@ def run_bundle(
             fps=rate,
             threads=threads,
             on=on,
+            promise=promise,
+            lpips=lpips,
             on_frame=lambda frame: writer.write(frame.outputs),
             progress=progress,
         )
     return Measured(
         title=f"{manifest.name}: {len(recording.indices)} of {stream.frames} frames answered",
-        caption=f"Frames came {f'{rate:g} a second' if rate else 'as fast as they were answered'}.",
+        caption=f"Frames came {f'{rate:g} a second' if rate else 'as fast as they were answered'}."
+        + ("" if promise is None else f" Routed for {promise}."),
         rows=[row(result_of(recording, {}))],
         facts=on.facts(),
     )

@@ -19,12 +19,12 @@ from . import __version__
 from .engine.errors import DeviceError, WarpcacheError
 from .failure import Failure
 from .making import build, compile_command, split
-from .options import PATH, one_line
+from .options import PATH, one_line, writable
 from .streaming import bench, demo, run
 
 __all__ = ["cli", "main"]
 
-EPILOG_INSPECT = "Example:  warpcache inspect generator.warp"
+EPILOG_INSPECT = "Example:  warpcache inspect generator.warp --report report.html"
 EPILOG_DOCTOR = "Example:  warpcache doctor --json"
 
 
@@ -76,12 +76,28 @@ def cli() -> None:
 
 @click.command(epilog=EPILOG_INSPECT, short_help="Show what is in a bundle.")
 @click.argument("bundle", metavar="B.warp", type=PATH)
-def inspect(bundle: Path) -> None:
-    """Show what is in a bundle: tensors, cut, exits, measured quality by age, files."""
+@click.option(
+    "--report",
+    type=PATH,
+    callback=writable(".html"),
+    help="Write a page about it too, e.g. report.html: the tables, and the exits' Pareto front as a picture.",
+)
+def inspect(bundle: Path, report: Path | None) -> None:
+    """Show what is in a bundle: tensors, cut, exits, measured quality by age, files.
+
+    Of a bundle that was compiled with --exits, also what it promises: its rule, every exit's cost and quality, which
+    exits are on the Pareto front, and what each threshold saves.
+    """
     from .describe import print_bundle
     from .engine.bundle import Bundle
 
-    print_bundle(Bundle.open(bundle))
+    opened = Bundle.open(bundle)
+    print_bundle(opened)
+    if report is not None:
+        from .bundle_report import write_bundle_report
+
+        write_bundle_report(report, opened)
+        click.echo(f"wrote {report}")
 
 
 @click.command(epilog=EPILOG_DOCTOR, short_help="Show what is here and what fits together.")

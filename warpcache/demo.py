@@ -147,6 +147,7 @@ def run_demo(
         BundleError: If the bundle is missing or damaged.
         InputError: If `out` is in the way or cannot be written.
     """
+    from .bundle_report import promise_section
     from .report import ReportData, environment, row, write_report
 
     bundle = bundle or demo_bundle()
@@ -189,9 +190,17 @@ def run_demo(
         video, report = scratch / "frames.mp4", scratch / "report.html"
         _write_video(video, shown[0], shown[1], frames, fps, progress)
         surroundings = {**environment(), **facts}
+        promise = promise_section(bundle)
         write_report(
             report,
-            ReportData(title=title, caption=caption, results=results, video=video, environment=surroundings),
+            ReportData(
+                title=title,
+                caption=caption,
+                results=results,
+                video=video,
+                environment=surroundings,
+                sections=() if promise is None else (promise,),
+            ),
         )
         out.mkdir(exist_ok=True)
         for file in (video, report):

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from .engine.bundle import Bundle
     from .engine.manifest import Manifest
 
-__all__ = ["calibration_rows", "plain_table", "print_bundle", "print_precision", "size_text"]
+__all__ = [
+    "calibration_rows",
+    "created_text",
+    "plain_table",
+    "print_bundle",
+    "print_precision",
+    "sheets_of",
+    "size_text",
+]
 
 # "frozen" is no exit: it is what showing the last frame again would have given, the figure every exit has to beat.
 FROZEN = "frozen"
@@ -30,19 +38,58 @@ def print_bundle(bundle: Bundle, *, console: Console | None = None) -> None:
 
     out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     manifest = bundle.manifest
-    created = ", ".join(str(manifest.created[key]) for key in ("by", "at") if key in manifest.created)
-    fps = f", {manifest.fps:g} frames per second" if manifest.fps is not None else ""
-    total = sum(record.size_bytes for record in manifest.files.values())
-    out.print(f"{manifest.name}: {size_text(total)}{fps} ({created})", soft_wrap=True, markup=False)
-    for sheet in (_tensors(manifest), _candidates(manifest), _exits(manifest)):
+    out.print(f"{manifest.name}: {created_text(manifest)}", soft_wrap=True, markup=False)
+    *before, files = sheets_of(manifest)
+    for sheet in before:
         out.print(sheet.table())
     if manifest.calibration is None:
         out.print("Quality by age: not calibrated, so nothing is promised; compile with --holdout to measure it.")
-    else:
-        out.print(_calibration(manifest).table())
+    _print_promise(bundle, out)
     if isinstance(manifest.created.get("precision"), Mapping):
         print_precision(manifest, out)
-    out.print(_files(manifest).table())
+    out.print(files.table())
+
+
+def created_text(manifest: Manifest) -> str:
+    """A bundle's size and frame rate, and by what and when it was made."""
+    created = ", ".join(str(manifest.created[key]) for key in ("by", "at") if key in manifest.created)
+    fps = f", {manifest.fps:g} frames per second" if manifest.fps is not None else ""
+    total = sum(record.size_bytes for record in manifest.files.values())
+    return f"{size_text(total)}{fps} ({created})"
+
+
+def sheets_of(manifest: Manifest) -> list[Sheet]:
+    """What is in a bundle as tables, the files last."""
+    calibration = [] if manifest.calibration is None else [_calibration(manifest)]
+    return [_tensors(manifest), _candidates(manifest), _exits(manifest), *calibration, _files(manifest)]
+
+
+def _print_promise(bundle: Bundle, out: Console) -> None:
+    """Print what the bundle promises: its rule, every exit's cost and quality, the Pareto front, the thresholds."""
+    from .bundle_report import NO_PROMISE
+    from .engine.promise import Calibration, PromiseRecord
+    from .pareto import age_words, by_age, points_of, text_plot
+    from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet
+
+    record = PromiseRecord.of(bundle.manifest)
+    if record is None:
+        out.print(f"Quality promise: {NO_PROMISE}.")
+        return
+    points = points_of(Calibration.read(bundle), bundle.manifest)
+    for sentence in rule_sentences(record):
+        out.print(sentence, soft_wrap=True, markup=False)
+    qualities, thresholds = quality_sheet(record, bundle.manifest, points), thresholds_sheet(record)
+    out.print(qualities.table())
+    out.print(qualities.note, soft_wrap=True, markup=False)
+    groups = by_age(points)
+    # The youngest cache, and none: where the ages between lie is in the table.
+    for age in dict.fromkeys((min((age for age in groups if age), default=0), 0)):
+        if len(groups.get(age, ())) > 1:
+            out.print(f"\n[bold]Pareto front, {age_words(age)}[/bold]")
+            out.print(text_plot(groups[age], record.metric), soft_wrap=True, markup=False)
+    out.print()
+    out.print(thresholds.table())
+    out.print(thresholds.note, soft_wrap=True, markup=False)
 
 
 def print_precision(manifest: Manifest, out: Console) -> None:
@@ -165,8 +212,25 @@ def _candidates(manifest: Manifest) -> Sheet:
 
 
 def _exits(manifest: Manifest) -> Sheet:
-    rows = [(record.name, record.module, f"{record.cost_ratio:.1%}") for record in manifest.exits]
-    return Sheet("Exits", ("exit", "module", "cost of the whole"), rows, frozenset(["cost of the whole"]))
+    """The exits and their cost; multiply-accumulates where they were counted."""
+    from .engine.promise import PromiseRecord
+    from .promise_sheets import count_text
+
+    rows: list[tuple[str, ...]] = [
+        (record.name, record.module, f"{record.cost_ratio:.1%}") for record in manifest.exits
+    ]
+    columns = ["cost of the whole"]
+    promise = PromiseRecord.of(manifest)
+    if promise is not None:
+        columns += ["MACs", "MACs of the whole"]
+        predictors = [name for name in ("predictor", "predictor_cold") if name in promise.macs]
+        rows += [(f"({name})", name, "-") for name in predictors]
+        counted = [promise.macs.get(name) for name in (*(record.name for record in manifest.exits), *predictors)]
+        rows = [
+            (*row, "-", "-") if macs is None else (*row, count_text(macs), f"{macs / promise.macs['whole']:.2%}")
+            for row, macs in zip(rows, counted, strict=True)
+        ]
+    return Sheet("Exits", ("exit", "module", *columns), rows, frozenset(columns))
 
 
 def _calibration(manifest: Manifest) -> Sheet:

@@ -64,16 +64,23 @@ class Chart:
         title: What it shows.
         note: How to read it, one sentence; may be empty.
         svg: The drawing, an ``<svg>`` element.
+        wide: Whether it takes the page's whole width.
     """
 
     title: str
     note: str
     svg: str
+    wide: bool = False
 
 
 @contextmanager
-def drawing(name: str) -> Iterator[tuple[Axes, Any]]:
-    """Axes of a chart in the report's style, and a function that gives their SVG (call it after drawing)."""
+def drawing(name: str, *, wide: bool = False) -> Iterator[tuple[Axes, Any]]:
+    """Axes of a chart in the report's style, and a function that gives their SVG (call it after drawing).
+
+    Args:
+        name: What the chart is called in the page; ids in the drawing begin with it.
+        wide: For a chart that takes the page's whole width.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -81,7 +88,7 @@ def drawing(name: str) -> Iterator[tuple[Axes, Any]]:
     # share one page) and not from run to run.
     style: Any = {**_STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        figure = Figure(figsize=(2.3 * _WIDTH, 1.35 * _HEIGHT) if wide else (_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         text: list[str] = []
 

@@ -20,12 +20,17 @@ def series(results: Sequence[PolicyResult]) -> list[int]:
     """Number of each result's colour: 0 (grey) for the whole generator, the others in turn."""
     numbers, following = [], 1
     for result in results:
-        if result.policy == "full":
+        if _is_whole(result):
             numbers.append(0)
         else:
             numbers.append(following)
             following = following % (len(SERIES) - 1) + 1
     return numbers
+
+
+def _is_whole(result: PolicyResult) -> bool:
+    """Whether its answers are the whole generator's own."""
+    return result.policy == "full" and result.routed is None
 
 
 def charts(results: Sequence[PolicyResult]) -> list[Chart]:
@@ -104,7 +109,7 @@ def _quality_over_age(results: Sequence[PolicyResult], name: str) -> Chart | Non
     references = [reference for result in results for reference in result.quality_by_age]
     order = list(dict.fromkeys(references))[:2]
     for number, result in zip(series(results), results, strict=True):
-        if result.policy == "full":
+        if _is_whole(result):
             continue
         for style, reference in enumerate(order):
             ages, values = [], []
@@ -123,7 +128,10 @@ def _quality_over_age(results: Sequence[PolicyResult], name: str) -> Chart | Non
     ceiling = [  # what the whole generator itself reaches against the second reference: nothing can ask for more
         result.quality_against[order[1]][name]
         for result in results
-        if result.policy == "full" and len(order) > 1 and name in result.quality_against.get(order[1], {})
+        if result.policy == "full"
+        and result.routed is None
+        and len(order) > 1
+        and name in result.quality_against.get(order[1], {})
     ]
     with drawing(name) as (axes, svg):
         from matplotlib.ticker import MaxNLocator

@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .engine.errors import InputError
+
+if TYPE_CHECKING:
+    from .quality_choice import QualityChoice
 
 __all__ = [
     "AGE",
@@ -27,6 +30,7 @@ __all__ = [
     "json_option",
     "lpips_option",
     "one_line",
+    "quality_options",
     "split_names",
     "threads_option",
     "writable",
@@ -132,7 +136,39 @@ cut_option = click.option(
     help="Tensors (or PyTorch module paths) to cut at; auto measures the candidates.",
 )
 exit_option = click.option(
-    "--exit", "exit_name", type=click.Choice(["plain", "warp"]), help="Answer old caches with this exit only."
+    "--exit",
+    "exit_name",
+    metavar="NAME",
+    help="Answer old caches with this exit only: plain, warp, warp2, branch1, ...",
+)
+
+_QUALITY_OPTIONS = (
+    click.option(
+        "--quality",
+        metavar="METRIC=VALUE",
+        help="Answer every frame with the cheapest exit that keeps this quality, e.g. lpips=0.1; the metric is the one "
+        "that the bundle was compiled with --exits for: lpips, flip, psnr or ms-ssim.",
+    ),
+    click.option(
+        "--confidence",
+        type=float,
+        metavar="SHARE",
+        help="With --quality: share of the frames that keep it; default: 0.95.",
+    ),
+    click.option(
+        "--deadline-ms",
+        type=RATE,
+        metavar="MS",
+        help="With --quality: milliseconds that an answer may take; where no exit that keeps the quality is quick "
+        "enough, the frame is answered worse, or dropped, and counted.",
+    ),
+    click.option(
+        "--audit-every",
+        type=click.IntRange(min=0),
+        metavar="M",
+        help="With --quality: the whole generator answers every M-th frame in the background too, to compare; "
+        "0 never; default: 30.",
+    ),
 )
 
 
@@ -187,3 +223,51 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, on=choice, **options)
 
     return with_choice
+
+
+def quality_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the parameter `promise`, a `QualityChoice` or None, from the options that ask for a quality."""
+    import functools
+
+    @functools.wraps(command)
+    def with_promise(
+        *args: Any,
+        quality: str | None,
+        confidence: float | None,
+        deadline_ms: float | None,
+        audit_every: int | None,
+        **options: Any,
+    ) -> Any:
+        if quality is None:
+            given = {"--confidence": confidence, "--deadline-ms": deadline_ms, "--audit-every": audit_every}
+            for name, value in given.items():
+                if value is not None:
+                    raise click.UsageError(f"{name} goes with a quality to keep; name one by --quality, e.g. lpips=0.1")
+            return command(*args, promise=None, **options)
+        if options.get("exit_name") is not None:
+            raise click.UsageError("--quality chooses an exit for every frame; leave --exit or --quality out")
+        return command(*args, promise=_promise(quality, confidence, deadline_ms, audit_every), **options)
+
+    for option in reversed(_QUALITY_OPTIONS):
+        with_promise = option(with_promise)
+    return with_promise
+
+
+def _promise(
+    quality: str, confidence: float | None, deadline_ms: float | None, audit_every: int | None
+) -> QualityChoice:
+    """The quality that was asked for.
+
+    Raises:
+        click.BadParameter: If the metric is unknown, or the threshold or the confidence is out of its range.
+    """
+    from .engine.promise import Quality
+    from .quality_choice import QualityChoice
+
+    sure = {} if confidence is None else {"confidence": confidence}
+    try:
+        asked = Quality.parse(quality, **sure)
+    except InputError as exc:
+        raise click.BadParameter(one_line(str(exc)), param_hint="--quality") from exc
+    every = {} if audit_every is None else {"audit_every": audit_every}
+    return QualityChoice(asked, deadline_ms=deadline_ms, **every)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
-import importlib.resources
 import json
 import math
 import os
@@ -24,9 +23,13 @@ import numpy as np
 from .engine.errors import InputError
 from .engine.quality import METRICS
 from .files import written_beside
+from .routed import routed_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .page import Section
+    from .routed import Routed, Within
 
 __all__ = [
     "SCHEMA",
@@ -74,6 +77,8 @@ class PolicyResult:
         quality_by_age: Reference -> age -> metric -> mean over the frames of that age.
         placement: Where it ran and by what, e.g. ``cuda:0/tensorrt-rtx``; empty where nobody said.
         graphs: CUDA graphs that were replayed.
+        routed: What routing did; None where no quality was asked for.
+        within: How many of the measured frames kept the quality that was asked for.
     """
 
     policy: str
@@ -85,6 +90,8 @@ class PolicyResult:
     quality_by_age: Mapping[str, Mapping[int, Mapping[str, float]]] = field(default_factory=dict)
     placement: str = ""
     graphs: int = 0
+    routed: Routed | None = None
+    within: Within | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class ReportData:
         results: One per policy, the baseline first and the one to look at last.
         video: An ``.mp4`` to embed, both answers side by side.
         environment: Machine and versions; default: this process's.
+        sections: What is shown besides, e.g. of the bundle's promise.
     """
 
     title: str
@@ -104,6 +112,7 @@ class ReportData:
     results: Sequence[PolicyResult]
     video: Path | None = None
     environment: Mapping[str, Any] = field(default_factory=lambda: environment())
+    sections: Sequence[Section] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,8 @@ def row(result: PolicyResult) -> dict[str, Any]:
         ``{"policy", "device", "backend", "graphs", "frames", "latency_ms": {"p50", "p95", "p99", "max"}, "fps", "age":
         {"mean", "max"}, "routes": {exit: frames}, "quality": {"against", metric: mean, ...} or None,
         "quality_against": [the same for every reference]}``; device and backend are None where nobody said.
-        Percentiles interpolate linearly between frames.
+        Percentiles interpolate linearly between frames. Where a quality was asked for, also ``"within"`` (how many
+        frames kept it) and, of a routed policy, ``"promise"``; see `Within.to_record` and `Routed.to_record`.
 
     Raises:
         InputError: If no frame was answered, or the lists differ in length.
@@ -174,6 +184,8 @@ def row(result: PolicyResult) -> dict[str, Any]:
         "routes": {name: list(result.routes).count(name) for name in dict.fromkeys(result.routes)},
         "quality": quality[0] if quality else None,
         "quality_against": quality,
+        **({} if result.within is None else {"within": result.within.to_record()}),
+        **({} if result.routed is None else {"promise": result.routed.to_record()}),
     }
 
 
@@ -249,6 +261,7 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
         found.append(Figure("where it ran", "backend", tuple(r.get("backend") or "–" for r in rows)))
     if any(r.get("device") not in (None, "cpu") for r in rows):
         found.append(Figure("where it ran", "CUDA graphs", tuple(str(r.get("graphs", "–")) for r in rows)))
+    found.extend(Figure(group, label, values) for group, label, values in routed_lines(rows))
     references = dict.fromkeys(quality["against"] for r in rows for quality in r.get("quality_against", ()))
     for reference in references:
         found.extend(_quality_figures(rows, reference))
@@ -278,7 +291,7 @@ def print_table(
     table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
     table.add_column("")
     for r in rows:
-        table.add_column(escape(str(r["policy"])), justify="right")
+        table.add_column(escape(_column_title(r)), justify="right")
     figures = figures_of(rows)
     with_change = any(figure.change for figure in figures)
     if with_change:
@@ -302,22 +315,25 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
     Raises:
         InputError: If there is nothing to show, the video is missing, or the file cannot be written.
     """
-    import jinja2
-
     from .figures import charts, series
+    from .page import write_page
 
     if not data.results:
         raise InputError("a report needs at least one policy's result")
     rows = [row(result) for result in data.results]
-    template = importlib.resources.files(__package__ or "warpcache").joinpath("templates", "report.html")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     figures = figures_of(rows)
-    html = page.from_string(template.read_text(encoding="utf-8")).render(
+    write_page(
+        path,
+        "report.html",
         title=data.title,
         caption=data.caption,
         policies=[
-            {"code": result.policy, "title": policy_title(result.policy), "series": number}
-            for number, result in zip(series(data.results), data.results, strict=True)
+            {
+                "code": _column_title(record),
+                "title": policy_title(result.policy) + (", routed" if result.routed is not None else ""),
+                "series": number,
+            }
+            for number, result, record in zip(series(data.results), data.results, rows, strict=True)
         ],
         headline=_headline(rows),
         groups=list(_grouped(figures)),
@@ -325,9 +341,8 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
         charts=charts(data.results),
         video=_embedded(data.video),
         environment=_environment_lines(data.environment),
+        sections=data.sections,
     )
-    with written_beside(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
 
 
 def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Iterator[Figure]:
@@ -344,7 +359,7 @@ def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Itera
         label = f"{metric.title}{' ' + metric.unit if metric.unit else ''}"
         arrow = "↑" if metric.higher_is_better else "↓"
         worded = tuple(
-            "–" if value is None else "itself" if itself and r["policy"] == "full" else f"{value:.{metric.digits}f}"
+            "–" if value is None else "itself" if itself and _is_whole(r) else f"{value:.{metric.digits}f}"
             for r, value in zip(rows, values, strict=True)
         )
         change, better = "", None
@@ -353,6 +368,16 @@ def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Itera
             change = f"{difference:+.{metric.digits}f}"
             better = None if float(change) == 0 else (difference > 0) == metric.higher_is_better
         yield Figure(f"against the {reference}", f"{label} {arrow}", worded, change, better)
+
+
+def _column_title(record: Mapping[str, Any]) -> str:
+    """A policy's heading: as people write it, and whether it was routed."""
+    return f"{record['policy']} routed" if record.get("promise") else str(record["policy"])
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a policy's answers are the whole generator's own."""
+    return record["policy"] == "full" and not record.get("promise")
 
 
 def _latency_figure(label: str, values: Sequence[float]) -> Figure:

@@ -17,6 +17,7 @@ from .options import (
     exit_option,
     json_option,
     lpips_option,
+    quality_options,
     threads_option,
     writable,
 )
@@ -24,6 +25,7 @@ from .options import (
 if TYPE_CHECKING:
     from .bench import ExitName, Measured
     from .device_choice import DeviceChoice
+    from .quality_choice import QualityChoice
 
 __all__ = ["bench", "demo", "run"]
 
@@ -78,6 +80,8 @@ def demo(
 @click.option("--age", type=AGE, help="Lockstep: answer frame t from the cache of frame t - AGE, deterministic.")
 @exit_option
 @click.option("--fps", type=RATE, help="Pace of arrival and of the video; default: the clip's or the bundle's.")
+@quality_options
+@lpips_option
 @threads_option
 @device_options
 @json_option
@@ -89,6 +93,8 @@ def run(
     age: int | None,
     exit_name: ExitName | None,
     fps: float | None,
+    promise: QualityChoice | None,
+    lpips: Path | None,
     threads: int | None,
     on: DeviceChoice,
     json_path: Path | None,
@@ -97,6 +103,9 @@ def run(
 
     Under async, frames arrive at --fps, or else at the pace of the clip or the bundle; the other policies take the
     next frame when the last one is answered, unless --fps is given.
+
+    With --quality every frame is answered by the cheapest exit that keeps it, and the table says which answered, what
+    was predicted, and what audits found. LPIPS is needed for the audits of a quality in LPIPS alone.
     """
     from .bench import run_bundle
     from .engine.policy import Policy
@@ -115,6 +124,8 @@ def run(
             fps=fps,
             threads=threads,
             on=on,
+            promise=promise,
+            lpips=lpips,
             progress=progress,
         )
     _show_measured(measured, "run", json_path)
@@ -138,6 +149,7 @@ def run(
 @click.option(
     "--measure-every", type=COUNT, help="Measure quality on every N-th frame; default: about 300 frames in all."
 )
+@quality_options
 @threads_option
 @device_options
 @lpips_option
@@ -150,6 +162,7 @@ def bench(
     exit_name: ExitName | None,
     fps: float | None,
     measure_every: int | None,
+    promise: QualityChoice | None,
     threads: int | None,
     on: DeviceChoice,
     lpips: Path | None,
@@ -158,6 +171,9 @@ def bench(
     """Measure a bundle under several policies on the same inputs: latency, age, quality.
 
     Quality is against the whole generator's output, and against the truth where INPUTS.npz holds an array `truth`.
+
+    With --quality every policy is measured a second time with its frames routed, and of each the share of the frames
+    that keep the quality.
     """
     from .bench import bench_bundle
     from .engine.policy import Policy
@@ -175,6 +191,7 @@ def bench(
             measure_every=measure_every,
             threads=threads,
             on=on,
+            promise=promise,
             lpips=lpips,
             progress=progress,
         )

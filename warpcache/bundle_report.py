@@ -1,0 +1,107 @@
+"""A page about a bundle: what it promises, its Pareto front, and what is in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .engine.quality import METRICS
+from .page import LegendEntry, Section, write_page
+from .pareto import age_words, points_of
+from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet
+
+if TYPE_CHECKING:
+    from .engine.bundle import Bundle
+    from .engine.promise import PromiseRecord
+
+__all__ = ["NO_PROMISE", "promise_section", "write_bundle_report"]
+
+NO_PROMISE = "no quality promise; compile with --exits"
+
+
+def promise_section(bundle: Bundle) -> Section | None:
+    """What a bundle promises, for a page; None where it promises nothing.
+
+    Raises:
+        BundleError: If the promise's record or its calibration is malformed.
+    """
+    from .engine.promise import Calibration, PromiseRecord
+    from .promise_figures import promise_charts, shown_ages
+
+    record = PromiseRecord.of(bundle.manifest)
+    if record is None:
+        return None
+    points = points_of(Calibration.read(bundle), bundle.manifest)
+    return Section(
+        "What it promises",
+        rule_sentences(record),
+        [LegendEntry(number, age_words(age)) for age, number in shown_ages(points).items()],
+        promise_charts(record, points),
+        [quality_sheet(record, bundle.manifest, points), thresholds_sheet(record)],
+    )
+
+
+def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
+    """Write a page about a bundle that stands alone, as that of the demo does.
+
+    Args:
+        path: The ``.html`` file.
+        bundle: An opened bundle.
+
+    Raises:
+        BundleError: If the promise's record or its calibration is malformed.
+        InputError: If the file cannot be written.
+    """
+    from .describe import created_text, sheets_of
+    from .engine.promise import PromiseRecord
+
+    section = promise_section(bundle)
+    if section is None:
+        section = Section("What it promises", [f"This bundle makes {NO_PROMISE}."])
+    write_page(
+        Path(path),
+        "bundle.html",
+        title=bundle.manifest.name,
+        caption=created_text(bundle.manifest),
+        headline=_headline(bundle, PromiseRecord.of(bundle.manifest)),
+        sections=[section],
+        sheets=sheets_of(bundle.manifest),
+    )
+
+
+def _headline(bundle: Bundle, record: PromiseRecord | None) -> list[dict[str, Any]]:
+    """The few figures to see first."""
+    from .describe import size_text
+
+    manifest = bundle.manifest
+    total = size_text(sum(file.size_bytes for file in manifest.files.values()))
+    size, _, unit = total.partition(" ")
+    cheapest = min(manifest.exits, key=lambda exit_record: exit_record.cost_ratio)
+    tiles = [
+        {"label": "Exits", "value": str(len(manifest.exits)), "unit": "", "note": "ways to answer a frame"},
+        {
+            "label": "Cheapest exit",
+            "value": f"{cheapest.cost_ratio * 100:.1f}",
+            "unit": "%",
+            "note": f"of the whole generator's time: {cheapest.name}",
+        },
+    ]
+    if record is not None:
+        metric = METRICS[record.metric]
+        bound = "at least" if metric.higher_is_better else "at most"
+        asked = [entry for entry in record.thresholds if entry["age"] == min(record.ages, default=0)]
+        # The strictest threshold at which anything is saved, and the loosest: the range that is on offer.
+        saving = sorted((entry for entry in asked if entry["saved"] > 0), key=lambda entry: float(entry["threshold"]))
+        for entry in (saving[:1] + saving[1:][-1:])[:: -1 if metric.higher_is_better else 1]:
+            tiles.append(
+                {
+                    "label": f"Saved at {metric.title} {bound} {entry['threshold']:g} {metric.unit}".rstrip(),
+                    "value": f"{entry['saved'] * 100:.0f}",
+                    "unit": "%",
+                    "note": f"{age_words(entry['age'])}, promised for {entry['confidence'] * 100:.4g} % of the frames",
+                }
+            )
+        tiles.append({"label": "Calibrated on", "value": str(record.frames), "unit": "frames", "note": "held back"})
+    tiles.append({"label": "Size", "value": size, "unit": unit, "note": "on disk"})
+    return tiles

@@ -1,0 +1,71 @@
+"""Pages that stand alone: rendered from the package's templates, written whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .drawing import Chart
+from .files import written_beside
+from .sheets import Sheet
+
+__all__ = ["LegendEntry", "Section", "write_page"]
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """What one colour of the charts means: the number of the colour, 0 is grey, and its words."""
+
+    series: int
+    title: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: sentences, charts with one legend, tables.
+
+    Attributes:
+        title: Heading.
+        sentences: What to know first.
+        legend: The charts' colours.
+        charts: Drawings.
+        sheets: Tables.
+    """
+
+    title: str
+    sentences: Sequence[str] = ()
+    legend: Sequence[LegendEntry] = ()
+    charts: Sequence[Chart] = ()
+    sheets: Sequence[Sheet] = ()
+
+
+def write_page(path: str | os.PathLike[str], template: str, **values: Any) -> None:
+    """Render one of the package's templates into a file; whatever is not named ``safe`` there is escaped.
+
+    Args:
+        path: The ``.html`` file.
+        template: Name of the template.
+        values: What the template shows; each of its names has to be given.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    import jinja2
+
+    def read(name: str) -> str:
+        folder = importlib.resources.files(__package__ or "warpcache").joinpath("templates")
+        return folder.joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(read),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template(template).render(**values)
+    with written_beside(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")

@@ -1,0 +1,81 @@
+"""What a user asked of every frame's quality, as the command line takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .engine.errors import InputError
+
+if TYPE_CHECKING:
+    from .engine.bundle import Bundle
+    from .engine.promise import Quality
+
+__all__ = ["QualityChoice"]
+
+
+@dataclass(frozen=True)
+class QualityChoice:
+    """A quality to keep, by when, and how often to look; the engine checks it against the bundle.
+
+    Attributes:
+        quality: Metric, threshold and confidence.
+        deadline_ms: Milliseconds from a frame's arrival that its answer may take; None sets no limit.
+        audit_every: The whole generator answers every M-th frame in the background too, to compare; 0 never does.
+    """
+
+    quality: Quality
+    deadline_ms: float | None = None
+    audit_every: int = 30
+
+    def __str__(self) -> str:
+        """As people read it: ``LPIPS at most 0.1 on 95 % of the frames``."""
+        from .engine.quality import METRICS
+
+        metric = METRICS[self.quality.metric]
+        bound = "at least" if metric.higher_is_better else "at most"
+        unit = f" {metric.unit}" if metric.unit else ""
+        return f"{metric.title} {bound} {self.quality.threshold:g}{unit} on {self.quality.confidence:.4g} of the frames"
+
+    def for_engine(self, lpips: Path | None) -> dict[str, Any]:
+        """The keywords of `Engine` that say the same.
+
+        Args:
+            lpips: Weights of LPIPS, which audits compare with where that is the metric.
+        """
+        return {
+            "quality": self.quality,
+            "deadline_ms": self.deadline_ms,
+            "audit_every": self.audit_every,
+            "lpips": lpips,
+        }
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse what the bundle cannot promise, before its inputs are read.
+
+        Raises:
+            InputError: If it promises nothing, not in this metric, or not so much.
+            BundleError: If its calibration is malformed.
+        """
+        from .engine.promise import Calibration
+
+        Calibration.read(bundle).rule(self.quality)
+
+    def require_lpips(self, lpips: Path | None, *, measuring: bool) -> None:
+        """Refuse a quality that nobody here could look at, before any work is done.
+
+        Args:
+            lpips: Weights of LPIPS, or None.
+            measuring: Whether the command measures the quality itself, besides the audits.
+
+        Raises:
+            InputError: If the metric is LPIPS and its weights are needed and not given.
+        """
+        if self.quality.metric != "lpips" or lpips is not None or (self.audit_every == 0 and not measuring):
+            return
+        way_out = "" if measuring else ", or leave audits out with --audit-every 0"
+        raise InputError(
+            "the quality is to be kept in LPIPS, whose weights were not given; "
+            f"name them by --lpips PATH or WARPCACHE_LPIPS{way_out}"
+        )
