@@ -68,7 +68,7 @@ def train_adapter(
         parts: Its halves.
         cut: Where they were cut.
         options: The user's choices.
-        checkpoint: File to save to, and to resume from where `options.resume` says so.
+        checkpoint: File to save to, and to resume from where it is there.
         plan: What the checkpoint's run had chosen, or None.
         progress: Told how far it is.
 
@@ -96,8 +96,6 @@ def train_adapter(
         identity=_identity(subject.model, train, options),
         plan={"cut": ",".join(cut.names), **_sizes(configs)},
     )
-    if not options.resume:
-        checkpoint.unlink(missing_ok=True)
     distillation.run(
         checkpoint=checkpoint, on_step=lambda step, _: progress("training the warp adapter", step, options.steps)
     )

@@ -1,13 +1,14 @@
 """From a trained generator to a bundle: trace, cut, train, calibrate, write.
 
-Nothing is written to the bundle's place before all is done. The one thing that an interrupted compile leaves is its
-checkpoint, beside the bundle, which `resume` goes on from.
+Nothing is written to the bundle's place before all is done. What an interrupted compile leaves is its checkpoints, that
+of the adapter and that of the branches, beside the bundle; `resume` goes on from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ from torch import nn
 from ..engine.bundle import Bundle
 from ..engine.errors import InputError
 from ..engine.lpips import Lpips
+from ..engine.spec import Array
 from .adapter import Surface
-from .adapter_training import train_adapter
+from .adapter_training import TrainedAdapter, perceptual_loss, train_adapter
 from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
 from .clip import Clip, Stream, training_and_held
 from .compile_options import DEFAULT_STEPS, CompileOptions
 from .cut import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from .distill import read_plan
-from .graph import GraphIndex, fix_input_shapes, input_names, normalise
+from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
 from .manifest_draft import WHOLE, draft_manifest, measure_costs
+from .predictor import thumbnail_graph
 from .profile import profile_nodes
+from .promise_stage import check_promise
 from .recording import Progress
 from .run import frame_at
 from .split import check_exact, split
@@ -38,22 +42,25 @@ __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "sp
 
 
 def compile_generator(
-    module: nn.Module,
+    module: nn.Module | ModelProto,
     stream: Stream,
     out: Path,
     *,
     holdout: Stream | None = None,
+    surface: Surface | None = None,
     options: CompileOptions,
     made_from: Mapping[str, Any],
     progress: Progress,
 ) -> Bundle:
-    """Compile a PyTorch generator into a bundle.
+    """Compile a generator into a bundle.
 
     Args:
-        module: The trained generator. An attribute `surface` (`Surface`) says where its inputs carry motion.
+        module: The trained generator, as a PyTorch module or as it was traced or exported before: an ONNX model, whose
+            symbolic dimensions take the stream's sizes.
         stream: Frames to train on.
         out: The bundle to write, ``NAME.warp``.
         holdout: Frames to calibrate on; without it the last quarter of `stream` is kept back.
+        surface: Where the inputs carry motion; without it a module's attribute `surface` says so.
         options: The user's choices.
         made_from: What the manifest is to say of where it comes from, JSON-ready.
         progress: Told how far it is: stage, done, total.
@@ -67,18 +74,21 @@ def compile_generator(
         BundleError: If the bundle cannot be written.
     """
     refuse_out(out)
-    surface: Surface | None = getattr(module, "surface", None) if options.steps else None
-    motion = {surface.atlas} if surface is not None else set()
-    names = set(input_names_of(module))
-    declared = getattr(module, "surface", None)
+    training = options.steps > 0
+    surface = surface if surface is not None else getattr(module, "surface", None)
     # A stream made for training serves `--steps 0` as well; what the cut alone does not need is left out.
-    spare = declared.atlas if declared is not None and not options.steps else None
-    train, held = training_and_held(Clip.of(stream, without=spare), holdout, training=options.steps > 0)
-    example = {name: train.arrays[name][:1] for name in train.arrays if name not in motion or name in names}
-    progress("tracing the generator", 0, 1)
-    model = trace_generator(module, example)
-    progress("tracing the generator", 1, 1)
-    return _build(Subject(model, train, held, surface), out, options, made_from, progress)
+    spare = surface.atlas if surface is not None and not training else None
+    train, held = training_and_held(Clip.of(stream, without=spare), holdout, training=training)
+    surface = surface if training else None
+    if isinstance(module, ModelProto):
+        model = _fixed(module, train.arrays, more=set() if surface is None else {surface.atlas})
+    else:
+        names = set(input_names_of(module))
+        motion = set() if surface is None else {surface.atlas} - names
+        progress("tracing the generator", 0, 1)
+        model = trace_generator(module, {name: train.arrays[name][:1] for name in train.arrays if name not in motion})
+        progress("tracing the generator", 1, 1)
+    return _Compilation(Subject(model, train, held, surface), out, options, progress).run(made_from)
 
 
 def split_model(
@@ -98,64 +108,116 @@ def split_model(
         As `compile_generator`.
     """
     refuse_out(out)
-    known = input_names(model)
-    _check_names(set(stream.arrays), known)
-    shapes = {name: (1, *stream.arrays[name].shape[1:]) for name in known}
-    model = normalise(fix_input_shapes(model, shapes))
+    model = _fixed(model, stream.arrays)
     options = CompileOptions(cut=cut, steps=0)
-    return _build(Subject(model, stream, stream), out, options, made_from, progress)
+    return _Compilation(Subject(model, stream, stream), out, options, progress).run(made_from)
 
 
-def _build(
-    subject: Subject, out: Path, options: CompileOptions, made_from: Mapping[str, Any], progress: Progress
-) -> Bundle:
-    """Everything after the graph is at hand."""
-    subject.check(training=options.steps > 0)
-    model = subject.model
-    checkpoint = out.with_suffix(".checkpoint.safetensors")
-    plan = read_plan(checkpoint) if options.resume and options.steps else None
-    cut, candidates = _choose(subject, plan["cut"] if plan else options.cut, progress)
-    parts = split(model, cut)
-    check_exact(model, parts, {name: array[:1] for name, array in subject.sample.items()})
-    models: dict[str, ModelProto] = {"generator": model, "producer": parts.producer, "plain": parts.plain}
-    exits = [WHOLE, "plain"]
-    training: dict[str, Any] = {}
-    if options.steps:
-        adapter = train_adapter(subject, parts, cut, options, checkpoint=checkpoint, plan=plan, progress=progress)
-        models |= {"producer": adapter.producer, **adapter.consumers}
-        exits += adapter.consumers
-        training = adapter.record
-        # The cut's tensors now leave a producer that does more: still the same bits.
-        check_exact(model, dataclasses.replace(parts, producer=adapter.producer), frame_at(subject.train.arrays, 0))
-    calibration = None
-    if subject.image_output is not None:
-        calibration = calibrate(
-            model,
-            models["producer"],
-            {name: models[name] for name in exits if name != WHOLE},
-            subject.held.arrays,
-            image_output=subject.image_output,
-            max_age=options.max_age,
-            truth=subject.held.truth,
-            lpips=Lpips.load(options.lpips) if options.lpips is not None else None,
-            progress=progress,
+class _Compilation:
+    """One compile after the graph is at hand, stage by stage.
+
+    Args:
+        subject: The generator and its frames.
+        out: The bundle to write.
+        options: The user's choices.
+        progress: Told how far it is.
+    """
+
+    def __init__(self, subject: Subject, out: Path, options: CompileOptions, progress: Progress) -> None:
+        self.subject, self.out, self.options, self.progress = subject, out, options, progress
+        self.lpips = Lpips.load(options.lpips) if options.lpips is not None else None
+        self.checkpoint = out.with_suffix(".checkpoint.safetensors")
+        self.branch_checkpoint = out.with_suffix(".branches.checkpoint.safetensors")
+        self.models: dict[str, ModelProto] = {"generator": subject.model}
+        self.exits = [WHOLE, "plain"]
+        self.training: dict[str, Any] = {}
+        self.more: dict[str, bytes] = {}
+
+    def run(self, made_from: Mapping[str, Any]) -> Bundle:
+        """Every stage in turn; the bundle, verified."""
+        subject, options = self.subject, self.options
+        subject.check(training=options.steps > 0)
+        if options.exits is not None:
+            check_promise(subject, options, self.lpips)
+        plan = read_plan(self.checkpoint) if options.resume and options.steps else None
+        cut, candidates = _choose(subject, plan["cut"] if plan else options.cut, self.progress)
+        parts = split(subject.model, cut)
+        check_exact(subject.model, parts, {name: array[:1] for name, array in subject.sample.items()})
+        self.models |= {"producer": parts.producer, "plain": parts.plain}
+        if options.steps:
+            if not options.resume:
+                self._forget()
+            adapter = train_adapter(
+                subject, parts, cut, options, checkpoint=self.checkpoint, plan=plan, progress=self.progress
+            )
+            self.models |= {"producer": adapter.producer, **adapter.consumers}
+            self.exits += adapter.consumers
+            self.training = adapter.record
+            if options.exits is not None:
+                self._train_branches(adapter)
+                self.models["producer"] = merge(adapter.producer, thumbnail_graph(adapter.layout), {})
+            # The cut's tensors now leave a producer that does more: still the same bits.
+            split_ = dataclasses.replace(parts, producer=self.models["producer"])
+            check_exact(subject.model, split_, frame_at(subject.train.arrays, 0))
+        costs = measure_costs(self.models, self.exits, subject)
+        calibration = self._calibrate()
+        manifest = draft_manifest(
+            self.out.stem,
+            self.models,
+            parts,
+            subject,
+            candidates=candidates,
+            exits=costs,
+            calibration=calibration,
+            made_from=made_from,
+            training=self.training,
         )
-    manifest = draft_manifest(
-        out.stem,
-        models,
-        parts,
-        subject,
-        candidates=candidates,
-        exits=measure_costs(models, exits, subject),
-        calibration=calibration,
-        made_from=made_from,
-        training=training,
-    )
-    progress("writing the bundle", 0, 1)
-    bundle = bundle_models(out, manifest, models)
-    progress("writing the bundle", 1, 1)
-    checkpoint.unlink(missing_ok=True)
-    return bundle
+        self.progress("writing the bundle", 0, 1)
+        bundle = bundle_models(self.out, manifest, self.models, more=self.more)
+        self.progress("writing the bundle", 1, 1)
+        self._forget()
+        return bundle
+
+    def _train_branches(self, adapter: TrainedAdapter) -> None:
+        """The branches, from what the generator made of the training frames."""
+        if not self.options.branches:
+            return
+        from .branches import train_branches
+
+        branches = train_branches(
+            self.subject.model,
+            self.subject.sample,
+            adapter.recording.images.numpy(),
+            options=self.options.branch_options(),
+            perceptual=perceptual_loss(self.options.lpips, adapter.layout),
+            progress=self.progress,
+            checkpoint=self.branch_checkpoint,
+        )
+        self.models |= {branch.name: branch.graph for branch in branches}
+        self.exits += [branch.name for branch in branches]
+        self.training["branches"] = {branch.name: branch.record for branch in branches}
+
+    def _calibrate(self) -> dict[str, Any] | None:
+        """Quality of every exit by age, on frames that training did not see; None where no output is a picture."""
+        held = self.subject.held
+        if self.subject.image_output is None:
+            return None
+        return calibrate(
+            self.subject.model,
+            self.models["producer"],
+            {name: self.models[name] for name in self.exits if name != WHOLE},
+            held.arrays,
+            image_output=self.subject.image_output,
+            max_age=self.options.max_age,
+            truth=held.truth,
+            lpips=self.lpips,
+            progress=self.progress,
+        )
+
+    def _forget(self) -> None:
+        """Remove the checkpoints."""
+        self.checkpoint.unlink(missing_ok=True)
+        self.branch_checkpoint.unlink(missing_ok=True)
 
 
 def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandidate, list[CutCandidate]]:
@@ -182,12 +244,15 @@ def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandida
     return ranked[0], ranked
 
 
-def _check_names(given: set[str], known: list[str]) -> None:
-    missing, unexpected = sorted(set(known) - given), sorted(given - set(known))
+def _fixed(model: ModelProto, arrays: Mapping[str, Array], more: AbstractSet[str] = frozenset()) -> ModelProto:
+    """An ONNX model in normal form with the stream's sizes; `more` may be in the stream beside its inputs."""
+    known, given = input_names(model), set(arrays)
+    missing, unexpected = sorted(set(known) - given), sorted(given - set(known) - more)
     if missing or unexpected:
         faults = [f"lack {', '.join(missing)}"] if missing else []
         faults += [f"hold {', '.join(unexpected)}, which it does not take"] if unexpected else []
         raise InputError(f"the inputs {' and '.join(faults)}; the model takes {', '.join(known)}")
+    return normalise(fix_input_shapes(model, {name: (1, *arrays[name].shape[1:]) for name in known}))
 
 
 def _first_float(model: ModelProto) -> str | None:
