@@ -31,10 +31,16 @@ __all__ = ["Dependency", "Deployment", "add_bundle", "add_runtime", "check_place
 BUNDLE_SUFFIX = ".warp"
 ENGINES, CACHE, RUNTIME = "engines", "cache", "warpcache"
 
-# Metrics, which need packages that are not carried, and what only measurements and the command line ask for.
-LEFT_OUT = frozenset(
-    f"engine/{name}.py" for name in ("quality", "lpips", "products", "gpu_facts", "probes", "kernel_cubins")
-)
+# What only measurements and the command line ask for.
+LEFT_OUT = frozenset(f"engine/{name}.py" for name in ("gpu_facts", "probes", "kernel_cubins"))
+
+# Metrics that audits compare in: what they need beside NumPy, and a value that shows how one is written.
+_AUDIT_NEEDS = {
+    "lpips": "`pip install safetensors`, and `WARPCACHE_LPIPS` set to the folder with the weights of LPIPS",
+    "flip": "`pip install flip-evaluator`",
+}
+_EXAMPLES = {"lpips": "lpips=0.05", "flip": "flip=0.05", "psnr_db": "psnr=35", "ms_ssim": "ms-ssim=0.98"}
+_AUDIT_EVERY = 30
 
 # The ranges of pyproject.toml, and below the majors that nobody has looked at.
 NUMPY = "numpy>=1.26,<3"
@@ -179,6 +185,7 @@ def add_runtime(folder: Path, out: Path, bundle: Bundle, *, flavour: Flavour, ta
         "inputs": [record.spec for record in bundle.manifest.inputs],
         "outputs": bundle.manifest.outputs,
         "requirements": [dependency.requirement for dependency in dependencies],
+        "promise": _promise(bundle),
     }
     for name in ("requirements.txt", "run.py"):
         _render(folder, name, words)
@@ -200,6 +207,23 @@ def deployed_sources() -> dict[str, Path]:
             if path.suffix in (".py", ".cu", ".cuh") and name not in LEFT_OUT:
                 found[name] = path
     return found
+
+
+def _promise(bundle: Bundle) -> dict[str, Any] | None:
+    """What the example and the page say of a bundle that promises a quality; None of one that does not."""
+    from .engine.promise import PromiseRecord
+
+    record = PromiseRecord.of(bundle.manifest)
+    if record is None:
+        return None
+    needs = _AUDIT_NEEDS.get(record.metric)
+    return {
+        "metric": record.metric,
+        "example": _EXAMPLES[record.metric],
+        # Not by itself where a package would be missing that the folder does not ask for.
+        "audit_every": 0 if needs else _AUDIT_EVERY,
+        "needs": needs,
+    }
 
 
 def _dependencies(flavour: Flavour) -> tuple[Dependency, ...]:
