@@ -59,8 +59,7 @@ class AuditLog:
         if not 0.0 < confidence < 1.0:
             raise InputError(f"confidence {confidence} is not between 0 and 1; give for example 0.95")
         self.every = every
-        # Rounded, so that 1 - 0.95 reads 0.05 in messages and tests of counts.
-        self._alpha = round(1.0 - confidence, 12)
+        self._alpha = 1.0 - confidence
         self._margin = AdaptiveMargin(self._alpha, step)
         self._test = DriftTest(self._alpha)
         self._recovery = recovery

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from .bundle import Bundle
 from .conformal import allowed_losses, risk_control_margin
 from .errors import BundleError, InputError
-from .manifest import Manifest
+from .manifest import PREDICTORS, Manifest
 from .quality import PSNR_CAP_DB
 from .strict_json import (
     Fields,
@@ -77,7 +77,6 @@ _LEAST_ELIGIBLE_SHARE = 0.1
 _MAX_NPZ_BYTES = 256 * 2**20
 _AT = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
 _EXACT_EXITS = ("whole", "plain")
-_PREDICTORS = ("predictor", "predictor_cold")
 
 
 def canonical_metric(name: str) -> str:
@@ -345,12 +344,12 @@ class PromiseRecord:
             raise mistyped(f"{where}.at", "a time such as 2026-11-20T12:00:00Z", self.at)
         if not self.file.endswith(".npz"):
             raise mistyped(f"{where}.file", "the name of an .npz file", self.file)
-        counted = {*_EXACT_EXITS, *_PREDICTORS, *self.exits}
+        counted = {*_EXACT_EXITS, *PREDICTORS, *self.exits}
         if not self.macs.get("whole") or not counted.issuperset(self.macs):
             raise mistyped(f"{where}.macs", f"counts for whole and others of {', '.join(sorted(counted))}", self.macs)
         if not set(self.exits).issuperset(self.errors):
             raise mistyped(f"{where}.predictor.error", f"errors of {', '.join(self.exits)}", self.errors)
-        for name, columns in zip(_PREDICTORS, (self.exits if self.ages else (), self.cold_exits), strict=True):
+        for name, columns in zip(PREDICTORS, (self.exits if self.ages else (), self.cold_exits), strict=True):
             if not columns:
                 continue
             if name not in manifest.modules:
