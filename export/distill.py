@@ -9,10 +9,8 @@ Consumers of several sizes are trained together on one cache encoder, which runs
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,20 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine.errors import ExportError
 from .adapter import CacheEncoder, WarpConsumer, image_planes
+from .checkpoint import load_checkpoint, save_checkpoint
+from .losses import detail_loss, same_crops
 from .recording import Recording
 
 __all__ = ["DistillOptions", "Distillation", "read_plan"]
 
 # Trained beyond the promised ages by this factor: a clip to come may move more than the one it was trained on.
 AGE_MARGIN = 1.5
-# Side of the square that the perceptual loss looks at, in pixels.
-_CROP = 128
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Distillation:
         self.recording, self.options, self.perceptual = recording, options, perceptual
         self.max_age = min(round(options.max_age * AGE_MARGIN), frames - 1)
         self._identity = json.dumps({"of": identity, "options": asdict(options)}, sort_keys=True)
-        self._plan = json.dumps(plan or {}, sort_keys=True)
+        self._plan = dict(plan or {})
         names = ["consumer", *(f"consumer{k}" for k in range(2, len(self.consumers) + 1))]
         self._modules = nn.ModuleDict({"encoder": encoder, **dict(zip(names, self.consumers, strict=True))})
         self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -151,24 +148,7 @@ class Distillation:
         Raises:
             ExportError: If it cannot be written, e.g. on a full disk; what stood at `path` still stands.
         """
-        tensors = {f"model.{k}": v.contiguous() for k, v in self._modules.state_dict().items()}
-        for index, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v.contiguous() for k, v in state.items()}
-        partial = path.with_name(path.name + ".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata=self._metadata())
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as exc:  # a full disk is a SafetensorError here
-            raise ExportError(
-                f"the checkpoint {path} cannot be written ({exc}); make room, or choose another place"
-            ) from exc
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-
-    def _metadata(self) -> dict[str, str]:
-        return {"identity": self._identity, "plan": self._plan, "step": str(self.step)}
+        save_checkpoint(path, self._modules, self._optimizer, step=self.step, identity=self._identity, plan=self._plan)
 
     def load(self, path: Path) -> None:
         """Resume from a checkpoint.
@@ -176,29 +156,7 @@ class Distillation:
         Raises:
             ExportError: If it is damaged or was made with another model, data or options.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - it is no mapping
-        except (OSError, SafetensorError) as exc:
-            raise ExportError(f"the checkpoint {path} cannot be read ({exc}); delete it to start anew") from exc
-        if metadata.get("identity") != self._identity:
-            raise ExportError(
-                f"the checkpoint {path} belongs to another model, clip or options; delete it to start anew"
-            )
-        state = self._optimizer.state_dict()
-        try:
-            self._modules.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-            for key, value in tensors.items():
-                if key.startswith("adam."):
-                    _, index, name = key.split(".")
-                    state["state"].setdefault(int(index), {})[name] = value
-            self._optimizer.load_state_dict(state)
-            self.step = int(metadata["step"])
-        except (KeyError, RuntimeError, ValueError) as exc:  # the right identity, but not what `save` writes
-            raise ExportError(
-                f"the checkpoint {path} lacks what it should hold ({exc}); delete it to start anew"
-            ) from exc
+        self.step = load_checkpoint(path, self._modules, self._optimizer, identity=self._identity)
         # The schedule is a function of the step alone.
         self._schedule.last_epoch = self.step - 1
         with warnings.catch_warnings():
@@ -239,7 +197,7 @@ class Distillation:
         losses = {"generator": functional.l1_loss(answer, target)}
         total = losses["generator"]
         if options.detail_weight:
-            losses["detail"] = _detail(answer, target)
+            losses["detail"] = detail_loss(answer, target)
             total = total + options.detail_weight * losses["detail"]
         if recording.truth is not None and options.truth_weight:
             truth = recording.truth[t]
@@ -247,18 +205,9 @@ class Distillation:
             losses["truth"] = functional.l1_loss(answer, truth) + 5.0 * functional.mse_loss(answer, truth)
             total = total + options.truth_weight * losses["truth"]
         if self.perceptual is not None and options.perceptual_weight:
-            losses["perceptual"] = self.perceptual(*_crops(answer, target, random))
+            losses["perceptual"] = self.perceptual(*same_crops([answer, target], random))
             total = total + options.perceptual_weight * losses["perceptual"]
         return total, losses
-
-
-def _crops(a: Tensor, b: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """The same random square of both, at most `_CROP` pixels a side: larger ones cost more than they teach."""
-    height, width = min(_CROP, a.shape[2]), min(_CROP, a.shape[3])
-    top = int(random.integers(0, a.shape[2] - height + 1))
-    left = int(random.integers(0, a.shape[3] - width + 1))
-    window = (..., slice(top, top + height), slice(left, left + width))
-    return a[window], b[window]
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -275,12 +224,3 @@ def read_plan(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, ValueError) as exc:
         raise ExportError(f"the checkpoint {path} cannot be read ({exc}); delete it to start anew") from exc
     return plan
-
-
-def _detail(a: Tensor, b: Tensor) -> Tensor:
-    """L1 between the differences of neighbouring pixels: a blurred answer pays for the edges it lost."""
-    difference = a - b
-    return (
-        (difference[..., 1:] - difference[..., :-1]).abs().mean()
-        + (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
-    ) / 2

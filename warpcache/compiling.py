@@ -32,6 +32,8 @@ def compile_files(
     seed: int,
     max_age: int,
     resume: bool,
+    exits: int | None = None,
+    metric: str | None = None,
     progress: Report,
 ) -> Bundle:
     """Compile the generator that `factory` makes.
@@ -49,6 +51,8 @@ def compile_files(
         seed: Of the training.
         max_age: Oldest cache to train and calibrate for.
         resume: Go on from an interrupted compile's checkpoint.
+        exits: How many exits to train for a promise of quality; None: one, and no promise.
+        metric: What quality is promised in, None for LPIPS where its weights are given, else FLIP.
         progress: Told how far it is.
 
     Raises:
@@ -58,10 +62,7 @@ def compile_files(
     from .export.compile import DEFAULT_STEPS, CompileOptions, compile_generator
     from .export.trace import input_names_of, load_factory, load_weights
 
-    module = load_factory(factory)
-    if weights is not None:
-        load_weights(module, weights)
-    names = input_names_of(module)
+    # First: wrong options are found before anything is loaded.
     options = CompileOptions(
         cut=cut,
         budget=budget,
@@ -70,7 +71,14 @@ def compile_files(
         seed=seed,
         lpips=lpips,
         resume=resume,
+        exits=exits,
+        metric=metric,
     )
+    module = load_factory(factory)
+    if weights is not None:
+        load_weights(module, weights)
+    names = input_names_of(module)
+    promise = {} if exits is None else {"exits": exits, "metric": options.promised_metric}
     return compile_generator(
         module,
         _load(inputs, names),
@@ -86,6 +94,7 @@ def compile_files(
             "max_age": max_age,
             "seed": seed,
             "lpips": lpips is not None,
+            **promise,
         },
         progress=progress,
     )
