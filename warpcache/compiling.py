@@ -34,6 +34,7 @@ def compile_files(
     resume: bool,
     exits: int | None = None,
     metric: str | None = None,
+    bank_size: int | None = None,
     progress: Report,
 ) -> Bundle:
     """Compile the generator that `factory` makes.
@@ -53,6 +54,7 @@ def compile_files(
         resume: Go on from an interrupted compile's checkpoint.
         exits: How many exits to train for a promise of quality; None: one, and no promise.
         metric: What quality is promised in, None for LPIPS where its weights are given, else FLIP.
+        bank_size: Entries of the branches' guide bank, 0 for none, None for the default.
         progress: Told how far it is.
 
     Raises:
@@ -73,12 +75,13 @@ def compile_files(
         resume=resume,
         exits=exits,
         metric=metric,
+        bank_size=bank_size,
     )
     module = load_factory(factory)
     if weights is not None:
         load_weights(module, weights)
     names = input_names_of(module)
-    promise = {} if exits is None else {"exits": exits, "metric": options.promised_metric}
+    promise = {} if exits is None else {"exits": exits, "metric": options.promised_metric, "bank_size": bank_size}
     return compile_generator(
         module,
         _load(inputs, names),

@@ -15,6 +15,7 @@ from .options import (
     COUNT,
     PATH,
     RATE,
+    checked_metric,
     cut_option,
     json_option,
     lpips_option,
@@ -62,6 +63,26 @@ EPILOG_BUILD = (
 @click.option(
     "--max-age", type=COUNT, default=4, show_default=True, help="Oldest cache to train and calibrate for, in frames."
 )
+@click.option(
+    "--exits",
+    type=COUNT,
+    metavar="N",
+    help="Train N exits of different cost and promise quality with them: half of them (rounded up) read the cache, the "
+    "others are branches of the generator that need none.",
+)
+@click.option(
+    "--metric",
+    callback=checked_metric,
+    metavar="lpips|flip|psnr|ms-ssim",
+    help="With --exits: what quality is promised in; default: lpips where its weights are given, else flip.",
+)
+@click.option(
+    "--bank",
+    "bank_size",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --exits: entries of the guide bank that branches look up; 0 does without; default: 256.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted compile of the same bundle.")
 @click.option("--out", type=PATH, callback=writable(".warp"), required=True, help="The bundle to write, NAME.warp.")
@@ -76,6 +97,9 @@ def compile_command(
     budget: float,
     steps: int | None,
     max_age: int,
+    exits: int | None,
+    metric: str | None,
+    bank_size: int | None,
     seed: int,
     resume: bool,
     out: Path,
@@ -84,8 +108,12 @@ def compile_command(
 ) -> None:
     """Cut a PyTorch generator, train its warp adapter, calibrate it and write a bundle.
 
-    MODULE is a dotted module or a .py file, FACTORY a function in it that returns the torch.nn.Module.
+    MODULE is a dotted module or a .py file, FACTORY a function in it that returns the torch.nn.Module. With --exits
+    the bundle can be asked to keep a quality: see `run --quality` and `inspect`.
     """
+    for name, value in (("--metric", metric), ("--bank", bank_size)):
+        if exits is None and value is not None:
+            raise click.UsageError(f"{name} is for exits that a quality is promised with; say how many by --exits N")
     _refuse_existing(out)
     from .compiling import compile_files
     from .progress import ProgressBar
@@ -103,6 +131,9 @@ def compile_command(
             lpips=lpips,
             seed=seed,
             max_age=max_age,
+            exits=exits,
+            metric=metric,
+            bank_size=bank_size,
             progress=progress,
             resume=resume,
         )

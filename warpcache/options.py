@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "PATH",
     "RATE",
     "checked_device",
+    "checked_metric",
     "checked_policy",
     "cut_option",
     "device_options",
@@ -67,6 +69,19 @@ def checked_device(ctx: click.Context, param: click.Parameter, value: Any) -> An
     from .engine.cuda_options import parse_device
 
     return _checked(parse_device, ctx, param, value)
+
+
+def checked_metric(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Check a metric that quality is promised in.
+
+    Raises:
+        click.BadParameter: If there is no such metric.
+    """
+    if value is None:
+        return None
+    from .engine.promise import canonical_metric
+
+    return _checked(canonical_metric, ctx, param, value)
 
 
 def split_names(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -264,10 +279,13 @@ def _promise(
     from .engine.promise import Quality
     from .quality_choice import QualityChoice
 
-    sure = {} if confidence is None else {"confidence": confidence}
+    hint = "--quality"
     try:
-        asked = Quality.parse(quality, **sure)
+        asked = Quality.parse(quality)
+        if confidence is not None:
+            hint = "--confidence"
+            asked = replace(asked, confidence=confidence)
     except InputError as exc:
-        raise click.BadParameter(one_line(str(exc)), param_hint="--quality") from exc
+        raise click.BadParameter(one_line(str(exc)), param_hint=hint) from exc
     every = {} if audit_every is None else {"audit_every": audit_every}
     return QualityChoice(asked, deadline_ms=deadline_ms, **every)
