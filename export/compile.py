@@ -7,7 +7,7 @@ of the adapter and that of the branches, beside the bundle; `resume` goes on fro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from torch import nn
 from ..engine.bundle import Bundle
 from ..engine.errors import InputError
 from ..engine.lpips import Lpips
+from ..engine.manifest import ExitRecord
 from ..engine.spec import Array
 from .adapter import Surface
 from .adapter_training import TrainedAdapter, perceptual_loss, train_adapter
+from .branches import train_branches
 from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
 from .clip import Clip, Stream, training_and_held
@@ -31,7 +33,8 @@ from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
 from .manifest_draft import WHOLE, draft_manifest, measure_costs
 from .predictor import thumbnail_graph
 from .profile import profile_nodes
-from .promise_stage import check_promise
+from .promise_check import check_promise
+from .promising import CALIBRATION_FILE, PromiseOptions, make_promise
 from .recording import Progress
 from .run import frame_at
 from .split import check_exact, split
@@ -144,6 +147,7 @@ class _Compilation:
         parts = split(subject.model, cut)
         check_exact(subject.model, parts, {name: array[:1] for name, array in subject.sample.items()})
         self.models |= {"producer": parts.producer, "plain": parts.plain}
+        promised: TrainedAdapter | None = None
         if options.steps:
             if not options.resume:
                 self._forget()
@@ -154,6 +158,7 @@ class _Compilation:
             self.exits += adapter.consumers
             self.training = adapter.record
             if options.exits is not None:
+                promised = adapter
                 self._train_branches(adapter)
                 self.models["producer"] = merge(adapter.producer, thumbnail_graph(adapter.layout), {})
             # The cut's tensors now leave a producer that does more: still the same bits.
@@ -161,6 +166,8 @@ class _Compilation:
             check_exact(subject.model, split_, frame_at(subject.train.arrays, 0))
         costs = measure_costs(self.models, self.exits, subject)
         calibration = self._calibrate()
+        if promised is not None and calibration is not None:
+            calibration["promise"] = self._promise(promised, costs)
         manifest = draft_manifest(
             self.out.stem,
             self.models,
@@ -182,8 +189,6 @@ class _Compilation:
         """The branches, from what the generator made of the training frames."""
         if not self.options.branches:
             return
-        from .branches import train_branches
-
         branches = train_branches(
             self.subject.model,
             self.subject.sample,
@@ -213,6 +218,31 @@ class _Compilation:
             lpips=self.lpips,
             progress=self.progress,
         )
+
+    def _promise(self, adapter: TrainedAdapter, costs: Sequence[ExitRecord]) -> dict[str, Any]:
+        """The promise's record; its predictors become modules, its rows a file of the bundle."""
+        subject, options = self.subject, self.options
+        assert subject.image_output is not None  # else `check_promise` had refused
+        promise = make_promise(
+            {name: self.models[name] for name in self.exits if name not in (WHOLE, "plain")},
+            subject.model,
+            self.models["producer"],
+            adapter.layout,
+            subject.train.arrays,
+            subject.held.arrays,
+            options.promised_metric,
+            range(1, options.max_age + 1),
+            image_output=subject.image_output,
+            costs={record.name: record.cost_ratio for record in costs},
+            plain=self.models["plain"],
+            lpips=self.lpips,
+            options=options.promise or PromiseOptions(seed=options.seed),
+            progress=self.progress,
+        )
+        modules = {"predictor": promise.predictor, "predictor_cold": promise.predictor_cold}
+        self.models |= {name: model for name, model in modules.items() if model is not None}
+        self.more[CALIBRATION_FILE] = promise.calibration
+        return promise.record
 
     def _forget(self) -> None:
         """Remove the checkpoints."""

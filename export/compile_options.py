@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.lpips import LPIPS_VARIABLE
 from ..engine.promise import canonical_metric
 from .adapter import AdapterConfig
+from .branches import BranchOptions
 from .cut import AUTO
-
-if TYPE_CHECKING:
-    from .branches import BranchOptions
+from .promising import PromiseOptions
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions"]
 
@@ -46,6 +45,7 @@ class CompileOptions:
         branch: Options of the branches, instead of the defaults: `BranchOptions`, or those of its fields that differ.
         branch_steps: Training steps of the branches; None: two thirds of `steps`.
         bank_size: Entries of a branch's guide bank; 0: none; None: as many as `BranchOptions` says.
+        promise: How much is measured for the promise, instead of the defaults and `seed`.
 
     Raises:
         InputError: If a number is out of its range, a metric is unknown or cannot be measured, or options exclude
@@ -66,6 +66,7 @@ class CompileOptions:
     branch: BranchOptions | Mapping[str, Any] | None = None
     branch_steps: int | None = None
     bank_size: int | None = None
+    promise: PromiseOptions | None = None
 
     def __post_init__(self) -> None:
         for name, value, ok, range_ in (
@@ -124,8 +125,6 @@ class CompileOptions:
         Raises:
             InputError: If there are none, or `branch` gives a field that is unknown or out of its range.
         """
-        from .branches import BranchOptions
-
         if isinstance(self.branch, BranchOptions):
             return self.branch
         fields: dict[str, Any] = {"count": self.branches, "seed": self.seed}
@@ -140,7 +139,7 @@ class CompileOptions:
         return BranchOptions(**fields)
 
     def _refuse_without_exits(self) -> None:
-        for name in ("metric", "branch", "branch_steps", "bank_size"):
+        for name in ("metric", "branch", "branch_steps", "bank_size", "promise"):
             if getattr(self, name) is not None:
                 raise InputError(f"{name} is given, but no exits that it is for; give exits (--exits N) too")
 
@@ -158,7 +157,7 @@ class CompileOptions:
             if self.branch is not None or self.branch_steps is not None or self.bank_size is not None:
                 raise InputError("one exit is a consumer, so there are no branches to give options for; ask for more")
             return
-        if not isinstance(self.branch, Mapping | None) and (self.branch_steps, self.bank_size) != (None, None):
+        if isinstance(self.branch, BranchOptions) and (self.branch_steps, self.bank_size) != (None, None):
             raise InputError("branch is a whole BranchOptions, which says steps and bank_size itself; give those there")
         count = self.branch_options().count
         if count != self.branches:

@@ -1,18 +1,23 @@
-"""A compile's promise of quality: what it needs, refused before anything is trained, and what it adds to the bundle."""
+"""What a promise of quality needs, refused before anything is trained."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from ..engine.conformal import allowed_losses
 from ..engine.errors import InputError
 from ..engine.lpips import Lpips
 from ..engine.promise import metric_option
 from ..engine.quality import METRICS, measure
 from .compile_options import CompileOptions
 from .graph import GraphIndex
+from .promising import split_blocks
 from .subject import Subject
 
-__all__ = ["check_promise"]
+__all__ = ["check_promise", "least_held_frames"]
+
+# What callers name by default.
+_CONFIDENCE = 0.95
 
 
 def check_promise(subject: Subject, options: CompileOptions, lpips: Lpips | None) -> None:
@@ -45,6 +50,31 @@ def check_promise(subject: Subject, options: CompileOptions, lpips: Lpips | None
             f"metric {option} needs images of {metric.smallest_side} pixels a side or more, but output "
             f"{subject.image_output!r} is {shape[1]}x{shape[2]}{others}"
         )
+    needed = least_held_frames(options.max_age)
+    if subject.held.frames < needed:
+        raise InputError(
+            f"a promise at ages up to {options.max_age} and confidence {_CONFIDENCE:g} needs {needed} held-back frames "
+            f"at least, but there are {subject.held.frames}; give a longer clip, --holdout or a smaller --max-age"
+        )
     # Once on nothing, so that a package that is missing is found now.
     nothing = np.zeros(shape, np.float32)
     measure(nothing, nothing, [metric.name], lpips=lpips)
+
+
+def least_held_frames(max_age: int) -> int:
+    """How many held-back frames leave enough to calibrate on at every age for a promise at confidence 0.95.
+
+    Conformal risk control allows no frame to be lost below (n + 1) (1 - confidence) >= 1; see `engine.conformal`.
+    """
+    frames = max_age + 1
+    while not _enough(frames, max_age):
+        frames += 1
+    return frames
+
+
+def _enough(frames: int, max_age: int) -> bool:
+    try:
+        _, calibrated = split_blocks(frames, max_age, frames)
+    except InputError:
+        return False
+    return allowed_losses(sum(map(len, calibrated)), 1.0 - _CONFIDENCE) >= 0
