@@ -36,7 +36,8 @@ class QualityChoice:
         metric = METRICS[self.quality.metric]
         bound = "at least" if metric.higher_is_better else "at most"
         unit = f" {metric.unit}" if metric.unit else ""
-        return f"{metric.title} {bound} {self.quality.threshold:g}{unit} on {self.quality.confidence:.4g} of the frames"
+        share = self.quality.confidence * 100
+        return f"{metric.title} {bound} {self.quality.threshold:g}{unit} on {share:.4g} % of the frames"
 
     def for_engine(self, lpips: Path | None) -> dict[str, Any]:
         """The keywords of `Engine` that say the same.

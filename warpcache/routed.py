@@ -137,9 +137,9 @@ def routed_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, tupl
         return group, label, tuple("–" if promise is None else worded(promise) for promise in promises)
 
     lines = [_answered_by(name, rows) for name in dict.fromkeys(name for row in rows for name in row["routes"])]
-    lines.append(line(f"{threshold}, promised", lambda p: f"{p['confidence']:.4g}"))
+    lines.append(line(f"{threshold}, promised", lambda p: f"{p['confidence'] * 100:.4g}%"))
     if any(row.get("within") for row in rows):
-        shares = tuple(f"{row['within']['share']:.3f}" if row.get("within") else "–" for row in rows)
+        shares = tuple(f"{row['within']['share']:.1%}" if row.get("within") else "–" for row in rows)
         lines.append((group, f"{threshold}, measured", shares))
     lines += [
         line(f"predicted {metric.title}, mean", lambda p: _optional(p["predicted_mean"], metric.digits)),
