@@ -1,9 +1,9 @@
 """Whether a graph that was traced with one frame keeps frames apart when more are stacked along the leading axis.
 
-The rule: a value *carries frames* when it depends on the graph's inputs. Its traced leading extent must be 1, and with N
-frames it becomes N: frame n of every such value depends on frame n of the inputs alone. What makes that true is decided
-operator by operator below, from traced shapes and constants. A Reshape, say, moves elements in row-major order, so it
-keeps frames apart whenever the leading extent is 1 on both sides, whatever numbers its target holds.
+The rule: a value *carries frames* when it depends on the graph's inputs. Its traced leading extent must be 1, and with
+N frames it becomes N: frame n of every such value depends on frame n of the inputs alone. Whether that is true is
+decided operator by operator below, from traced shapes and constants. A Reshape, say, moves elements in row-major order,
+so it keeps frames apart whenever the leading extent is 1 on both sides, whatever numbers its target holds.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _broadcast_mixes(call: Call, carries: Carries) -> bool:
 def _gemm(call: Call, carries: Carries) -> bool:
     bias = call.shape(2) if call.has(2) else ()
     fits = len(bias) < 2 or bias[0] == 1
-    return carries[1] or bool(call.attributes.get("transA", 0)) or not fits
+    return bool(carries[1] or call.attributes.get("transA", 0) or not fits)
 
 
 def _matmul(call: Call, carries: Carries) -> bool:
@@ -97,11 +97,11 @@ def _gather(call: Call, carries: Carries) -> bool:
     if all(carries):
         return True
     # Indices that carry frames put them where the axis was.
-    return axis == 0 if carries[0] else axis != 0
+    return bool(axis == 0 if carries[0] else axis != 0)
 
 
 def _gather_elements(call: Call, carries: Carries) -> bool:
-    return call.attributes.get("axis", 0) % len(call.shape(0)) == 0
+    return bool(call.attributes.get("axis", 0) % len(call.shape(0)) == 0)
 
 
 def _transpose(call: Call, carries: Carries) -> bool:

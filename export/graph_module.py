@@ -21,7 +21,7 @@ from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array
 from .graph import GraphIndex, copy_model, extract
 from .graph_batch import mixes_frames
-from .graph_ops import OPERATORS, SETTINGS, Call, Run, Shape
+from .graph_ops import OPERATORS, SETTINGS, Call, Run
 from .run import run_model
 
 __all__ = ["GraphModule"]
@@ -45,8 +45,8 @@ class _Step:
 class GraphModule(nn.Module):
     """An ONNX graph as a PyTorch module.
 
-    Initializers that are trained are parameters, the others buffers. Works under `torch.autocast`, on any device, and in
-    the channels-last layout (`module.to(memory_format=torch.channels_last)` and inputs of it).
+    Initializers that are trained are parameters, the others buffers. Works under `torch.autocast`, on any device, and
+    in the channels-last layout (`module.to(memory_format=torch.channels_last)` and inputs of it).
 
     Args:
         model: In normal form (`graph.normalise`), weights included, shapes fixed, traced with one frame.
@@ -213,7 +213,7 @@ class GraphModule(nn.Module):
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
             given = dict(inputs[0])
         elif len(inputs) == len(self.input_names):
-            given = {name: value for name, value in zip(self.input_names, inputs, strict=True)}  # type: ignore[misc]
+            given = dict(zip(self.input_names, inputs, strict=True))  # type: ignore[arg-type]
         else:
             raise InputError(f"the graph takes {', '.join(self.input_names)}, but {len(inputs)} tensors were given")
         frames = 1

@@ -104,10 +104,7 @@ class Call:
     def axes(self, position: int = 1) -> list[int]:
         """Non-negative axes of input 0 that a constant input, or the attribute ``axes``, names; all where none does."""
         rank = len(self.shape(0))
-        if self.has(position):
-            named = self.integers(position)
-        else:
-            named = list(self.attributes.get("axes", ()))
+        named = self.integers(position) if self.has(position) else list(self.attributes.get("axes", ()))
         if not named:
             return [] if self.attributes.get("noop_with_empty_axes", 0) else list(range(rank))
         return [axis % rank for axis in named]
@@ -277,8 +274,7 @@ def _top_k(call: Call) -> Run:
     axis, largest = call.attributes.get("axis", -1), bool(call.attributes.get("largest", 1))
 
     def run(x: Tensor, _: Tensor) -> Sequence[Tensor]:
-        values, indices = torch.topk(x, k, axis, largest)
-        return values, indices
+        return tuple(torch.topk(x, k, axis, largest))
 
     return run
 
