@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bench import CPU, Measured, Recording, load_lpips, pace, record, result_of
+from .bench import CPU, Measured, Recording, load_lpips, record, result_of
 from .device_choice import DeviceChoice
 from .engine.bundle import Bundle
 from .engine.errors import BundleError, InputError
@@ -25,6 +25,7 @@ from .engine.policy import Policy
 from .engine.session import Frame
 from .engine.spec import Array
 from .progress import Report, silent
+from .recording import pace
 
 if TYPE_CHECKING:
     from .models.head import HeadMotion
