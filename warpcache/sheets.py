@@ -32,9 +32,10 @@ class Sheet:
 
     def table(self) -> Table:
         """The sheet for a terminal; text in square brackets is text, no markup."""
+        from rich.markup import escape
         from rich.text import Text
 
-        table = plain_table(self.title, *self.columns, numeric=self.numeric)
+        table = plain_table(escape(self.title), *map(escape, self.columns), numeric=map(escape, self.numeric))
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table

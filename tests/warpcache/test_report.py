@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from warpcache.drawing import Chart, drawing
 from warpcache.engine.errors import InputError
+from warpcache.engine.promise import Quality
+from warpcache.engine.telemetry import SessionStatistics
+from warpcache.page import LegendEntry, Section
+from warpcache.quality_choice import QualityChoice
 from warpcache.report import (
     PolicyResult,
     ReportData,
@@ -26,6 +32,8 @@ from warpcache.report import (
     write_json,
     write_report,
 )
+from warpcache.routed import Routed, Within
+from warpcache.sheets import Sheet
 from warpcache.video import VideoWriter, read_video
 
 WHOLE, TRUTH = "whole generator", "rendered truth"
@@ -238,6 +246,73 @@ def test_page_stands_alone_and_shows_its_numbers(tmp_path: Path, video: Path) ->
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(base64.b64decode(source.removeprefix("data:video/mp4;base64,"), validate=True))
     assert read_video(copy).frames.shape == (3, 3, 16, 32)
+
+
+def routed(policy: str = "async") -> PolicyResult:
+    """The cached policy's figures as those of a routed one."""
+    asked = QualityChoice(Quality("flip", 0.05, confidence=0.9))
+    did = Routed(asked, (0.02, 0.04), {"cheaper exit": 3}, SessionStatistics(audits=4, audit_misses=1))
+    return replace(cached(policy=policy), routed=did, within=Within(asked.quality, 37, 40))
+
+
+def test_a_routed_policy_is_told_from_the_fixed_one(tmp_path: Path) -> None:
+    results = [full(), cached(), routed(), routed("full")]
+    rows = [row(result) for result in results]
+    assert [r["policy"] for r in rows] == ["full", "async", "async", "full"]
+    assert rows[2]["promise"]["predicted_mean"] == pytest.approx(0.03)
+    assert rows[2]["within"]["share"] == pytest.approx(0.925)
+    by_label = {figure.label: figure for figure in figures_of(rows) if figure.group == "quality promise"}
+    assert by_label["FLIP <= 0.05, promised"].values == ("–", "–", "90%", "90%")
+    assert by_label["FLIP <= 0.05, measured"].values == ("–", "–", "92.5%", "92.5%")
+    assert by_label["audits, misses"].values == ("–", "–", "4, 1", "4, 1")
+    answered = {figure.label: figure.values for figure in figures_of(rows) if figure.group == "answered by"}
+    assert answered["warp"] == ("–", "97.5%", "97.5%", "97.5%")
+    # A routed full is not the whole generator's own answer.
+    psnr = next(f for f in figures_of(rows) if f.group == f"against the {WHOLE}" and f.label == "PSNR dB ↑")
+    assert psnr.values == ("itself", "37.22", "37.22", "37.22")
+    assert not {figure.group for figure in figures_of(rows[:2])} & {"quality promise", "answered by"}
+
+    console = Console(file=io.StringIO(), width=140)
+    print_table(rows, console=console)
+    assert re.search(r"full +async +async routed +full routed", console.file.getvalue())  # type: ignore[attr-defined]
+    write_report(tmp_path / "r.html", ReportData("t", "", results))
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert Page(html).open == []
+    for words in ("Cut and cached, routed", "<code>full routed</code>", "FLIP &lt;= 0.05, promised"):
+        assert words in html
+
+
+def test_sections_join_the_page(tmp_path: Path) -> None:
+    with drawing("section", wide=True) as (axes, svg):
+        axes.plot([1, 2], [3, 4])
+    sheet = Sheet("Table <A>", ("name", "value"), [("warp & co", "1.5")], frozenset(["value"]), "How to read it.")
+    section = Section(
+        "What it promises",
+        ["A sentence."],
+        [LegendEntry(1, "cache 1 frame old")],
+        [Chart("Front", "", svg(), True)],
+        [sheet],
+    )
+    write_report(tmp_path / "r.html", ReportData("t", "", [full(), cached()], sections=[section]))
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    text = " ".join(" ".join(page.text).split())
+    parts = (
+        "What it promises",
+        "A sentence.",
+        "cache 1 frame old",
+        "Front",
+        "Table <A>",
+        "warp & co",
+        "How to read it.",
+    )
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+    assert text.index("Over time") < text.index("What it promises") < text.index("Measured on")
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    table = io.StringIO()
+    Console(file=table, width=80).print(Sheet("[t]", ("[a]",), [("[b]x[/b]",)]).table())
+    assert all(text in table.getvalue() for text in ("[t]", "[a]", "[b]x[/b]"))  # names out of a file are no markup
 
 
 def test_pages_of_other_shapes(tmp_path: Path) -> None:
