@@ -370,6 +370,73 @@ def test_a_manifest_that_says_something_absurd_is_refused(bundle, edit, message)
         Bundle.open(bundle)
 
 
+def test_predictors_and_exits_of_any_name_are_read(routed_bundle):
+    manifest = Bundle.open(routed_bundle).manifest
+    assert [record.name for record in manifest.exits] == ["whole", "plain", "warp2", "warp", "branch1"]
+    assert [spec.name for spec in manifest.modules["predictor"].inputs] == ["x", "cache.thumbnail", "age"]
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edited("exits.2.modules", ["predictor"]), "exit 'warp2' refers to module 'predictor', which is not one that"),
+        (edited("exits.2.name", "producer"), "an exit is called 'producer'; that is kept for what answers no frame"),
+        (edited("exits.2.name", "predictor2"), "an exit is called 'predictor2'; that is kept for what answers no"),
+        (
+            edited("modules.predictor.inputs.2.shape", [1]),
+            r"module 'predictor' takes 'age' \(float32, \[1\]\), but the",
+        ),
+        (
+            edited("modules.predictor.inputs.0.name", "pose"),
+            "module 'predictor' takes 'pose', which is neither a cache",
+        ),
+        (
+            edited("modules.predictor_cold.inputs.0.name", "cache.thumbnail"),
+            "module 'predictor_cold' takes 'cache.thumbnail', which is not an input",
+        ),
+        (edited("modules.warp.inputs.0.name", "age"), "module 'warp' takes 'age', which is neither a cache tensor nor"),
+        (duplicated("modules.predictor.outputs"), "'predicted' occurs twice in modules.predictor.outputs"),
+        (edited("modules.predictor.outputs", []), "the outputs of module 'predictor' are none, but a predictor gives"),
+        (edited("modules.predictor.outputs.0.shape", [1, 2]), "the outputs of module 'predictor' are 'predicted'"),
+        (edited("modules.predictor.outputs.1.dtype", "float16"), "the outputs of module 'predictor' are 'predicted'"),
+        (edited("modules.predictor.outputs.0.shape", [3]), "the outputs of module 'predictor' are 'predicted'"),
+        (
+            edited("modules.predictor_cold.outputs.2.name", "change"),
+            "the outputs of module 'predictor_cold' are 'predicted'",
+        ),
+    ],
+)
+def test_a_predictor_that_does_not_fit_is_refused(routed_bundle, tmp_path, edit, message):
+    bundle = shutil.copytree(routed_bundle, tmp_path / "routed.warp")
+    written = document(bundle)
+    edit(written)
+    (bundle / "manifest.json").write_text(json.dumps(written))
+    with pytest.raises(BundleError, match=rf"^bundle .*routed.warp: manifest.json: {message}"):
+        Bundle.open(bundle)
+
+
+def test_an_input_that_is_called_as_the_predictors_age_is_refused(routed_bundle, tmp_path):
+    bundle = shutil.copytree(routed_bundle, tmp_path / "routed.warp")
+    written = document(bundle)
+    for specs in (written["inputs"], *(module["inputs"] for module in written["modules"].values())):
+        specs[:] = [spec | {"name": "age"} if spec["name"] == "x" else spec for spec in specs if spec["name"] != "age"]
+    (bundle / "manifest.json").write_text(json.dumps(written))
+    with pytest.raises(BundleError, match=r"^bundle .*: manifest.json: an input is called 'age', which is what a"):
+        Bundle.open(bundle)
+
+
+def test_a_predictor_of_another_name_is_refused(routed_bundle, tmp_path):
+    bundle = shutil.copytree(routed_bundle, tmp_path / "routed.warp")
+    written = document(bundle)
+    written["modules"]["predictor_warm"] = written["modules"].pop("predictor")
+    (bundle / "manifest.json").write_text(json.dumps(written))
+    with pytest.raises(
+        BundleError, match=r"^bundle .*: manifest.json: module 'predictor_warm' is unknown; a predictor"
+    ):
+        Bundle.open(bundle)
+
+
 @pytest.mark.parametrize("change", [{"size_bytes": -1}, {"sha256": "0" * 63}, {"sha256": "G" * 64}, {"mode": 7}])
 def test_a_file_record_is_read_strictly(bundle, change):
     written = document(bundle)

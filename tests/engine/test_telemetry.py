@@ -94,3 +94,26 @@ def test_a_snapshot_counts_what_happened_and_does_not_change() -> None:
     assert after.stages_ms["producer"].max == 20.0
     with pytest.raises(dataclasses.FrozenInstanceError):
         after.frames = 4  # type: ignore[misc]
+
+
+def test_what_routing_counts_is_in_the_statistics():
+    telemetry = Telemetry()
+    telemetry.answered(
+        "warp", 1, refreshed=False, late=False, latency_ms=1.0, wait_ms=0.0, consumer_ms=1.0, degraded=True
+    )
+    telemetry.dropped_for_deadline()
+    assert [telemetry.non_finite() for _ in range(3)] == [1, 2, 3]
+    assert [telemetry.predictor_failed() for _ in range(2)] == [1, 2]
+    assert telemetry.audit_failed() == 1
+    telemetry.scene_cut()
+    telemetry.audited(missed=False, drifts=0, tightening=0.5)
+    telemetry.audited(missed=True, drifts=1, tightening=2.5)
+    for ms in (1.0, 3.0):
+        telemetry.predicted(ms)
+    telemetry.routed(0.25)
+    statistics = telemetry.snapshot()
+    assert (statistics.frames, statistics.dropped, statistics.degraded) == (1, 1, 2)
+    assert (statistics.non_finite, statistics.predictor_failures, statistics.audit_failures) == (3, 2, 1)
+    assert (statistics.audits, statistics.audit_misses, statistics.drifts) == (2, 1, 1)
+    assert (statistics.scene_cuts, statistics.tightening) == (1, 2.5)
+    assert (statistics.predictor.count, statistics.predictor.mean, statistics.router.max) == (2, 2.0, 0.25)
