@@ -29,7 +29,15 @@ from .predictor_fit import fit_predictor
 from .recording import Progress
 from .run import frame_at, open_session, run_session
 
-__all__ = ["CALIBRATION_FILE", "Promise", "PromiseOptions", "make_promise", "predict_rows", "split_blocks"]
+__all__ = [
+    "CALIBRATION_FILE",
+    "Promise",
+    "PromiseOptions",
+    "cross_validated",
+    "make_promise",
+    "predict_rows",
+    "split_blocks",
+]
 
 CALIBRATION_FILE = "calibration.npz"
 """Where a bundle keeps the rows of its calibration."""
@@ -204,7 +212,7 @@ def make_promise(
         file=CALIBRATION_FILE,
         macs={name: count_macs(model) for name, model in modules.items() if model is not None},
         errors=_median_errors(calibration),
-        thresholds=tuple(_outcomes(calibration, costs)),
+        thresholds=tuple(cross_validated(calibration, costs)),
     )
     return Promise(graphs["predictor"], graphs["predictor_cold"], record.to_record(), calibration.to_npz())
 
@@ -281,10 +289,16 @@ def predict_rows(
     return predicted, spread
 
 
-def _outcomes(calibration: Calibration, costs: Mapping[str, float]) -> list[dict[str, Any]]:
+def cross_validated(calibration: Calibration, costs: Mapping[str, float]) -> list[dict[str, Any]]:
     """What some thresholds give: margins from one half of the blocks, coverage and savings from the other, both ways.
 
-    A threshold that half the frames cannot promise is left out.
+    Args:
+        calibration: All its rows.
+        costs: As for `evaluate`.
+
+    Returns:
+        For every age of every threshold that can be promised: `threshold`, `confidence`, `age`, `coverage`, `saved`
+        and `shares`. A threshold that half the frames cannot promise is left out.
     """
     frames = np.unique(calibration.frame)
     # Halves are runs of frames, as blocks are: a margin must not be tried on the frame next to those it was made from.
