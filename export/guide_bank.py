@@ -168,7 +168,7 @@ def guide_value(model: ModelProto) -> str:
         ExportError: If the generator has no inner feature map.
     """
     index = GraphIndex(model)
-    maps = []
+    maps: list[tuple[int, str]] = []
     needed = index.closure(index.outputs)
     for node in sorted(needed - index.constant):
         for name in index.nodes[node].output:
@@ -245,18 +245,19 @@ class GuideLookup(nn.Module):
         self.shape = bank.values.shape[1:]
         self.nearest = min(NEAREST, len(bank.frames))
         self.target = _target(shapes)
-        self.register_buffer("projection", torch.from_numpy(bank.projection))
-        self.register_buffer("offset", torch.from_numpy(bank.offset))
+        # Copies: two look-ups of one bank that shared memory could not be saved together.
+        self.register_buffer("projection", torch.tensor(bank.projection))
+        self.register_buffer("offset", torch.tensor(bank.offset))
         # Twice the keys, transposed: a squared distance is |q|^2 - 2 q.k + |k|^2, and |q|^2 is the same for all.
-        self.register_buffer("keys", torch.from_numpy(np.ascontiguousarray(2.0 * bank.keys.T)))
-        self.register_buffer("lengths", torch.from_numpy((bank.keys.astype(np.float64) ** 2).sum(1).astype(np.float32)))
-        self.register_buffer("values", torch.from_numpy(bank.values.reshape(len(bank.frames), -1)))
+        self.register_buffer("keys", torch.tensor(2.0 * bank.keys.T))
+        self.register_buffer("lengths", torch.tensor((bank.keys.astype(np.float64) ** 2).sum(1), dtype=torch.float32))
+        self.register_buffer("values", torch.tensor(bank.values.reshape(len(bank.frames), -1)))
         shape = shapes[self.target]
         self.channels = shape[1] if len(shape) == 4 else shape[-1]
         self.spread = nn.Conv2d(self.shape[0], self.channels, 1)
         # A branch begins as the one without a bank.
-        nn.init.zeros_(self.spread.weight)
-        nn.init.zeros_(self.spread.bias)
+        for parameter in self.spread.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, *values: Tensor) -> Tensor:
         """The value at `target`, with the guide added; shape and dtype as it came."""

@@ -1,0 +1,260 @@
+"""Where branches leave the generator, how wide they go on, what guides them: decided by measuring before training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from onnx import ModelProto
+
+from ..engine.errors import ExportError
+from ..engine.spec import Array
+from .branch_graph import branch_graph, lookup_graph, prefix_graph
+from .graph import GraphIndex, extract
+from .guide_bank import GuideBank, GuideLookup, fit_keys, guide_value, k_centres, make_bank, pool_features
+from .profile import profile_nodes, time_model
+from .recording import Progress, frames_of
+from .run import frame_at, open_session, run_session
+from .slim import depths, slim
+
+__all__ = ["BranchPlan", "Guide", "choose_depths", "choose_widths", "make_guides", "near_frames", "untrained_graph"]
+
+# Of a branch's cost: what its first layers may take. They are not slimmed, so what they take the rest lacks.
+_PREFIX_SHARE = 0.4
+# As above where no depth is that cheap: to share a little more is better than to share nothing.
+_PREFIX_MOST = 0.6
+# A branch dearer than this is not worth having beside the whole.
+_DEAREST = 0.9
+# Widths that are tried are k / _WIDTHS.
+_WIDTHS = 32
+# Frames this near one another are too alike to stand for frames that were never seen; at most one in eight are.
+_NEAR = 15
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """One branch before it is trained.
+
+    Attributes:
+        depth: Names of the values that it reads; none: the inputs.
+        width: Share of the channels that it keeps.
+    """
+
+    depth: tuple[str, ...]
+    width: float
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The bank of one depth.
+
+    Attributes:
+        bank: Its entries.
+        values: Those of the depth's values that it reads.
+        shapes: Theirs, one frame each.
+    """
+
+    bank: GuideBank
+    values: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def lookup(self) -> GuideLookup:
+        """A fresh look-up, which adds nothing yet."""
+        return GuideLookup(self.bank, self.shapes)
+
+    @property
+    def target(self) -> str:
+        """The value that takes the guide."""
+        return self.values[self.lookup().target]
+
+
+def near_frames(frames: int) -> int:
+    """How many frames apart two are before they count as different."""
+    return max(min(_NEAR, frames // 8), 1)
+
+
+def choose_depths(model: ModelProto, feeds: Mapping[str, Array], costs: Sequence[float]) -> list[tuple[str, ...]]:
+    """The deepest depth for every branch whose first layers leave most of its cost to the rest.
+
+    Args:
+        model: The whole, in normal form.
+        feeds: One frame's inputs.
+        costs: What every branch may cost, as a fraction of the whole.
+
+    Returns:
+        A depth a branch, as `slim` takes it; none of the values where even the first is too dear.
+    """
+    places = depths(model, profile_nodes(model, feeds))
+    chosen: list[tuple[str, ...]] = []
+    for cost in costs:
+        cheap = [place for place in places if place.share <= _PREFIX_SHARE * cost]
+        if cheap:
+            chosen.append(cheap[-1].values)
+        elif places and places[0].share <= _PREFIX_MOST * cost:
+            chosen.append(places[0].values)
+        else:
+            chosen.append(())
+    return chosen
+
+
+def make_guides(
+    model: ModelProto, arrays: Mapping[str, Array], places: Sequence[tuple[str, ...]], size: int, progress: Progress
+) -> dict[tuple[str, ...], Guide]:
+    """One bank a depth. All hold the same frames, so that a bundle stores their values once.
+
+    The frames are chosen by the keys of the last depth, that of the dearest branch.
+
+    Args:
+        model: The whole, in normal form.
+        arrays: The generator's inputs, [T, ...].
+        places: Every branch's depth, that of the dearest last.
+        size: Entries; fewer where there are fewer different frames. 0 makes none.
+        progress: Told how far it is.
+
+    Raises:
+        ExportError: If there is nothing to guide with, or nothing that can take a guide.
+    """
+    if not size:
+        return {}
+    index = GraphIndex(model)
+    value = guide_value(model)
+    frames = max(len(array) for array in arrays.values())
+    different = list(dict.fromkeys(places))
+    read = {depth: _floating(index, depth) for depth in different}
+    wanted = [
+        name for name in dict.fromkeys(name for names in read.values() for name in names) if name in index.producer
+    ]
+    prefix = prefix_graph(model, wanted)
+    session = None if prefix is None else open_session(prefix)
+    features: dict[tuple[str, ...], list[Array]] = {depth: [] for depth in different}
+    for t, feeds in enumerate(frames_of(arrays, index.inputs)):
+        got = feeds | (run_session(session, feeds) if session is not None else {})
+        for depth in different:
+            pooled = pool_features([torch.from_numpy(np.ascontiguousarray(got[name])) for name in read[depth]])
+            features[depth].append(pooled.numpy()[0])
+        progress("making the guide bank", t + 1, frames)
+    stacked = {depth: np.stack(rows) for depth, rows in features.items()}
+    maps = {depth: fit_keys(rows, near=near_frames(frames)) for depth, rows in stacked.items()}
+    projection, offset = maps[places[-1]]
+    chosen, _ = k_centres(stacked[places[-1]] @ projection + offset, size)
+    guides = _guides_of(model, arrays, value, chosen)
+    made = {}
+    for depth in different:
+        bank = make_bank(stacked[depth], *maps[depth], chosen, guides)
+        made[depth] = Guide(bank, read[depth], tuple(index.specs[name].shape for name in read[depth]))
+        made[depth].lookup()  # refuses here, before anything is measured, what can take no guide
+    return made
+
+
+def choose_widths(
+    model: ModelProto,
+    places: Sequence[tuple[str, ...]],
+    guides: Mapping[tuple[str, ...], Guide],
+    feeds: Mapping[str, Array],
+    costs: Sequence[float],
+    progress: Progress,
+) -> list[BranchPlan]:
+    """The widest branch at every place that meets its cost, measured here in turns with the whole on one thread.
+
+    Where even the narrowest is over its cost, that is what is chosen, as long as it is cheaper than the whole.
+
+    Args:
+        model: The whole, in normal form.
+        places: Every branch's depth.
+        guides: Banks by depth.
+        feeds: One frame's inputs.
+        costs: What every branch may cost, as a fraction of the whole.
+        progress: Told how far it is.
+
+    Returns:
+        The plans, without those that are dearer than nine tenths of the whole, and without repetitions.
+
+    Raises:
+        ExportError: If no plan is left.
+    """
+    plans: list[BranchPlan] = []
+    least = np.inf
+    trials = _WIDTHS.bit_length() * len(places)
+    for k, (depth, cost) in enumerate(zip(places, costs, strict=True)):
+        guide, known = guides.get(depth), dict[int, float]()
+        lookup = None if guide is None else lookup_graph(guide.lookup(), guide.values, guide.shapes)
+        build = functools.partial(untrained_graph, model, lookup=lookup, target=None if guide is None else guide.target)
+
+        def ratio(
+            width: int,
+            build: Callable[[BranchPlan], ModelProto] = build,
+            depth: tuple[str, ...] = depth,
+            known: dict[int, float] = known,
+            k: int = k,
+        ) -> float:
+            if width not in known:
+                try:
+                    graph = build(BranchPlan(depth, width / _WIDTHS))
+                except ExportError:
+                    if width == 1:
+                        raise  # nothing there can be slimmed at all
+                    known[width] = np.inf  # so wide that every layer is kept whole
+                    return known[width]
+                times = time_model({"whole": model, "branch": graph}, feeds, threads=1, repeats=12)
+                # The fastest runs: on a machine that does other work too, medians tell of that work.
+                known[width] = times["branch"].min_ms / times["whole"].min_ms
+                progress("choosing the branches", min(k * _WIDTHS.bit_length() + len(known), trials), trials)
+            return known[width]
+
+        low, high = 1, _WIDTHS
+        found = ratio(low)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if ratio(middle) <= cost:
+                low = middle
+            else:
+                high = middle - 1
+        found = ratio(low)
+        least = min(least, found)
+        plan = BranchPlan(depth, low / _WIDTHS)
+        if found <= _DEAREST and plan not in plans:
+            plans.append(plan)
+    if not plans:
+        raise ExportError(
+            f"the cheapest branch costs {least:.0%} of the generator, and one above {_DEAREST:.0%} is not worth "
+            "having; compile without branches"
+        )
+    progress("choosing the branches", trials, trials)
+    return plans
+
+
+def untrained_graph(
+    model: ModelProto, plan: BranchPlan, *, lookup: ModelProto | None = None, target: str | None = None
+) -> ModelProto:
+    """The branch of a plan as it is before training, with its look-up and the value that takes the guide."""
+    return branch_graph(
+        prefix_graph(model, plan.depth),
+        slim(model, plan.depth, plan.width).rest,
+        lookup,
+        target,
+        GraphIndex(model).outputs,
+        (-np.inf, np.inf),
+    )
+
+
+def _floating(index: GraphIndex, depth: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a depth's values, or of the inputs, that can be pooled."""
+    names = depth or index.inputs
+    found = tuple(name for name in names if index.specs[name].dtype == "float32" and len(index.specs[name].shape) > 1)
+    if not found:
+        raise ExportError(
+            f"no value at the depth {', '.join(names)} is of floating point, so it can have no guide bank; "
+            "set bank_size to 0"
+        )
+    return found
+
+
+def _guides_of(model: ModelProto, arrays: Mapping[str, Array], value: str, frames: Array) -> Array:
+    """`value` of the whole for some frames, [K, C, h, w]."""
+    index = GraphIndex(model)
+    session = open_session(extract(model, list(index.inputs), [value]))
+    wanted = {name: arrays[name] for name in index.inputs}
+    return np.concatenate([run_session(session, frame_at(wanted, int(t)))[value] for t in frames])
