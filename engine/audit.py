@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,10 +34,12 @@ class AuditLog:
     fall into step with a policy's period and see one cache age alone. While an audit is in flight there is no other;
     it then takes the next free frame of its block, and where there is none the block goes without.
 
-    In quiet times the margin follows by quantile tracking (`AdaptiveMargin`). When recent audits contradict the promise
-    (`DriftTest`) that would take too long: then the tightening jumps to what the worst of the recent misses would have
-    needed, and goes on jumping after every miss until `recovery` audits are in keeping with the promise again. From
-    there on it falls as slowly as the tracking lets it.
+    In quiet times the margin follows by quantile tracking (`AdaptiveMargin`). Two tests for drift watch the audits: one
+    their misses, one the predictor's errors (`Rule.beyond`). The second is the sharper one: an error shows where the
+    threshold is far, and where the tightening already keeps frames from missing; but an exact exit's audit says nothing
+    of the predictor, and does not count in it. At an alarm of either, tracking would take too long: the tightening
+    jumps to what the worst of the recent audits would have needed, and follows every miss until the last `recovery`
+    audits are in keeping with the calibration again. From there on it falls as slowly as the tracking lets it.
 
     Not safe for several threads at once.
 
@@ -61,14 +64,15 @@ class AuditLog:
         self.every = every
         self._alpha = 1.0 - confidence
         self._margin = AdaptiveMargin(self._alpha, step)
-        self._test = DriftTest(self._alpha)
+        self._miss_test = DriftTest(self._alpha)
+        self._error_test = DriftTest(self._alpha)
         self._recovery = recovery
         self._seed = seed
         self._block = -1  # the last block that had its audit
         self._target = (-1, -1)  # a block and its frame to audit
         self._in_flight: tuple[int, float] | None = None  # frame, tightening that it was answered with
-        self._recent: deque[tuple[bool, float]] = deque(maxlen=recovery)  # missed, tightening that it needed
-        self._drifting_for: int | None = None
+        self._needed: deque[float] = deque(maxlen=recovery)  # tightening that an audit asks for, by audit
+        self._drifting: _Drift | None = None
         self._drifts = 0
         self._audits: Counter[int] = Counter()
         self._misses: Counter[int] = Counter()
@@ -96,8 +100,8 @@ class AuditLog:
 
     @property
     def drifting(self) -> bool:
-        """Whether recent audits contradict the promise, and no `recovery` audits since have kept it."""
-        return self._drifting_for is not None
+        """Whether a drift began and the last `recovery` audits since are not yet in keeping with the calibration."""
+        return self._drifting is not None
 
     @property
     def in_flight(self) -> int | None:
@@ -131,7 +135,14 @@ class AuditLog:
         self._take(frame)
 
     def finished(
-        self, frame: int, age: int | None, missed: bool, excess_score: float = 0.0, spread: float = 1.0
+        self,
+        frame: int,
+        age: int | None,
+        missed: bool,
+        excess_score: float = -math.inf,
+        spread: float = 1.0,
+        *,
+        beyond: float | None = None,
     ) -> None:
         """Take in a result. A frame that an exact exit answered counts too, as a hit: the promise is over all frames.
 
@@ -139,8 +150,10 @@ class AuditLog:
             frame: The frame whose audit started.
             age: Age of the cache it was answered from; None or 0: without one.
             missed: Whether its answer was worse than the threshold.
-            excess_score: By how much its true score is over the threshold's (below 0 where not missed).
+            excess_score: By how much its true score is over the threshold's: below 0 where not missed, -inf for an
+                exact exit.
             spread: The spread that was predicted for the exit that answered it, in units of score.
+            beyond: What `Rule.beyond` says of the prediction; None for an exact exit, or where it is not known.
 
         Raises:
             WarpcacheError: If no audit of `frame` is under way: a bug of the caller.
@@ -149,46 +162,56 @@ class AuditLog:
         group = age or 0
         self._audits[group] += 1
         self._misses[group] += missed
-        excess = excess_score / spread if spread > 0.0 else math.nan
-        if math.isnan(excess):
-            excess = math.inf  # nothing is known but that it was bad: the margin limits what that may change
+        limit = self._margin.largest_jump
+        # Of a miss whose size is not known, only the limit says how far it may move the margin.
+        excess = excess_score / spread if spread > 0.0 and not math.isnan(excess_score) else limit
         self._margin.observe(missed, excess)
-        # A prediction wrong by as much again would have been kept out by this tightening.
-        self._recent.append((missed, tightening + min(max(excess, 0.0), self._margin.largest_jump)))
-        if self._drifting_for is None:
-            if self._test.observe(missed):
-                self._begin_drift()
+        # A prediction wrong by as much again would have been kept out by so much tightening.
+        needed = tightening + min(max(excess, 0.0), limit) if missed else 0.0
+        surprised = None if beyond is None else not beyond < 0.0
+        if beyond is not None and surprised:
+            needed = max(needed, limit if math.isnan(beyond) else beyond)
+        self._needed.append(needed)
+        if self._drifting is None:
+            by_misses = self._miss_test.observe(missed)
+            by_errors = surprised is not None and self._error_test.observe(surprised)
+            if by_misses or by_errors:
+                self._begin_drift(by_errors=by_errors)
         else:
-            self._follow_drift(missed)
+            self._follow_drift(self._drifting, missed, surprised)
 
     def take_warning(self) -> str | None:
         """The warning of a drift that began since the last call; one a drift, None otherwise."""
         warning, self._warning = self._warning, None
         return warning
 
-    def _begin_drift(self) -> None:
-        self._drifting_for = 0
+    def _begin_drift(self, *, by_errors: bool) -> None:
         self._drifts += 1
-        self._raise_to(max(needed for missed, needed in self._recent if missed))
-        recent = [missed for missed, _ in self._recent]
+        self._drifting = _Drift(by_errors, deque(maxlen=self._recovery))
+        self._raise_to(max(self._needed))
         self._warning = (
-            f"{sum(recent)} of the last {len(recent)} audited frames are worse than promised, where at most "
-            f"{self._alpha:.3g} of them should be: the inputs differ from those that the bundle was calibrated with; "
-            f"the rule is tightened by {self._margin.tightening:.2g} spreads and dearer exits answer; compile the "
-            "bundle again with frames like these if it lasts"
+            f"{sum(needed > 0.0 for needed in self._needed)} of the last {len(self._needed)} audited frames are worse "
+            f"than promised or than the predictor leaves open, where about {self._alpha:.3g} of them should be: the "
+            "inputs differ from those that the bundle was calibrated with; the rule is tightened by "
+            f"{self._margin.tightening:.2g} spreads and dearer exits answer; compile the bundle again with frames like "
+            "these if it lasts"
         )
-        self._recent.clear()
-        self._test.reset()
+        self._needed.clear()
+        self._miss_test.reset()
+        self._error_test.reset()
 
-    def _follow_drift(self, missed: bool) -> None:
-        assert self._drifting_for is not None
-        self._drifting_for += 1
-        if missed:
-            self._raise_to(self._recent[-1][1])
-        if self._drifting_for >= self._recovery:
-            misses = sum(was_missed for was_missed, _ in self._recent)
-            if binomial_tail(misses, self._recovery, self._alpha) > _RECOVERY_LEVEL:
-                self._drifting_for = None
+    def _follow_drift(self, drift: _Drift, missed: bool, surprised: bool | None) -> None:
+        # The first audits show how far the predictor is off, each later miss that it is further.
+        if missed or len(drift.recent) < self._recovery:
+            self._raise_to(self._needed[-1])
+        # What was noticed by errors is over when the errors are: misses end as soon as the tightening is enough.
+        contradicts = surprised if drift.by_errors else missed
+        if contradicts is not None:
+            drift.recent.append(contradicts)
+        if len(drift.recent) == self._recovery:
+            probability = binomial_tail(sum(drift.recent), self._recovery, self._alpha)
+            if probability > _RECOVERY_LEVEL:
+                self._drifting = None
 
     def _raise_to(self, tightening: float) -> None:
         self._margin.jump(tightening - self._margin.tightening)
@@ -207,6 +230,14 @@ class AuditLog:
         tightening = self._in_flight[1]
         self._in_flight = None
         return tightening
+
+
+@dataclass(frozen=True, slots=True)
+class _Drift:
+    """A drift that has begun: which test noticed it, and what that test's events were since."""
+
+    by_errors: bool
+    recent: deque[bool]
 
 
 def _impossible(what: str) -> WarpcacheError:

@@ -159,10 +159,8 @@ class DriftTest:
         if not missed:
             return False  # No count rises by a hit: had it been an alarm, it was one before.
         newest_first = list(recent)[::-1]
-        return any(
-            len(newest_first) >= length and sum(newest_first[:length]) >= count
-            for length, count in self._alarm_at.items()
-        )
+        # A window that is not full yet counts too: as many misses among fewer audits are less probable still.
+        return any(sum(newest_first[:length]) >= count for length, count in self._alarm_at.items())
 
     def reset(self) -> None:
         """Forget all audits, as after an alarm that was acted on."""

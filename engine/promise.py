@@ -13,7 +13,7 @@ import numbers
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any, Final
 
@@ -209,14 +209,26 @@ class Rule:
     Attributes:
         quality: What is promised.
         margins: Spreads by calibrated age in frames; age 0 is a frame without a cache.
+        surprise: By how many spreads a true score may lie above the predicted one: among frames like the calibration's,
+            at most the share 1 - confidence of those that an eligible exit answers lies as far above or further. inf
+            where there are too few to say.
     """
 
     quality: Quality
     margins: Mapping[int, float]
+    surprise: float = math.inf
 
     def margin(self, age: int | None) -> float:
         """The margin at `age` frames; None is no cache, as 0 is. inf (nothing is eligible) where none is calibrated."""
         return self.margins.get(0 if age is None else age, math.inf)
+
+    def beyond(self, score: float, predicted: float, spread: float) -> float:
+        """How many spreads a true score lies beyond what the prediction leaves open; 0 or more is a surprise.
+
+        It tells whether the predictor is right where a miss cannot: where the threshold is far, or the margin has been
+        tightened.
+        """
+        return (score - predicted) / spread - self.surprise
 
 
 @dataclass(frozen=True)
@@ -450,7 +462,7 @@ class Calibration:
         self._check_confidence(quality.confidence)
         rule, share = self._made(quality)
         if share >= _LEAST_ELIGIBLE_SHARE:
-            return rule
+            return replace(rule, surprise=self._surprise(rule))
         best = self.best(quality.confidence)
         raise InputError(
             f"{quality} at confidence {quality.confidence:g} cannot be promised: all exits but the whole generator "
@@ -522,6 +534,19 @@ class Calibration:
             eligible += int((slack.max(axis=1) >= margins[age]).sum())
             total += rows.size
         return Rule(quality, margins), eligible / total
+
+    def _surprise(self, rule: Rule) -> float:
+        """See `Rule.surprise`; over all ages together, since at some there may be too few rows for it."""
+        worst = []
+        for age in self.groups():
+            where = np.ix_(*self.rows(age))
+            eligible = self.slack(age, rule.quality.score) >= rule.margin(age)
+            error = np.full(eligible.shape, -np.inf)
+            difference = self.measured[where].astype(np.float64) - self.predicted[where]
+            np.divide(difference, self.spread[where], out=error, where=eligible)
+            # Whichever of the eligible exits answers, its error is at most the largest of theirs.
+            worst.append(error[eligible.any(axis=1)].max(axis=1))
+        return risk_control_margin(np.concatenate(worst), 1.0 - rule.quality.confidence)
 
     def _holds(self, score: float, confidence: float) -> bool:
         threshold = float(from_score(self.metric, score))

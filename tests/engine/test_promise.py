@@ -337,7 +337,8 @@ def test_outcomes_equal_the_frames_counted_one_by_one() -> None:
             best = "whole"
             for column, name in enumerate(EXITS):
                 predicted, spread = float(data.predicted[index, column]), float(data.spread[index, column])
-                allowed = predicted + rule.margin(outcome.age) * spread <= rule.quality.score + 1e-12
+                # The row that a margin is made from lies on the edge, on the side of those that are kept out.
+                allowed = predicted + rule.margin(outcome.age) * spread <= rule.quality.score - 1e-12
                 if math.isfinite(data.measured[index, column]) and allowed and costs[name] < costs.get(best, 1.0):
                     best = name
             shares[best] += 1
