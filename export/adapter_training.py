@@ -23,11 +23,11 @@ from .compile_options import CompileOptions
 from .cut import CutCandidate
 from .distill import Distillation, DistillOptions
 from .perceptual import PerceptualLoss
-from .recording import Progress, Recording, record
+from .recording import Progress, record
 from .split import SplitModels
 from .subject import Subject
 
-__all__ = ["TrainedAdapter", "perceptual_loss", "train_adapter"]
+__all__ = ["AdapterTraining", "TrainedAdapter", "perceptual_loss"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,29 +39,16 @@ class TrainedAdapter:
     Attributes:
         producer: Frame inputs -> cache tensors, the plain consumer's and the warp consumers'.
         consumers: Exit name -> consumer, the dearest first: ``warp``, ``warp2``, ...
-        layout: What the adapter reads and writes.
-        recording: The generator on the training frames.
         record: What the manifest says of the training, JSON-ready.
     """
 
     producer: ModelProto
     consumers: dict[str, ModelProto]
-    layout: AdapterLayout
-    recording: Recording
     record: dict[str, Any]
 
 
-def train_adapter(
-    subject: Subject,
-    parts: SplitModels,
-    cut: CutCandidate,
-    options: CompileOptions,
-    *,
-    checkpoint: Path,
-    plan: Mapping[str, Any] | None,
-    progress: Progress,
-) -> TrainedAdapter:
-    """Choose the consumers' sizes, record the generator, train.
+class AdapterTraining:
+    """The training of one adapter: what is chosen and recorded for it at once, and then `run`.
 
     Args:
         subject: The generator and its frames.
@@ -72,44 +59,80 @@ def train_adapter(
         plan: What the checkpoint's run had chosen, or None.
         progress: Told how far it is.
 
+    Attributes:
+        layout: What the adapter reads and writes.
+        recording: The generator on the training frames.
+
     Raises:
         InputError: If the truth has no output's shape.
-        ExportError: If nothing fits the budget, the generator gives NaN, or the checkpoint belongs to another run.
+        ExportError: If nothing fits the budget, or the generator gives NaN.
     """
-    train = subject.train
-    layout = subject.layout(cut.names)
-    configs = _planned(plan) if plan else options.adapters
-    if not configs:
-        feeds = {name: array[:1] for name, array in subject.sample.items()}
-        configs = choose_configs(subject.model, layout, options.budget, feeds, options.consumers, progress=progress)
-    recording = record(subject.model, layout, configs[0], train.arrays, truth=train.truth, progress=progress)
-    train_options = DistillOptions(steps=options.steps, max_age=options.max_age, seed=options.seed, **options.train)
-    torch.manual_seed(options.seed)
-    encoder = CacheEncoder(layout, configs[0])
-    consumers = [WarpConsumer(layout, config) for config in configs]
-    distillation = Distillation(
-        encoder,
-        consumers,
-        recording,
-        train_options,
-        perceptual=perceptual_loss(options.lpips, layout),
-        identity=_identity(subject.model, train, options),
-        plan={"cut": ",".join(cut.names), **_sizes(configs)},
-    )
-    distillation.run(
-        checkpoint=checkpoint, on_step=lambda step, _: progress("training the warp adapter", step, options.steps)
-    )
-    limits = (float(recording.images.min()), float(recording.images.max()))
-    return TrainedAdapter(
-        producer=producer_graph(subject.model, parts, encoder.eval(), layout),
-        consumers={
-            "warp" if k == 1 else f"warp{k}": consumer_graph(consumer.eval(), layout, limits)
-            for k, consumer in enumerate(consumers, 1)
-        },
-        layout=layout,
-        recording=recording,
-        record={**_sizes(configs), **dataclasses.asdict(train_options)},
-    )
+
+    def __init__(
+        self,
+        subject: Subject,
+        parts: SplitModels,
+        cut: CutCandidate,
+        options: CompileOptions,
+        *,
+        checkpoint: Path,
+        plan: Mapping[str, Any] | None,
+        progress: Progress,
+    ) -> None:
+        self._subject, self._parts, self._checkpoint, self._progress = subject, parts, checkpoint, progress
+        train = subject.train
+        self.layout = layout = subject.layout(cut.names)
+        configs = _planned(plan) if plan else options.adapters
+        if not configs:
+            feeds = {name: array[:1] for name, array in subject.sample.items()}
+            configs = choose_configs(subject.model, layout, options.budget, feeds, options.consumers, progress=progress)
+        self._configs = configs
+        self.recording = record(subject.model, layout, configs[0], train.arrays, truth=train.truth, progress=progress)
+        self._options = DistillOptions(steps=options.steps, max_age=options.max_age, seed=options.seed, **options.train)
+        torch.manual_seed(options.seed)
+        self._distillation = Distillation(
+            CacheEncoder(layout, configs[0]),
+            [WarpConsumer(layout, config) for config in configs],
+            self.recording,
+            self._options,
+            perceptual=perceptual_loss(options.lpips, layout),
+            identity=_identity(subject.model, train, options),
+            plan={"cut": ",".join(cut.names), **_sizes(configs)},
+        )
+
+    def keep(self) -> None:
+        """Make the checkpoint, or see that the one there is this training's: other work comes before `run`.
+
+        Raises:
+            ExportError: If it cannot be written, is damaged or belongs to another run.
+        """
+        if self._checkpoint.exists():
+            self._distillation.load(self._checkpoint)
+        else:
+            self._distillation.save(self._checkpoint)
+
+    def run(self) -> TrainedAdapter:
+        """Train, from the checkpoint on where there is one.
+
+        Raises:
+            ExportError: If the checkpoint is damaged or belongs to another run.
+        """
+        steps = self._options.steps
+        self._distillation.run(
+            checkpoint=self._checkpoint,
+            on_step=lambda step, _: self._progress("training the warp adapter", step, steps),
+        )
+        images = self.recording.images
+        limits = (float(images.min()), float(images.max()))
+        encoder, consumers = self._distillation.encoder.eval(), self._distillation.consumers
+        return TrainedAdapter(
+            producer=producer_graph(self._subject.model, self._parts, encoder, self.layout),
+            consumers={
+                "warp" if k == 1 else f"warp{k}": consumer_graph(consumer.eval(), self.layout, limits)
+                for k, consumer in enumerate(consumers, 1)
+            },
+            record={**_sizes(self._configs), **dataclasses.asdict(self._options)},
+        )
 
 
 def perceptual_loss(weights: Path | None, layout: AdapterLayout) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -7,6 +7,7 @@ of the adapter and that of the branches, beside the bundle; `resume` goes on fro
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -20,8 +21,8 @@ from ..engine.errors import InputError
 from ..engine.lpips import Lpips
 from ..engine.manifest import ExitRecord
 from ..engine.spec import Array
-from .adapter import Surface
-from .adapter_training import TrainedAdapter, perceptual_loss, train_adapter
+from .adapter import AdapterLayout, Surface
+from .adapter_training import AdapterTraining, perceptual_loss
 from .branches import train_branches
 from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
@@ -42,6 +43,8 @@ from .subject import Subject
 from .trace import input_names_of, trace_generator
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "split_model"]
+
+logger = logging.getLogger(__name__)
 
 
 def compile_generator(
@@ -147,27 +150,27 @@ class _Compilation:
         parts = split(subject.model, cut)
         check_exact(subject.model, parts, {name: array[:1] for name, array in subject.sample.items()})
         self.models |= {"producer": parts.producer, "plain": parts.plain}
-        promised: TrainedAdapter | None = None
+        adapter: AdapterTraining | None = None
         if options.steps:
             if not options.resume:
                 self._forget()
-            adapter = train_adapter(
+            adapter = AdapterTraining(
                 subject, parts, cut, options, checkpoint=self.checkpoint, plan=plan, progress=self.progress
             )
-            self.models |= {"producer": adapter.producer, **adapter.consumers}
-            self.exits += adapter.consumers
-            self.training = adapter.record
+            branches = self._train_branches(adapter)
+            trained = adapter.run()
+            self.models |= {"producer": trained.producer, **trained.consumers, **branches}
+            self.exits += [*trained.consumers, *branches]
+            self.training |= trained.record
             if options.exits is not None:
-                promised = adapter
-                self._train_branches(adapter)
-                self.models["producer"] = merge(adapter.producer, thumbnail_graph(adapter.layout), {})
+                self.models["producer"] = merge(trained.producer, thumbnail_graph(adapter.layout), {})
             # The cut's tensors now leave a producer that does more: still the same bits.
             split_ = dataclasses.replace(parts, producer=self.models["producer"])
             check_exact(subject.model, split_, frame_at(subject.train.arrays, 0))
         costs = measure_costs(self.models, self.exits, subject)
         calibration = self._calibrate()
-        if promised is not None and calibration is not None:
-            calibration["promise"] = self._promise(promised, costs)
+        if adapter is not None and options.exits is not None and calibration is not None:
+            calibration["promise"] = self._promise(adapter.layout, costs)
         manifest = draft_manifest(
             self.out.stem,
             self.models,
@@ -185,10 +188,15 @@ class _Compilation:
         self._forget()
         return bundle
 
-    def _train_branches(self, adapter: TrainedAdapter) -> None:
-        """The branches, from what the generator made of the training frames."""
-        if not self.options.branches:
-            return
+    def _train_branches(self, adapter: AdapterTraining) -> dict[str, ModelProto]:
+        """The branches by name, from what the generator made of the training frames.
+
+        They come before the adapter's training, because a generator that no branch suits is found only here.
+        """
+        wanted = self.options.branches
+        if not wanted:
+            return {}
+        adapter.keep()
         branches = train_branches(
             self.subject.model,
             self.subject.sample,
@@ -198,9 +206,10 @@ class _Compilation:
             progress=self.progress,
             checkpoint=self.branch_checkpoint,
         )
-        self.models |= {branch.name: branch.graph for branch in branches}
-        self.exits += [branch.name for branch in branches]
+        if len(branches) < wanted:
+            logger.warning("of %d branches only %d are cheap enough to be worth having", wanted, len(branches))
         self.training["branches"] = {branch.name: branch.record for branch in branches}
+        return {branch.name: branch.graph for branch in branches}
 
     def _calibrate(self) -> dict[str, Any] | None:
         """Quality of every exit by age, on frames that training did not see; None where no output is a picture."""
@@ -219,7 +228,7 @@ class _Compilation:
             progress=self.progress,
         )
 
-    def _promise(self, adapter: TrainedAdapter, costs: Sequence[ExitRecord]) -> dict[str, Any]:
+    def _promise(self, layout: AdapterLayout, costs: Sequence[ExitRecord]) -> dict[str, Any]:
         """The promise's record; its predictors become modules, its rows a file of the bundle."""
         subject, options = self.subject, self.options
         assert subject.image_output is not None  # else `check_promise` had refused
@@ -227,7 +236,7 @@ class _Compilation:
             {name: self.models[name] for name in self.exits if name not in (WHOLE, "plain")},
             subject.model,
             self.models["producer"],
-            adapter.layout,
+            layout,
             subject.train.arrays,
             subject.held.arrays,
             options.promised_metric,

@@ -292,3 +292,9 @@ def portrait() -> Traced:
     stream = _portrait_stream()
     model = trace_generator(module, {name: stream[name][:1] for name in ("condition", "pose", "person")})
     return Traced("portrait", module, stream, model, costs_of(model))
+
+
+@pytest.fixture(scope="session")
+def traced_unet() -> Traced:
+    """The U-Net, for fixtures that outlive a test."""
+    return _trace("unet")

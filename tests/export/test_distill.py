@@ -128,6 +128,15 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(tmp_path: Path, stop: i
     assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.name]
 
 
+def test_a_finished_run_leaves_its_last_step(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c.safetensors"
+    # Between two checkpoints: what comes after the training may be interrupted too.
+    options = dataclasses.replace(OPTIONS, steps=5)
+    distillation(recording(), options).run(checkpoint=checkpoint)
+    with safe_open(checkpoint, "pt") as file:
+        assert (file.metadata() or {})["step"] == "5"
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     checkpoint = tmp_path / "c.safetensors"
     first = distillation(recording())
