@@ -20,7 +20,16 @@ from .recording import Progress, frames_of
 from .run import frame_at, open_session, run_session
 from .slim import depths, slim
 
-__all__ = ["BranchPlan", "Guide", "choose_depths", "choose_widths", "make_guides", "near_frames", "untrained_graph"]
+__all__ = [
+    "BranchPlan",
+    "Guide",
+    "choose_depths",
+    "choose_widths",
+    "make_guides",
+    "near_frames",
+    "slim_rest",
+    "untrained_graph",
+]
 
 # Of a branch's cost: what its first layers may take. They are not slimmed, so what they take the rest lacks.
 _PREFIX_SHARE = 0.4
@@ -32,6 +41,8 @@ _DEAREST = 0.9
 _WIDTHS = 32
 # Frames this near one another are too alike to stand for frames that were never seen; at most one in eight are.
 _NEAR = 15
+# What channel counts are rounded up to: the executors' favourite where layers are wide enough for it, else less.
+_MULTIPLES = (8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -232,12 +243,26 @@ def untrained_graph(
     """The branch of a plan as it is before training, with its look-up and the value that takes the guide."""
     return branch_graph(
         prefix_graph(model, plan.depth),
-        slim(model, plan.depth, plan.width).rest,
+        slim_rest(model, plan),
         lookup,
         target,
         GraphIndex(model).outputs,
         (-np.inf, np.inf),
     )
+
+
+def slim_rest(model: ModelProto, plan: BranchPlan) -> ModelProto:
+    """The remainder of a plan, with the generator's own weights: depth values and inputs -> the generator's outputs.
+
+    Raises:
+        ExportError: If nothing behind the depth can be slimmed.
+    """
+    for multiple in _MULTIPLES[:-1]:
+        try:
+            return slim(model, plan.depth, plan.width, multiple=multiple).rest
+        except ExportError:
+            continue
+    return slim(model, plan.depth, plan.width, multiple=_MULTIPLES[-1]).rest
 
 
 def _floating(index: GraphIndex, depth: tuple[str, ...]) -> tuple[str, ...]:

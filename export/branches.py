@@ -23,14 +23,13 @@ from torch import Tensor
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array
 from .branch_graph import branch_graph, lookup_graph, prefix_graph
-from .branch_plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames
+from .branch_plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
 from .branch_training import BranchNetwork, BranchTraining, TrainOptions
 from .checkpoint import checkpoint_plan
 from .graph import GraphIndex
 from .graph_module import GraphModule
 from .profile import time_model
 from .recording import Progress
-from .slim import slim
 
 __all__ = ["Branch", "BranchOptions", "default_costs", "train_branches"]
 
@@ -218,7 +217,7 @@ def _network(model: ModelProto, plan: BranchPlan, guide: Guide | None, joint: bo
     """A branch to train, from the generator's own weights."""
     prefix = prefix_graph(model, plan.depth) if joint else None
     return BranchNetwork(
-        GraphModule(slim(model, plan.depth, plan.width).rest, train="all"),
+        GraphModule(slim_rest(model, plan), train="all"),
         GraphIndex(model).outputs,
         prefix=None if prefix is None else GraphModule(prefix, train="all"),
         lookup=None if guide is None else guide.lookup(),

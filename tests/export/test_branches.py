@@ -50,9 +50,23 @@ def case_of(traced: Any) -> Case:
     return Case(traced.model, traced.stream, np.concatenate(images))
 
 
+_KEPT: dict[str, Any] = {}
+
+
 @pytest.fixture
 def unet(trace: Callable[[str], Any]) -> Case:
-    return case_of(trace("unet"))
+    """The U-Net on its clip, made once."""
+    if "unet" not in _KEPT:
+        _KEPT["unet"] = case_of(trace("unet"))
+    return _KEPT["unet"]
+
+
+@pytest.fixture
+def pair(unet: Case) -> dict[float, Branch]:
+    """Two branches of it by width, a few steps into their training, made once: read them only."""
+    if "pair" not in _KEPT:
+        _KEPT["pair"] = widths_of(trained(unet, two(unet)))
+    return _KEPT["pair"]
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +117,7 @@ def widths_of(branches: list[Branch]) -> dict[float, Branch]:
     return {branch.record["width"]: branch for branch in branches}
 
 
-@pytest.mark.parametrize("name", ["unet", "residual", "latent", "attention"])
-@pytest.mark.parametrize("bank_size", [0, 4])
+@pytest.mark.parametrize(("name", "bank_size"), [("unet", 0), ("residual", 4), ("latent", 4), ("attention", 4)])
 def test_an_untrained_branch_of_full_width_is_the_generator(
     trace: Callable[[str], Any], name: str, bank_size: int
 ) -> None:
@@ -122,16 +135,19 @@ def test_an_untrained_branch_of_full_width_is_the_generator(
 
 def test_several_outputs_and_inputs_of_every_kind(portrait: Any) -> None:
     case = case_of(portrait)
-    (branch,) = trained(case, BranchOptions(count=1, places=[()], widths=[1.0], bank_size=3, steps=0))
-    np.testing.assert_allclose(answers(branch.graph, case), case.images, atol=1e-5)
-    (branch,) = trained(case, BranchOptions(count=1, places=[()], widths=[0.5], bank_size=3, steps=2, batch=2))
-    assert np.isfinite(answers(branch.graph, case)).all()
+    wide, slimmed = (
+        trained(case, BranchOptions(count=1, places=[()], widths=[width], bank_size=3, steps=steps, batch=2))[0].graph
+        for width, steps in ((1.0, 0), (0.5, 2))
+    )
+    np.testing.assert_allclose(answers(wide, case), case.images, atol=1e-5)
+    assert np.isfinite(answers(slimmed, case)).all()
+    # Its layers of 8 channels are no multiple of 8 at half the width; they are slimmed all the same.
+    assert count_macs(slimmed) < 0.6 * count_macs(case.model)
 
 
-def test_what_is_trained_is_what_is_emitted(unet: Case) -> None:
-    branches = widths_of(trained(unet, two(unet)))
+def test_what_is_trained_is_what_is_emitted(unet: Case, pair: dict[float, Branch]) -> None:
     place = after_first_block(unet.model)
-    for width, branch in branches.items():
+    for width, branch in pair.items():
         arrays = arrays_of(branch.graph)
         # The same branch by hand: the generator's first layers, then the slim rest with the trained weights.
         first = run_first(unet, place)
@@ -164,28 +180,29 @@ def run_first(case: Case, place: tuple[str, ...]) -> list[np.ndarray]:
     return [run_session(session, case.frame(t))[place[0]] for t in range(len(case.images))]
 
 
-def test_frozen_layers_are_stored_once(unet: Case, tmp_path: Path) -> None:
-    branches = widths_of(trained(unet, two(unet)))
+def test_frozen_layers_are_stored_once(unet: Case, pair: dict[float, Branch], tmp_path: Path) -> None:
     generator = arrays_of(unet.model)
     own = set(GraphIndex(slim(unet.model, after_first_block(unet.model), 1.0).rest).initializers)
     frozen = {name: array for name, array in generator.items() if name not in own}
     assert any(array.ndim == 4 for array in frozen.values())
-    for branch in branches.values():
+    for branch in pair.values():
         arrays = arrays_of(branch.graph)
         for name, array in frozen.items():
             assert arrays[name].tobytes() == array.tobytes(), name
-    models = {"generator": unet.model, "half": branches[0.5].graph, "whole": branches[1.0].graph}
+    models = {"generator": unet.model, "half": pair[0.5].graph, "whole": pair[1.0].graph}
     shared_weights(models, tmp_path)
     stored = (tmp_path / "weights.safetensors").read_bytes()
     header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
     # The bank's values are the same in both branches, and stored once too.
-    values = [a for a in arrays_of(branches[0.5].graph).values() if a.shape == (4, 16 * 16 * 16)]
+    values = [a for a in arrays_of(pair[0.5].graph).values() if a.shape == (4, 16 * 16 * 16)]
     assert len(values) == 1
     assert sum(entry["shape"] == [4, 16 * 16 * 16] for entry in header.values()) == 1
 
 
 def test_joint_training_moves_the_first_layers(unet: Case) -> None:
-    options = two(unet, joint=True, steps=3)
+    options = BranchOptions(
+        count=1, places=[after_first_block(unet.model)], widths=[0.5], joint=True, bank_size=4, steps=2, batch=2
+    )
     for branch in trained(unet, options):
         arrays, generator = arrays_of(branch.graph), arrays_of(unet.model)
         frozen = [n for n in generator if n in arrays and generator[n].shape == arrays[n].shape]
@@ -195,9 +212,18 @@ def test_joint_training_moves_the_first_layers(unet: Case) -> None:
         assert np.isfinite(answers(branch.graph, unet)).all()
 
 
+def test_branches_are_named_by_cost(pair: dict[float, Branch]) -> None:
+    first, second = sorted(pair.values(), key=lambda branch: branch.name)
+    assert (first.name, second.name) == ("branch1", "branch2")
+    assert first.cost_ratio <= second.cost_ratio
+    record = json.loads(json.dumps(first.record))
+    assert record["bank"]["entries"] == 4
+    assert record["steps"] == 4
+
+
 def test_answers_stay_in_the_images_range(unet: Case) -> None:
     dim = dataclasses.replace(unet, images=(unet.images * 0.1 + 0.05).astype(np.float32))
-    for branch in trained(dim, two(unet, steps=0)):
+    for branch in trained(dim, two(unet, steps=0, bank_size=0)):
         got = answers(branch.graph, unet)
         assert got.min() == dim.images.min()
         assert got.max() == dim.images.max()
@@ -219,10 +245,8 @@ class Interrupt(KeyboardInterrupt):
     """Ctrl-C at a chosen step."""
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-def test_a_resumed_run_is_the_one_that_was_never_stopped(unet: Case, tmp_path: Path, stop: int) -> None:
-    options = two(unet, checkpoint_every=2)
-    whole = widths_of(trained(unet, options))
+def test_a_resumed_run_is_the_one_that_was_never_stopped(unet: Case, pair: dict[float, Branch], tmp_path: Path) -> None:
+    stop, options = 3, two(unet, checkpoint_every=2)
     checkpoint = tmp_path / "b.checkpoint.safetensors"
 
     def interrupt(stage: str, done: int, _: int) -> None:
@@ -241,21 +265,13 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(unet: Case, tmp_path: P
         train_branches(unet.model, unet.stream, unet.images, options=options, progress=note, checkpoint=checkpoint)
     )
     # A checkpoint every two steps, and one before the first.
-    assert told == list(range((stop - 1) // 2 * 2 + 1, 5))
-    for width, branch in whole.items():
+    assert told == [3, 4]
+    for width, branch in pair.items():
         # Bit for bit: the same sums in the same order on one thread.
         assert resumed[width].graph.SerializeToString() == branch.graph.SerializeToString()
     other = dataclasses.replace(options, seed=1)
     with pytest.raises(ExportError, match=r"^the checkpoint .* belongs to another model, clip or options"):
         trained(unet, other, checkpoint=checkpoint)
-
-
-def test_a_seed_makes_the_run(unet: Case) -> None:
-    first, again, other = (
-        widths_of(trained(unet, two(unet, seed=seed)))[0.5].graph.SerializeToString() for seed in (0, 0, 1)
-    )
-    assert first == again
-    assert first != other
 
 
 def made_up_times(
@@ -271,7 +287,7 @@ def made_up_profile(model: onnx.ModelProto, feeds: object) -> dict[str, float]:
     return {n: 10.0 if node.op_type == "Conv" else 0.5 for n, node in zip(index.names, index.nodes, strict=True)}
 
 
-def test_places_and_widths_follow_from_costs(unet: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_places_and_widths_follow_from_costs(unet: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branch_plan, "time_model", made_up_times)
     monkeypatch.setattr(branch_plan, "profile_nodes", made_up_profile)
     model, feeds = unet.model, unet.frame(0)
@@ -280,16 +296,16 @@ def test_places_and_widths_follow_from_costs(unet: Case, monkeypatch: pytest.Mon
     def share(depth: tuple[str, ...]) -> float:
         return sum(times[index.names[k]] for k in index.closure(depth)) / sum(times.values())
 
-    costs = (0.05, 0.35, 0.9)
-    places = choose_depths(model, feeds, costs)
+    places = choose_depths(model, feeds, (0.05, 0.35, 0.9))
     # The first convolution alone is a seventh of all.
     assert places[0] == ()
-    assert 0 < share(places[1]) <= 0.4 * 0.35 or share(places[1]) <= 0.6 * 0.35
-    assert share(places[1]) <= share(places[2]) <= 0.4 * 0.9
+    assert 0.4 * 0.35 < share(places[1]) <= 0.6 * 0.35
+    assert share(places[1]) < share(places[2]) <= 0.4 * 0.9
+    places = places[::2]
     guides = make_guides(model, unet.stream, places, 3, silent)
-    plans = choose_widths(model, places, guides, feeds, (0.2, 0.35, 0.7), silent)
+    plans = choose_widths(model, places, guides, feeds, (0.3, 0.7), silent)
     whole = count_macs(model)
-    for plan, cost in zip(plans, (0.2, 0.35, 0.7), strict=True):
+    for plan, cost in zip(plans, (0.3, 0.7), strict=True):
         guide = guides[plan.depth]
         lookup = lookup_graph(guide.lookup(), guide.values, guide.shapes)
         graph, wider, narrowest = (
@@ -298,16 +314,6 @@ def test_places_and_widths_follow_from_costs(unet: Case, monkeypatch: pytest.Mon
         )
         assert count_macs(graph) / whole <= cost or count_macs(graph) == count_macs(narrowest)
         assert count_macs(wider) / whole > cost or plan.width == 1.0
-    # What was decided is kept for a run that resumes.
-    checkpoint = tmp_path / "c.safetensors"
-    options = BranchOptions(count=3, costs=[0.2, 0.35, 0.7], bank_size=3, steps=1, batch=2)
-    branches = trained(unet, options, checkpoint=checkpoint)
-    (identity,) = {json.dumps(branch.record["steps"]) for branch in branches}
-    assert identity == "1"
-    assert len(branches) == len({json.dumps([b.record["depth"], b.record["width"]]) for b in branches})
-    assert [branch.name for branch in branches] == [f"branch{k + 1}" for k in range(len(branches))]
-    ratios = [branch.cost_ratio for branch in branches]
-    assert ratios == sorted(ratios)
 
 
 def test_no_branch_is_worth_it(unet: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +363,7 @@ def test_what_cannot_be_trained_is_refused(unet: Case, trace: Callable[[str], An
         train_branches(unet.model, short, unet.images[:1], options=options, progress=silent)
 
 
-def training(case: Case, *, joint: bool = False, near: int = 2, steps: int = 2) -> BranchTraining:
+def training(case: Case, *, joint: bool = False, near: int = 2, steps: int = 2, seed: int = 0) -> BranchTraining:
     """A run of one branch with a bank of every frame, as `train_branches` sets it up."""
     place = after_first_block(case.model)
     guide = make_guides(case.model, case.stream, [place], 6, silent)[place]
@@ -377,8 +383,20 @@ def training(case: Case, *, joint: bool = False, near: int = 2, steps: int = 2) 
         None if joint else GraphModule(prefix),
         {name: torch.from_numpy(array) for name, array in case.stream.items()},
         torch.from_numpy(case.images),
-        TrainOptions(steps=steps, batch=2, near=near),
+        TrainOptions(steps=steps, batch=2, near=near, seed=seed),
     )
+
+
+def test_a_seed_makes_the_run(unet: Case) -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        run = training(unet, seed=seed)
+        run.run()
+        return [parameter.detach() for parameter in run.branches.parameters()]
+
+    first, again, other = weights(0), weights(0), weights(1)
+    # Bit for bit: the same sums in the same order on one thread.
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_in_training_a_frame_does_not_find_itself(unet: Case) -> None:
@@ -422,7 +440,7 @@ def test_the_perceptual_loss_weighs_every_branch_alike(unet: Case) -> None:
         seen.append((tuple(a.shape), tuple(b.shape)))
         return (a - b).abs().mean()
 
-    trained(unet, two(unet, steps=1), perceptual=distance)
+    trained(unet, two(unet, steps=1, bank_size=0), perceptual=distance)
     assert seen == [((4, 3, 32, 32), (4, 3, 32, 32))]
 
 
