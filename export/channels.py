@@ -563,7 +563,9 @@ def _space_to_depth(c: Channels, i: int, node: NodeProto) -> bool:
     label = c.label(node, 0)
     if label is None or label.axis != 1:
         return False
-    return c.give(node, Label(1, np.tile(label.atoms, attributes_of(node)["blocksize"] ** 2)))
+    area = attributes_of(node)["blocksize"] ** 2
+    crd = attributes_of(node).get("mode", "DCR") == "CRD"
+    return c.give(node, Label(1, np.repeat(label.atoms, area) if crd else np.tile(label.atoms, area)))
 
 
 _Rule = Callable[[Channels, int, NodeProto], bool]

@@ -21,6 +21,7 @@ from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array
 from .graph import GraphIndex, copy_model, extract
 from .graph_batch import mixes_frames
+from .graph_fuse import find_chains
 from .graph_ops import OPERATORS, SETTINGS, Call, Run
 from .run import run_model
 
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 class _Step:
     """One node, ready to run; `last` are the values that nothing reads afterwards."""
 
-    name: str
     run: Run
     reads: tuple[str, ...]
     makes: tuple[str, ...]
@@ -51,7 +51,7 @@ class GraphModule(nn.Module):
     Args:
         model: In normal form (`graph.normalise`), weights included, shapes fixed, traced with one frame.
         train: Names of the float32 initializers to train, or ``"all"``: those of more than one element that say what
-            the network computes, not how (no clipping bounds, scales of a Resize or running moments).
+            the network computes, not how (no clipping bounds, scales of a Resize, running moments or placeholders).
 
     Raises:
         InputError: If a name in `train` is no float initializer, or is one that says how a node works.
@@ -75,7 +75,7 @@ class GraphModule(nn.Module):
         """Value name -> name of the parameter or buffer that holds it; a name of torch's may hold no dot."""
         self._add_members(fixed)
         calls = {i: self._call(i, fixed) for i in range(len(index.nodes)) if index.nodes[i].output[0] not in fixed}
-        self._steps = self._compiled(calls)
+        self._steps = self._compiled(calls, fixed)
         self.mixing_node: str | None = self._find_mixing(calls)
         """Name of a node that keeps the graph from running all frames at once; None where there is none."""
         if self.mixing_node is not None:
@@ -178,19 +178,22 @@ class GraphModule(nn.Module):
             results=tuple(self._shapes[name] for name in node.output if name),
         )
 
-    def _compiled(self, calls: Mapping[int, Call]) -> list[_Step]:
+    def _compiled(self, calls: Mapping[int, Call], fixed: Mapping[str, Array]) -> list[_Step]:
         index = self._index
-        last: dict[str, int] = {name: i for i in calls for name in index.reads[i]}
-        kept = {*index.outputs, *self._members}
+        chains = {node: chain for chain in find_chains(index, calls, fixed) for node in chain.nodes}
+        parts: list[tuple[Run, tuple[str, ...], tuple[str, ...]]] = []
+        for i, call in calls.items():
+            # Also of the nodes in chains: what PyTorch cannot do is refused here.
+            run, chain = OPERATORS[call.operator](call), chains.get(i)
+            if chain is None:
+                parts.append((run, tuple(index.nodes[i].input), tuple(index.nodes[i].output)))
+            elif i == chain.nodes[-1]:
+                parts.append((chain.run, chain.reads, (chain.makes,)))
+        last = {name: position for position, (_, reads, _) in enumerate(parts) for name in reads}
+        kept = {"", *index.outputs, *self._members}
         return [
-            _Step(
-                call.name,
-                OPERATORS[call.operator](call),
-                tuple(index.nodes[i].input),
-                tuple(index.nodes[i].output),
-                tuple(name for name in index.reads[i] if last[name] == i and name not in kept),
-            )
-            for i, call in calls.items()
+            _Step(run, reads, makes, tuple(n for n in dict.fromkeys(reads) if last[n] == position and n not in kept))
+            for position, (run, reads, makes) in enumerate(parts)
         ]
 
     def _find_mixing(self, calls: Mapping[int, Call]) -> str | None:
@@ -261,6 +264,7 @@ def _chosen(index: GraphIndex, train: Collection[str] | Literal["all"]) -> tuple
     }
     floats = {name for name, tensor in index.initializers.items() if tensor.data_type in _TRAINABLE}
     if train == "all":
+        settings |= _placeholders(index)
         elements = {name: int(np.prod(index.initializers[name].dims)) for name in floats}
         return tuple(n for n in index.initializers if n in floats and n not in settings and elements[n] > 1)
     for name in train:
@@ -269,6 +273,18 @@ def _chosen(index: GraphIndex, train: Collection[str] | Literal["all"]) -> tuple
         if name in settings:
             raise InputError(f"initializer {name!r} says how a node works, so it cannot be trained; leave it out")
     return tuple(name for name in index.initializers if name in set(train))
+
+
+def _placeholders(index: GraphIndex) -> set[str]:
+    """Scales of 1 and biases of 0 that a GroupNorm is exported with, shared by all of them; its own come afterwards."""
+    found = set()
+    for node in index.nodes:
+        maker = index.producer.get(node.input[0]) if node.op_type == "InstanceNormalization" else None
+        if maker is not None and index.nodes[maker].op_type == "Reshape":
+            for name, value in zip(node.input[1:3], (1, 0), strict=True):
+                if name in index.initializers and np.all(numpy_helper.to_array(index.initializers[name]) == value):
+                    found.add(name)
+    return found
 
 
 def _check_supported(index: GraphIndex, fixed: Collection[str]) -> None:

@@ -144,6 +144,11 @@ def _where(call: Call) -> Run:
     return lambda condition, a, b: torch.where(condition, a, b)
 
 
+def _pow(call: Call) -> Run:
+    # ONNX gives the base's type, torch the wider one.
+    return lambda x, exponent: torch.pow(x, exponent).to(x.dtype)
+
+
 def _leaky_relu(call: Call) -> Run:
     return lambda x: functional.leaky_relu(x, call.attributes.get("alpha", 0.01))
 
@@ -154,6 +159,11 @@ def _prelu(call: Call) -> Run:
 
 def _elu(call: Call) -> Run:
     return lambda x: functional.elu(x, call.attributes.get("alpha", 1.0))
+
+
+def _selu(call: Call) -> Run:
+    alpha, gamma = call.attributes.get("alpha", 1.67326319), call.attributes.get("gamma", 1.05070102)
+    return lambda x: gamma * functional.elu(x, alpha)
 
 
 def _gelu(call: Call) -> Run:
@@ -274,7 +284,9 @@ def _top_k(call: Call) -> Run:
     axis, largest = call.attributes.get("axis", -1), bool(call.attributes.get("largest", 1))
 
     def run(x: Tensor, _: Tensor) -> Sequence[Tensor]:
-        return tuple(torch.topk(x, k, axis, largest))
+        # Of equal values the first comes first, which torch.topk does not promise.
+        values, indices = torch.sort(x, dim=axis, descending=largest, stable=True)
+        return values.narrow(axis, 0, k), indices.narrow(axis, 0, k)
 
     return run
 
@@ -421,7 +433,8 @@ def _reduce(function: Callable[..., Tensor]) -> Callable[[Call], Run]:
 
 
 def _norm_l2(x: Tensor, axes: tuple[int, ...], keepdim: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, 2, axes, keepdim)
+    norm: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim)
+    return norm
 
 
 def _norm_l1(x: Tensor, axes: tuple[int, ...], keepdim: bool) -> Tensor:
@@ -536,6 +549,8 @@ def _depth_to_space(call: Call) -> Run:
 
 def _space_to_depth(call: Call) -> Run:
     size = call.attributes["blocksize"]
+    if call.attributes.get("mode", "DCR") == "CRD":
+        return lambda x: functional.pixel_unshuffle(x, size)
 
     def run(x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
@@ -571,22 +586,23 @@ def _resize(call: Call) -> Run:
         raise call.refuse(f"coordinate mode {coordinates!r} is not among torch's")
     if attributes.get("exclude_outside", 0):
         raise call.refuse("it leaves out what lies outside (exclude_outside)")
-    smooth = bool(attributes.get("antialias", 0))
+    if attributes.get("antialias", 0):
+        raise call.refuse("it smooths (antialias), where torch weighs the border in another way")
     if mode == "cubic":
         if attributes.get("cubic_coeff_a", _CUBIC_COEFFICIENT) != _CUBIC_COEFFICIENT or rank != 4:
             raise call.refuse("its cubic coefficient or rank is not torch's")
         name = "bicubic"
     else:
         name = _LINEAR[rank]
-    if smooth and (rank != 4 or aligned):
-        raise call.refuse("torch smooths images only, and not with aligned corners")
     exact = all(old * scale == new for old, new, scale in zip(before, after, scales, strict=True))
+    if aligned and not exact:
+        raise call.refuse("it aligns corners that its scales do not reach")
 
     def run(x: Tensor, *_: Tensor) -> Tensor:
-        if exact or aligned:
-            return functional.interpolate(x, size=after[2:], mode=name, align_corners=aligned, antialias=smooth)
+        if exact:
+            return functional.interpolate(x, size=after[2:], mode=name, align_corners=aligned)
         # The extent is rounded down, but positions follow the scale that was asked for.
-        return functional.interpolate(x, scale_factor=scales[2:], mode=name, align_corners=False, antialias=smooth)
+        return functional.interpolate(x, scale_factor=scales[2:], mode=name, align_corners=False)
 
     return run
 
@@ -695,7 +711,7 @@ OPERATORS: dict[str, Callable[[Call], Run]] = {
     "Or": _pairwise(torch.logical_or),
     "PRelu": _prelu,
     "Pad": _pad,
-    "Pow": _pairwise(torch.pow),
+    "Pow": _pow,
     "Reciprocal": _unary(torch.reciprocal),
     "ReduceL1": _reduce(_norm_l1),
     "ReduceL2": _reduce(_norm_l2),
@@ -708,7 +724,7 @@ OPERATORS: dict[str, Callable[[Call], Run]] = {
     "Reshape": _reshape,
     "Resize": _resize,
     "Round": _unary(torch.round),
-    "Selu": _unary(functional.selu),
+    "Selu": _selu,
     "Sigmoid": _unary(torch.sigmoid),
     "Sign": _unary(torch.sign),
     "Sin": _unary(torch.sin),
