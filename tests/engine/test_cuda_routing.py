@@ -353,6 +353,49 @@ def test_a_borrowed_input_may_change_hands_between_host_and_gpu(
             np.testing.assert_array_equal(audited["image"], expected)
 
 
+def test_what_an_owner_has_queued_is_kept_when_it_is_there(
+    make_engine: Callable[..., Engine], routed_bundle: Path, software_cuda: Any
+) -> None:
+    """The generator may take an input that the exit which answered has not waited for."""
+    software_cuda.configure(lazy=1)  # nothing runs that nobody waits for
+    x = images(1)
+    with make_engine(policy="full") as engine, engine.session() as session, CudaDevice(0) as device:
+        workspace: Any = session._workspace
+        owner, mine, source = device.stream("owner"), device.allocate(X), device.upload(x)
+        code = load().cuMemcpyDtoDAsync(mine.pointer, source.pointer, mine.size_bytes, owner.stream)
+        check(code, "drawing")
+        lent = DeviceArray(mine.pointer, SHAPE, "float32", device=0, stream=owner.handle, owner=mine)
+        given = {"x": workspace.take_input(X, workspace.adopt(X, lent), finite=True, keep=True)}
+        kept, _ = workspace.keep_for_audit(given, np.zeros(SHAPE, np.float32))
+        audited = workspace.take_audit()
+        workspace.auditor().enqueue(kept, None, audited).wait()
+        np.testing.assert_array_equal(audited["image"], on_the_cpu(routed_bundle, "generator", {"x": x})["image"])
+
+
+def test_a_session_is_closed_after_the_audit_that_runs(
+    make_engine: Callable[..., Engine], software_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_engine(policy="full") as engine:
+        session = engine.session()
+        workspace: Any = session._workspace
+        stream: Any = engine._placement._modules.auditor.stream  # type: ignore[attr-defined]
+        given = {"x": workspace.take_input(X, images(1), finite=True, keep=True)}
+        kept, _ = workspace.keep_for_audit(given, np.zeros(SHAPE, np.float32))
+        wait = stream.synchronize
+
+        def release_and_wait() -> None:
+            # Held until somebody waits: memory that was given back before would be used by the work afterwards.
+            software_cuda.release(stream.cuda)
+            wait()
+
+        monkeypatch.setattr(stream, "synchronize", release_and_wait)
+        software_cuda.hold(stream.cuda)
+        audit = workspace.auditor().enqueue(kept, None, workspace.take_audit())
+        session.close()
+        assert audit.done
+        assert audit.error is None
+
+
 @pytest.mark.leaves_cuda_behind  # pytest keeps the warning's traceback, and with it the session, until the test is over
 def test_an_auditor_that_fails_does_not_disturb_frames(
     make_engine: Callable[..., Engine], engines: Path, software_cuda: Any
