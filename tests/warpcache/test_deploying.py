@@ -23,9 +23,20 @@ from click.testing import CliRunner
 
 from warpcache.building import Built, build_bundle
 from warpcache.cli import cli
-from warpcache.deploying import CUDA_PYTHON, LEFT_OUT, NUMPY, check_place, deployed_sources, written_folder
+from warpcache.deploying import (
+    CUDA_PYTHON,
+    LEFT_OUT,
+    NUMPY,
+    add_bundle,
+    add_runtime,
+    check_place,
+    deployed_sources,
+    written_folder,
+)
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.errors import BackendError, InputError
+from warpcache.engine.promise import Calibration, Quality
+from warpcache.engine.tensorrt_flavour import Flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -69,6 +80,26 @@ def run_alone(folder: Path, code: str, **environment: str) -> subprocess.Complet
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
     )
+
+
+def run_in_software(driver: Any, folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """The folder's own runtime and example, in a process that has the driver and TensorRT-RTX in software.
+
+    The engines are the real library's, so the double builds its own.
+    """
+    code = f"""
+import ctypes, importlib, runpy, sys
+sys.path.append({str(Path(__file__).resolve().parents[1] / "software_tensorrt")!r})
+sys.path.insert(0, {str(folder)!r})
+driver = ctypes.CDLL({str(driver._library._name)!r}, mode=ctypes.RTLD_GLOBAL)
+driver.swcuda_configure(b"compute_major", ctypes.c_longlong(8))
+sys.modules["tensorrt_rtx"] = importlib.import_module("tests_software_tensorrt")
+sys.argv[1:] = {words!r}
+runpy.run_path({str(folder / "run.py")!r}, run_name="__main__")
+import warpcache
+assert warpcache.__file__.startswith({str(folder)!r}), warpcache.__file__
+"""
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -344,21 +375,7 @@ def test_the_edge_folder_answers_on_a_gpu_in_software(software_cuda_driver: Any,
     inputs, answers = tmp_path / "inputs.npz", tmp_path / "answers.npz"
     np.savez(inputs, x=frames)
     edge = shutil.copytree(edge, tmp_path / "edge")
-    # The folder's own runtime and example, in a process that has the driver and TensorRT-RTX in software. The engines
-    # are the real library's, so the double builds its own.
-    code = f"""
-import ctypes, importlib, runpy, sys
-sys.path.append({str(Path(__file__).resolve().parents[1] / "software_tensorrt")!r})
-sys.path.insert(0, {str(edge)!r})
-driver = ctypes.CDLL({str(software_cuda_driver._library._name)!r}, mode=ctypes.RTLD_GLOBAL)
-driver.swcuda_configure(b"compute_major", ctypes.c_longlong(8))
-sys.modules["tensorrt_rtx"] = importlib.import_module("tests_software_tensorrt")
-sys.argv[1:] = [{str(inputs)!r}, {str(answers)!r}]
-runpy.run_path({str(edge / "run.py")!r}, run_name="__main__")
-import warpcache
-assert warpcache.__file__.startswith({str(edge)!r}), warpcache.__file__
-"""
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    result = run_in_software(software_cuda_driver, edge, [str(inputs), str(answers)])
     assert result.returncode == 0, result.stderr
     *lines, statistics = result.stdout.strip().splitlines()
     assert statistics.startswith("SessionStatistics(")
@@ -370,6 +387,83 @@ assert warpcache.__file__.startswith({str(edge)!r}), warpcache.__file__
             expected = image[s] + np.float32(0.1) * frames[t] if route == "warp" else image[s]
             # ONNX Runtime's float32 on both sides, fused differently at most: 72 products of values below 4.
             np.testing.assert_allclose(answered, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def routed(routed_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A bundle that promises a quality as a folder, converted to fp16 by the way. Read it only."""
+    pytest.importorskip("torch", reason="the export extra is not installed")
+    out = tmp_path_factory.mktemp("routed") / "edge"
+    return build_bundle(routed_bundle, backend="tensorrt-rtx", precision="fp16", targets=TARGETS[:1], out=out)
+
+
+def test_a_bundle_with_exits_is_carried_whole(routed: Built, routed_bundle: Path) -> None:
+    source, there = Bundle.open(routed_bundle), Bundle.open(routed.bundle.path)
+    assert sorted(engine.module for engine in routed.engines) == sorted(source.manifest.modules)
+    assert len(list((routed.bundle.path.parent / "engines").iterdir())) == len(source.manifest.modules)
+    assert there.file("calibration.npz").read_bytes() == source.file("calibration.npz").read_bytes()
+    quality = Quality("psnr_db", 30.0)
+    assert Calibration.read(there).rule(quality) == Calibration.read(source).rule(quality)
+    assert there.manifest.created["precision"]["promise"].startswith("calibrated before the conversion")
+    thumbnail = next(spec for spec in there.manifest.cache if spec.name == "cache.thumbnail")
+    assert thumbnail.dtype == "float32"
+
+
+def test_the_example_of_a_promise_takes_a_quality_and_that_of_none_does_not(edge: Path, routed: Built) -> None:
+    assert routed.deployment is not None
+    folder = routed.deployment.path
+    code = (folder / "run.py").read_text()
+    compile(code, "run.py", "exec")
+    assert len(code.splitlines()) <= 50
+    for word in ("--quality", "--audit-every", "in psnr_db", "default=30"):
+        assert word in code, word
+    page = (folder / "README.md").read_text()
+    assert "python run.py FRAMES.npz ANSWERS.npz --quality psnr=35" in page
+    assert "One answer in 30 is compared with the whole generator's" in page
+    for name in ("run.py", "README.md"):
+        assert "--quality" not in (edge / name).read_text()
+
+
+@pytest.mark.parametrize(("metric", "word"), [("lpips", "WARPCACHE_LPIPS"), ("flip", "pip install flip-evaluator")])
+def test_audits_that_need_more_than_numpy_are_not_made_by_themselves(
+    make_routed: Any, tmp_path: Path, metric: str, word: str
+) -> None:
+    bundle = Bundle.open(make_routed(metric=metric))
+    folder = tmp_path / "edge"
+    folder.mkdir()
+    add_bundle(folder, bundle)
+    (folder / "engines").mkdir()
+    add_runtime(folder, folder, bundle, flavour=Flavour.load("tensorrt-rtx"), targets=())
+    assert '--audit-every", type=int, default=0' in (folder / "run.py").read_text()
+    page = (folder / "README.md").read_text()
+    assert f"--quality {metric}=0.05" in page
+    assert word in page
+    # NumPy alone is what the metrics' modules need to be imported.
+    assert {"engine/quality.py", "engine/lpips.py", "engine/products.py"} <= set(deployed_sources())
+
+
+def test_the_edge_folder_routes_on_a_gpu_in_software(
+    software_cuda_driver: Any, routed: Built, steered: Any, tmp_path: Path
+) -> None:
+    assert routed.deployment is not None
+    # Every frame is the same, and every exit is said to be good, truly.
+    frames = steered(8, warp2=-0.95, warp=-0.95, branch1=-0.95)
+    inputs, answers = tmp_path / "inputs.npz", tmp_path / "answers.npz"
+    np.savez(inputs, x=frames)
+    words = [str(inputs), str(answers), "--quality", "psnr=30", "--audit-every", "1"]
+    result = run_in_software(software_cuda_driver, shutil.copytree(routed.deployment.path, tmp_path / "edge"), words)
+    assert result.returncode == 0, result.stderr
+    *lines, statistics = result.stdout.strip().splitlines()
+    routes = {line.split()[2] for line in lines}
+    assert routes <= {"whole", "plain", "warp", "warp2", "branch1"}
+    assert "predictor=LatencySummary" in statistics
+    assert "audit_misses=0" in statistics
+    with np.load(answers) as arrays:
+        assert len(arrays["image"]) == len(lines) > 0
+        assert np.isfinite(arrays["image"]).all()
+    refused = run_in_software(software_cuda_driver, tmp_path / "edge", [str(inputs), "--quality", "lpips=0.1"])
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("run.py: the bundle is calibrated for psnr, so nothing can be promised in lpips")
 
 
 def test_the_commands_of_the_guide_parse() -> None:
