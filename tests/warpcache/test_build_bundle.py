@@ -183,6 +183,27 @@ def test_a_conversion_is_written_beside_and_built(make_bundle: Any, frames: Path
     assert (made / "manifest.json").read_bytes() == before
 
 
+def test_a_bundle_with_exits_is_converted_and_every_module_built(
+    make_routed: Any, frames: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="the export extra is not installed")
+    bundle, report = make_routed(), tmp_path / "build.json"
+    common = ["--backend", "tensorrt-rtx", "--target", "sm_89", "--precision", "fp16"]
+    result = call(bundle, *common, "--inputs", frames, "--json", report)
+    assert result.exit_code == 0, result.output
+    document = json.loads(report.read_text())
+    exits, predictors = {"whole", "plain", "warp", "warp2", "branch1"}, {"predictor", "predictor_cold"}
+    assert {row["module"] for row in document["rows"]} == (exits - {"whole"}) | predictors | {"generator", "producer"}
+    precision = document["precision"]
+    assert set(precision["parity"]) == exits
+    assert all(parity["psnr_db"]["worst"] >= 45 and not parity["nan"] for parity in precision["parity"].values())
+    assert precision["promise"].startswith("calibrated before the conversion")
+    assert not predictors & set(precision["rules"])
+    converted, source = Bundle.open(bundle.with_name("routed.fp16.warp")), Bundle.open(bundle)
+    for name in predictors:
+        assert converted.manifest.modules[name] == source.manifest.modules[name]
+
+
 def test_parity_without_frames_is_said_to_be_missing(make_bundle: Any, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the export extra is not installed")
     bundle = make_bundle()
