@@ -1,7 +1,7 @@
 """Chains of nodes that PyTorch has one faster function for, found in a graph before it runs.
 
-GroupNorm is exported as Reshape, InstanceNormalization, Reshape, Mul, Add, and SiLU as Sigmoid, Mul. Node by node they cost
-a copy or a stored activation each, and the Reshapes undo the channels-last layout.
+GroupNorm is exported as Reshape, InstanceNormalization, Reshape, Mul, Add, and SiLU as Sigmoid, Mul. Node by node each
+of them costs a copy or a stored activation, and the Reshapes undo the channels-last layout.
 """
 
 from __future__ import annotations

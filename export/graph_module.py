@@ -121,7 +121,9 @@ class GraphModule(nn.Module):
             if tensor.name in trained:
                 dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
                 array = trained[tensor.name].detach().cpu().contiguous().numpy().astype(dtype)
-                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+                tensor.ClearField("float_data")
+                tensor.ClearField("double_data")
+                tensor.raw_data = array.tobytes()
         return model
 
     def _constants(self) -> dict[str, Array]:
