@@ -37,7 +37,7 @@ class _Audit:
     frame: int
     group: int
     rule: Rule
-    spread: float
+    expected: tuple[float, float]
     inputs: dict[str, Any]
     picture: Array
 
@@ -78,7 +78,7 @@ class Auditing:
         *,
         group: int,
         rule: Rule,
-        spread: float | None,
+        expected: tuple[float, float] | None,
     ) -> None:
         """An answer is there: keep what an audit of it needs, where one is due. Runs nothing and waits for nothing.
 
@@ -88,14 +88,14 @@ class Auditing:
             outputs: The answer.
             group: Age of the cache that the rule went by; 0 without.
             rule: What was promised.
-            spread: The predictor's spread for the exit that answered; None for an exact exit, which needs no audit: it
-                is a hit, and the promise is over all frames.
+            expected: The score that the predictor expects of the answer, and its spread; None for an exact exit, which
+                needs no audit: it is a hit, and the promise is over all frames.
         """
         with self._lock:
             if self._closed or not self._log.due(frame):
                 return
             self._log.started(frame)
-            if spread is None:
+            if expected is None:
                 self._log.finished(frame, group, False)
                 self._count(missed=False)
                 return
@@ -104,7 +104,7 @@ class Auditing:
         except Exception as exc:
             self._failed(frame, exc)
         else:
-            self._kept = _Audit(frame, group, rule, spread, kept, picture)
+            self._kept = _Audit(frame, group, rule, expected, kept, picture)
 
     def begin(self) -> None:
         """Queue the audit that is due, if any; the frame's answer is out."""
@@ -143,10 +143,12 @@ class Auditing:
             if not math.isfinite(score):
                 raise BackendError(f"the whole generator's answer to frame {audit.frame} is not finite")
             excess = score - audit.rule.quality.score
+            predicted, spread = audit.expected
+            beyond = audit.rule.beyond(score, predicted, spread)
             with self._lock:
                 if self._closed:
                     return
-                self._log.finished(audit.frame, audit.group, excess > 0.0, excess, audit.spread)
+                self._log.finished(audit.frame, audit.group, excess > 0.0, excess, spread, beyond=beyond)
                 warning = self._log.take_warning()
                 self._count(missed=excess > 0.0)
             if warning is not None:

@@ -123,8 +123,10 @@ class Routing:
         answer = self._run(action, inputs, decision, decision.exit, signals, rule)
         if self._auditing is not None and answer.degraded is None:
             # Nothing was promised of a degraded answer.
-            spread = None if answer.predicted is None or signals is None else signals.spread[answer.exit]
-            self._auditing.offer(action.frame, inputs, answer.outputs, group=group, rule=rule, spread=spread)
+            expected = None
+            if signals is not None and answer.predicted is not None:
+                expected = signals.predicted[answer.exit], signals.spread[answer.exit]
+            self._auditing.offer(action.frame, inputs, answer.outputs, group=group, rule=rule, expected=expected)
         return answer
 
     def between_frames(self) -> None:
