@@ -110,6 +110,30 @@ def test_the_python_example_streams(done: tuple[Path, dict[str, str]]) -> None:
     assert statistics.startswith("SessionStatistics(")
 
 
+def test_a_quality_is_kept(done: tuple[Path, dict[str, str]]) -> None:
+    from warpcache.engine.bundle import Bundle
+    from warpcache.engine.promise import PromiseRecord
+
+    folder, printed = done
+    record = PromiseRecord.of(Bundle.open(folder / "exits.warp").manifest)
+    assert record is not None
+    assert record.metric == "psnr_db"
+    assert {"warp", "branch1"} == set(record.exits)
+    said = {words.split()[1]: text for words, text in printed.items() if "exits.warp" in words}
+    assert "Pareto front" in said["inspect"]
+    assert "Pareto front" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "PSNR >= 60 dB, promised" in said["run"]
+    assert "async routed" in said["bench"]
+    *lines, sums = run("keep_quality.py", cwd=folder).strip().splitlines()
+    assert lines
+    for line in lines:
+        # Whether a frame makes its deadline is this machine's affair; an inexact exit always has its prediction.
+        assert re.fullmatch(
+            r"\d+ ((whole|plain) None|(warp|branch1) \d+\.\d+) (None|cheaper exit|older cache)", line
+        ), line
+    assert re.fullmatch(r"\d+ degraded; \d+ of \d+ audits missed; \d+ drifts", sums)
+
+
 def test_the_python_example_runs_without_torch(done: tuple[Path, dict[str, str]]) -> None:
     folder, _ = done
     code = "import sys, runpy; sys.modules.update(torch=None, onnx=None); runpy.run_path('stream.py')"

@@ -32,13 +32,15 @@ def promise_section(bundle: Bundle) -> Section | None:
     record = PromiseRecord.of(bundle.manifest)
     if record is None:
         return None
-    points = points_of(Calibration.read(bundle), bundle.manifest)
+    calibration = Calibration.read(bundle)
+    points = points_of(calibration, bundle.manifest)
+    thresholds = thresholds_sheet(record)
     return Section(
         "What it promises",
-        rule_sentences(record),
+        rule_sentences(record, calibration),
         [LegendEntry(number, age_words(age)) for age, number in shown_ages(points).items()],
         promise_charts(record, points),
-        [quality_sheet(record, bundle.manifest, points), thresholds_sheet(record)],
+        [quality_sheet(record, bundle.manifest, points), *([] if thresholds is None else [thresholds])],
     )
 
 

@@ -75,8 +75,9 @@ def _print_promise(bundle: Bundle, out: Console) -> None:
     if record is None:
         out.print(f"Quality promise: {NO_PROMISE}.")
         return
-    points = points_of(Calibration.read(bundle), bundle.manifest)
-    for sentence in rule_sentences(record):
+    calibration = Calibration.read(bundle)
+    points = points_of(calibration, bundle.manifest)
+    for sentence in rule_sentences(record, calibration):
         out.print(sentence, soft_wrap=True, markup=False)
     qualities, thresholds = quality_sheet(record, bundle.manifest, points), thresholds_sheet(record)
     out.print(qualities.table())
@@ -88,8 +89,9 @@ def _print_promise(bundle: Bundle, out: Console) -> None:
             out.print(f"\n[bold]Pareto front, {age_words(age)}[/bold]")
             out.print(text_plot(groups[age], record.metric), soft_wrap=True, markup=False)
     out.print()
-    out.print(thresholds.table())
-    out.print(thresholds.note, soft_wrap=True, markup=False)
+    if thresholds is not None:
+        out.print(thresholds.table())
+        out.print(thresholds.note, soft_wrap=True, markup=False)
 
 
 def print_precision(manifest: Manifest, out: Console) -> None:

@@ -145,6 +145,6 @@ def _saved(record: PromiseRecord, colours: dict[int, int]) -> Chart:
         axes.set_ylabel("saved, %")
     note = (
         f"Share of the whole generator's cost that a frame is spared where {confidence * 100:.4g} % of the frames are "
-        "promised the threshold, on those of the calibration."
+        "promised the threshold, on calibration frames that the margins were not made from."
     )
     return Chart("Saved by threshold", note, svg())

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .engine.errors import InputError
 from .engine.quality import METRICS
 from .pareto import Point, by_age
 from .sheets import Sheet
 
 if TYPE_CHECKING:
     from .engine.manifest import Manifest
-    from .engine.promise import PromiseRecord
+    from .engine.promise import Calibration, PromiseRecord
 
 __all__ = ["count_text", "quality_sheet", "rule_sentences", "thresholds_sheet"]
 
@@ -25,14 +26,31 @@ def count_text(count: float) -> str:
     return f"{count:.0f}"
 
 
-def rule_sentences(record: PromiseRecord) -> list[str]:
-    """How the promise was made, on what and when, and how far the predictor is off."""
+CONFIDENCE = 0.95
+"""The confidence that a bundle's page speaks of: what is asked for unless one says otherwise."""
+
+
+def rule_sentences(record: PromiseRecord, calibration: Calibration) -> list[str]:
+    """How the promise was made, on what and when, what the best is that it reaches, and how far the predictor is off.
+
+    Args:
+        record: What is promised.
+        calibration: What it is promised from.
+    """
     title = METRICS[record.metric].title
     ages = ", ".join(map(str, record.ages))
     sentences = [
         f"Quality promise in {title} by {record.method}: {record.samples} samples of {record.frames} frames that "
         f"training did not see, caches {ages} frames old and none, made {record.at}."
     ]
+    try:
+        unit = f" {METRICS[record.metric].unit}".rstrip()
+        best = f"{calibration.best(CONFIDENCE):.4g}{unit}"
+        sentences.append(
+            f"The strictest threshold that can be promised for {CONFIDENCE:.0%} of the frames is {title} {best}."
+        )
+    except InputError as exc:
+        sentences.append(f"At confidence {CONFIDENCE:g}: {exc}.")
     if record.errors:
         # One unit of a score is a factor e of the distance (of the mean squared error, for PSNR).
         factors = ", ".join(f"{name} {math.exp(error):.2f}" for name, error in record.errors.items())
@@ -80,8 +98,10 @@ def quality_sheet(record: PromiseRecord, manifest: Manifest, points: Sequence[Po
     )
 
 
-def thresholds_sheet(record: PromiseRecord) -> Sheet:
-    """What every threshold of the promise came to on the calibration's frames, by age."""
+def thresholds_sheet(record: PromiseRecord) -> Sheet | None:
+    """What every threshold of the promise came to on the calibration's frames, by age; None where none was tried."""
+    if not record.thresholds:
+        return None
     metric = METRICS[record.metric]
     answering = {name for entry in record.thresholds for name in entry["shares"]}
     exits = [name for name in (*record.exits, "plain", "whole") if name in answering]
@@ -108,6 +128,7 @@ def thresholds_sheet(record: PromiseRecord) -> Sheet:
         (metric.title, "confidence", *numeric),
         rows,
         frozenset(numeric),
-        "Within: frames of the calibration that kept the threshold. Saved: of the whole generator's cost on the path "
-        "that a frame waits for. Then the share of the frames that each exit answered.",
+        "On each half of the calibration's frames, with margins from the other. Within: frames that kept the "
+        "threshold. Saved: of the whole generator's cost on the path that a frame waits for. Then the share of the "
+        "frames that each exit answered.",
     )
