@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 
+from warpcache import Engine
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.engine.promise import Calibration, PromiseRecord, Quality, to_score
@@ -210,6 +211,22 @@ def test_the_promise_is_of_what_the_exits_answer(made: Compiled) -> None:
     # Half of the time, what half of the frames keep can be promised.
     best = calibration.best(0.5)
     assert calibration.rule(Quality("psnr", best, confidence=0.5)).margin(1) < np.inf
+
+
+def test_an_engine_keeps_the_promised_quality(made: Compiled) -> None:
+    # 2 dB easier than the best that can be promised: exits differ by less here, so every frame has eligible ones.
+    quality = Quality("psnr", Calibration.read(made.bundle).best(0.5) - 2.0, confidence=0.5)
+    stream = clip(12, seed=1)
+    with Engine(made.bundle, age=1, threads=1, quality=quality, audit_every=0) as engine:
+        answers = list(engine.session().render(stream.arrays))
+    routes = [answer.route for answer in answers]
+    assert set(routes) <= set(EXITS)
+    assert set(routes) & {"warp", "warp2", "branch1"}
+    for t, answer in enumerate(answers):
+        whole = run(made.bundle, "generator", frame(stream, t))["image"]
+        assert np.isfinite(answer.outputs["image"]).all()
+        if answer.route in ("whole", "plain"):
+            np.testing.assert_array_equal(answer.outputs["image"], whole)
 
 
 def test_calibration_covers_every_exit(made: Compiled) -> None:

@@ -18,10 +18,12 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from warpcache.cli import cli
+from warpcache.compiling import compile_files
 from warpcache.engine.bundle import Bundle
 from warpcache.export import adapter_training
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig
+from warpcache.export.compile import CompileOptions
 from warpcache.export.distill import Distillation
 from warpcache.export.trace import trace_generator
 
@@ -297,6 +299,57 @@ def test_a_cut_that_does_not_exist_lists_the_nearest(folder: Path) -> None:
 
 def test_a_resume_of_nothing(folder: Path) -> None:
     assert_failed(compile_(folder, "--resume", "--steps", "2"), "there is no checkpoint ", folder)
+
+
+def test_exits_are_handed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    asked: dict[str, Any] = {}
+
+    def compile_generator(*_: object, **more: Any) -> None:
+        asked.update(more)
+        raise Asked
+
+    monkeypatch.setattr(compile_module, "compile_generator", compile_generator)
+
+    def options(**more: Any) -> CompileOptions:
+        with pytest.raises(Asked):
+            compile_files(
+                "my_models.py:Generator", weights=None, inputs=folder / "train.npz", holdout=None, cut="deep",
+                budget=0.2, steps=30, out=folder / "g.warp", lpips=None, seed=5, max_age=2, resume=False,
+                progress=lambda *_: None, **more,
+            )  # fmt: skip
+        given: CompileOptions = asked["options"]
+        return given
+
+    given = options(exits=4, metric="psnr", bank_size=0)
+    assert (given.exits, given.promised_metric, given.consumers, given.branches) == (4, "psnr_db", 2, 2)
+    assert given.branch_options().bank_size == 0
+    assert asked["made_from"]["exits"] == 4
+    assert asked["made_from"]["metric"] == "psnr_db"
+    # Without them, the record of a bundle is what it was before there were exits.
+    assert options().exits is None
+    assert "exits" not in asked["made_from"]
+
+
+@pytest.mark.parametrize(
+    ("options", "opening"),
+    [
+        (
+            ("--exits", "2", "--metric", "lpips"),
+            "quality cannot be promised in lpips without its weights; give --lpips",
+        ),
+        (("--exits", "2", "--steps", "0"), "2 exits were asked for with 0 steps, but exits are trained"),
+        (("--exits", "2", "--metric", "ms-ssim", "--cut", "deep"), "metric ms-ssim needs images of 161 pixels"),
+        (
+            ("--exits", "2", "--metric", "psnr", "--cut", "deep"),
+            "a promise at ages up to 4 and confidence 0.95 needs 32",
+        ),
+    ],
+)
+def test_exits_that_cannot_be(folder: Path, options: tuple[str, ...], opening: str) -> None:
+    assert_failed(compile_(folder, *options), opening, folder)
 
 
 def test_an_interrupt_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
