@@ -30,6 +30,7 @@ __all__ = ["CudaModules", "CudaWorkspace"]
 # Frames whose inputs are held at once: the one being answered, the one that is prepared, those that wait (lockstep).
 _WAITING_FRAMES = 10
 _READY_FRAMES = 3
+_READY_ANSWERS = 2
 # Ages that a session's predictor is told, each held for as long as its router may name it again.
 _AGES = 320
 
@@ -105,14 +106,16 @@ class CudaWorkspace:
         specs = tuple(record.spec for record in manifest.inputs)
         depth = max(1, slots) + _WAITING_FRAMES
         # One more set for the frame that is being audited.
-        ready = _READY_FRAMES + (modules.auditor is not None)
-        self._staging = OutputPool(specs, allocate=device.allocate_pinned, kept=depth, ready=ready)
+        frames = _READY_FRAMES + (modules.auditor is not None)
+        self._staging = OutputPool(specs, allocate=device.allocate_pinned, kept=depth, ready=frames)
         self._ages = _age_pool(device) if modules.predictors else OutputPool(())
         self._answers: OutputPool | DevicePool
+        # A router may need another for the same frame, while the caller still has the last one.
+        ready = _READY_ANSWERS + bool(modules.predictors)
         if options.outputs == "device":
-            self._answers = DevicePool(manifest.outputs, allocate=device.allocate, ready=2)
+            self._answers = DevicePool(manifest.outputs, allocate=device.allocate, ready=ready)
         else:
-            self._answers = OutputPool(manifest.outputs, allocate=device.allocate_pinned, ready=2)
+            self._answers = OutputPool(manifest.outputs, allocate=device.allocate_pinned, ready=ready)
         with ExitStack() as undo:
             undo.callback(self._release)
             ring = CudaSlots(device, manifest.cache, slots) if slots else None

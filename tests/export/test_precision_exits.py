@@ -15,10 +15,12 @@ from warpcache.engine.bundle import Bundle, Cut, ExitRecord, InputRecord, Manife
 from warpcache.engine.promise import Calibration, PromiseRecord, Quality
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
 from warpcache.export import conversion as conversion_module
+from warpcache.export.branch_graph import lookup_graph
 from warpcache.export.bundling import bundle_models
 from warpcache.export.calibrate import calibrate
 from warpcache.export.casting import elem_types, emulated
 from warpcache.export.graph import SCOPES_KEY, GraphIndex, load_model, normalise
+from warpcache.export.guide_bank import GuideBank, GuideLookup
 from warpcache.export.lookups import lookup_nodes
 from warpcache.export.precision import PrecisionOptions, convert_bundle
 from warpcache.export.run import run_model
@@ -380,6 +382,31 @@ def test_lookups_are_found_between_what_makes_keys_and_what_reads_weights() -> N
     assert lookup_nodes(GraphIndex(model)) == {f"node_{name}" for name in names}
     nodes, takes, gives = graphs()["generator"]
     assert lookup_nodes(GraphIndex(build(nodes, takes, gives))) == frozenset()
+
+
+def test_the_look_up_of_trained_branches_is_found_as_it_is_exported() -> None:
+    rng = np.random.default_rng(2)
+    shape = (1, 8, 16, 16)
+    bank = GuideBank(
+        frames=np.arange(6),
+        radius=1.0,
+        projection=rng.normal(size=(8 * 16, 4)).astype(np.float32),
+        offset=np.zeros(4, np.float32),
+        keys=rng.normal(size=(6, 4)).astype(np.float32),
+        values=rng.normal(size=(6, 5, 4, 4)).astype(np.float32),
+    )
+    index = GraphIndex(normalise(lookup_graph(GuideLookup(bank, [shape]), ["h"], [shape])))
+    found = lookup_nodes(index)
+    kinds = [node.op_type for node, name in zip(index.nodes, index.names, strict=True) if name in found]
+    # The key's two products and what is taken off the second, and the three nearest; a vector is made by a reshape.
+    assert (
+        {"MatMul", "Sub", "TopK", "Softmax"}
+        <= set(kinds)
+        <= {"Reshape", "MatMul", "Gemm", "Add", "Sub", "TopK", "Softmax"}
+    )
+    assert kinds.count("MatMul") + kinds.count("Gemm") == 2
+    left = {node.op_type for node, name in zip(index.nodes, index.names, strict=True) if name not in found}
+    assert {"AveragePool", "Gather", "MatMul", "Conv", "Resize", "Add"} <= left
 
 
 def test_int8_leaves_look_ups_and_predictors_alone(exits: Bundle, tmp_path: Path) -> None:
