@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from warpcache.demo import DEMO_MOTION_SEED, MEASURE_EVERY, demo_inputs, run_dem
 from warpcache.engine.bundle import Bundle, write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.promise import Calibration, PromiseRecord
 from warpcache.engine.spec import TensorSpec
 
 SIZE = 48
@@ -99,6 +101,37 @@ def test_the_inputs_are_the_heads_own(head_bundle: Bundle) -> None:
         np.testing.assert_array_equal(image, head.render(motion[index]))
 
 
+@pytest.fixture(scope="module")
+def promised_head(head_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with a quality promise for its warp; the demo asks nothing of it, so its predictor never runs."""
+    rng, rows = np.random.default_rng(1), 40
+    scores = rng.normal(-5, 0.5, (rows, 1)).astype(np.float32)
+    calibration = Calibration(
+        "flip", ("warp",), (), (1,), scores, np.ones_like(scores), scores, np.ones(rows, np.int32), np.arange(rows)
+    )
+    record = PromiseRecord(
+        "flip", ("warp",), (), (1,), rows, rows, "2026-01-01T00:00:00Z", "calibration.npz", {"whole": 9.0}, {}
+    )
+    one = TensorSpec("predicted", "float32", (1, 1))
+    outputs = tuple(dataclasses.replace(one, name=name) for name in ("predicted", "spread", "novelty", "change"))
+    manifest = head_bundle.manifest
+    manifest = dataclasses.replace(
+        manifest,
+        modules={**manifest.modules, "predictor": ModuleRecord("predictor.onnx", (CONDITION,), outputs)},
+        calibration={"promise": record.to_record()},
+        files={},
+    )
+    files: dict[str, Path | bytes] = {path.name: path for path in head_bundle.path.glob("*.onnx")}
+    files |= {"predictor.onnx": files["generator.onnx"], "calibration.npz": calibration.to_npz()}
+    return write_bundle(tmp_path_factory.mktemp("promised") / "head.warp", manifest, files)
+
+
+def test_the_report_shows_what_the_bundle_promises(promised_head: Bundle, tmp_path: Path) -> None:
+    page = run_demo(frames=4, out=tmp_path / "demo", bundle=promised_head).report.read_text(encoding="utf-8")
+    for words in ("What it promises", "<h3>Pareto front</h3>", "cache 1 frame old", "conformal risk control"):
+        assert words in page, words
+
+
 def test_the_demo_measures_and_writes(head_bundle: Bundle, tmp_path: Path) -> None:
     from warpcache.video import read_video
 
@@ -127,6 +160,7 @@ def test_the_demo_measures_and_writes(head_bundle: Bundle, tmp_path: Path) -> No
     page = demo.report.read_text(encoding="utf-8")
     assert "data:video/mp4;base64," in page
     assert f"every {MEASURE_EVERY}th" in page
+    assert "What it promises" not in page  # this bundle promises nothing
     assert all(done == total for done, total in stages.values())
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]  # nothing unfinished is left
 

@@ -19,7 +19,7 @@ import warpcache.engine.routing_plan
 from warpcache.cli import cli
 from warpcache.engine.bundle import Bundle, write_bundle
 from warpcache.engine.exit_costs import ExitCosts
-from warpcache.engine.promise import Quality
+from warpcache.engine.promise import Calibration, Quality
 from warpcache.engine.quality import psnr
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.quality_choice import QualityChoice
@@ -362,12 +362,14 @@ def test_what_a_deadline_cost_is_counted_by_how() -> None:
 
 
 def test_inspect_shows_the_promise(promised: Path) -> None:
+    best = Calibration.read(Bundle.open(promised)).best(0.95)
     result = call("inspect", promised)
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
     for words in (
         "Quality promise in PSNR by conformal risk control: 1600 samples of 400 frames",
         "made 2026-01-01T00:00:00Z",
+        f"strictest threshold that can be promised for 95% of the frames is PSNR {best:.4g} dB",
         "warp 1.11, warp2 1.22",  # e^0.1, e^0.2
         "(predictor_cold) predictor_cold - 999 0.01%",
         "branch1 branch1 30.0% 2.5 M 25.00%",
@@ -392,6 +394,16 @@ def test_inspect_of_a_bundle_without_a_promise(tiny_bundle: Path, tmp_path: Path
     html = report.read_text(encoding="utf-8")
     assert "no quality promise; compile with --exits" in html
     assert "<svg" not in html
+
+
+def test_inspect_where_no_threshold_was_tried(routed_bundle: Path, tmp_path: Path) -> None:
+    result = call("inspect", routed_bundle, "--report", tmp_path / "r.html")
+    assert result.exit_code == 0, result.output
+    assert "Pareto front" in result.stdout
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for text in (result.stdout, html):
+        assert "What each threshold gives" not in text
+        assert "Saved by threshold" not in text
 
 
 def test_a_promise_that_is_damaged_is_one_sentence(promised: Path, tmp_path: Path) -> None:
