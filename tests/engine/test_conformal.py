@@ -90,6 +90,8 @@ def test_too_few_frames_have_no_margin() -> None:
     assert risk_control_margin([-math.inf] * 18, 0.05) == math.inf
     assert risk_control_margin([-math.inf] * 19, 0.05) == -math.inf
     assert risk_control_margin([], 0.5) == math.inf
+    # So near to 1 that every frame may be lost, within what rounding leaves to tell.
+    assert risk_control_margin([1.0, 2.0], 1.0 - 1e-12) == -math.inf
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,13 @@ def test_an_alarm_is_an_improbable_count_in_a_window(missed: list[bool]) -> None
         # Audits before the first are hits: what cannot be told from a full window is judged as one.
         improbable = any(binomial_tail(sum(seen[-length:]), length, 0.1) < 0.01 for length in (4, 9))
         assert test.observe(miss) == (improbable and miss)
+
+
+def test_after_a_reset_the_past_is_forgotten() -> None:
+    test = DriftTest(0.05)
+    assert [test.observe(True) for _ in range(4)] == [False, False, False, True]
+    test.reset()
+    assert [test.observe(True) for _ in range(4)] == [False, False, False, True]
 
 
 def test_where_misses_are_promised_none_is_an_alarm() -> None:

@@ -254,6 +254,45 @@ def test_columns_without_a_meaning_are_skipped() -> None:
     )
 
 
+def test_without_a_cache_only_cold_exits_count() -> None:
+    """What stands in a consumer's column of age 0 is never read, even where it is a number."""
+    data = rows(99)
+    without = data["age"] == 0
+    data["measured"][without, 0] = 5.0  # as bad as can be, and predicted to be perfect
+    data["predicted"][without, 0] = -10.0
+    quality = Quality("lpips", 0.05)
+    assert Calibration("lpips", EXITS, COLD, AGES, **data).rule(quality) == calibration().rule(quality)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.9])
+def test_a_surprise_is_as_rare_as_a_miss_may_be(confidence: float) -> None:
+    """Against the definition: over the frames that an eligible exit can answer, the worst of their exits' errors."""
+    data, quality = calibration(59), Quality("lpips", 0.05, confidence)
+    rule = data.rule(quality)
+    errors = []
+    for index in range(len(data.age)):
+        worst = -math.inf
+        for column, name in enumerate(EXITS):
+            predicted, spread = float(data.predicted[index, column]), float(data.spread[index, column])
+            slack = (quality.score - predicted) / spread
+            if (data.age[index] or name in COLD) and slack >= rule.margin(int(data.age[index])):
+                worst = max(worst, (float(data.measured[index, column]) - predicted) / spread)
+        if worst > -math.inf:
+            errors.append(worst)
+
+    def keeps(value: float) -> bool:
+        return (sum(error >= value for error in errors) + 1) / (len(errors) + 1) <= 1 - confidence + 1e-12
+
+    assert keeps(rule.surprise)
+    assert not keeps(math.nextafter(rule.surprise, -math.inf))
+    # Two and a half spreads above the prediction, less what it leaves open.
+    assert rule.beyond(-2.0, -3.0, 0.4) == pytest.approx(2.5 - rule.surprise)
+
+
+def test_too_few_rows_tell_no_surprise() -> None:
+    assert Rule(Quality("lpips", 0.05), {1: 1.0}).beyond(100.0, -3.0, 0.1) == -math.inf
+
+
 def test_a_quality_in_another_metric_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"the bundle is calibrated for lpips, .* promised in ms-ssim.*--metric ms-ssim"
