@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..engine.spec import Array
 from .graph import GraphIndex
-from .graph_ops import Call, Run
+from .graph_calls import Call, Run
 
 __all__ = ["Fused", "find_chains"]
 

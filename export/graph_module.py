@@ -21,8 +21,9 @@ from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array
 from .graph import GraphIndex, copy_model, extract
 from .graph_batch import mixes_frames
+from .graph_calls import Call, Run
 from .graph_fuse import find_chains
-from .graph_ops import OPERATORS, SETTINGS, Call, Run
+from .graph_ops import OPERATORS, SETTINGS
 from .run import run_model
 
 __all__ = ["GraphModule"]

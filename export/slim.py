@@ -17,7 +17,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array
-from .channels import Atoms, Channels, Edit, channel_slice
+from .channel_rules import channel_slice, find_channels
+from .channels import Atoms, Channels, Edit
 from .graph import GraphIndex, copy_model, extract, merge
 
 __all__ = ["Depth", "GroupWidth", "SlimBranch", "depths", "join", "slim"]
@@ -114,7 +115,7 @@ def slim(model: ModelProto, depth: Sequence[str], width: float, *, multiple: int
     prefix = extract(model, index.inputs, depth) if depth else None
     inputs = [name for name in index.inputs if not depth or name in read]
     rest = extract(model, [*depth, *inputs], index.outputs)
-    channels = Channels(rest)
+    channels = find_channels(rest)
     kept = _choose(channels, width, multiple)
     groups = _widths(channels, kept)
     if width < 1.0 and kept.all():

@@ -90,7 +90,8 @@ def test_random_graphs_slim_or_say_that_they_cannot(model: ModelProto) -> None:
         try:
             macs = _check_runs(model, depth, 0.5, feeds, 1)
         except ExportError as exc:
-            assert "can be slimmed to a width of 0.5" in str(exc)
+            if "can be slimmed to a width of 0.5" not in str(exc):
+                raise
         else:
             assert macs < count_macs(model)
 
@@ -105,7 +106,8 @@ def test_generators_slim_at_every_depth(traced: Any) -> None:
         try:
             slimmed.append(_check_runs(traced.model, depth.values, 0.5, feeds, 2))
         except ExportError as exc:
-            assert "can be slimmed" in str(exc)
+            if "can be slimmed to a width of 0.5" not in str(exc):
+                raise
     assert slimmed
     assert min(slimmed) < count_macs(traced.model)
 
@@ -163,8 +165,8 @@ def _widened(narrow: _Parts, c: int) -> _Parts:
     shuffled = _places(rng, 2 * c, c)
     both = np.concatenate([up, 2 * c + first])  # what the grouped convolution reads
     rows = {
-        "first": first, "norm": first, "down": down, "depthwise": down, "instance": down, "gate": down, "grouped": grouped,
-        "slope": grouped, "glu": np.concatenate([glu, 2 * c + glu]), "batch": glu,
+        "first": first, "norm": first, "down": down, "depthwise": down, "instance": down, "gate": down,
+        "grouped": grouped, "slope": grouped, "glu": np.concatenate([glu, 2 * c + glu]), "batch": glu,
         "shuffle": (4 * shuffled[:, None] + np.arange(4)).ravel(), "last": np.arange(3),
     }  # fmt: skip
     reads = {"down": first, "gate": down, "glu": grouped, "shuffle": glu, "last": shuffled, "first": np.arange(3)}
