@@ -1,8 +1,8 @@
 """Branches: the generator's first layers as they are, then its remaining ones with fewer channels (FIANCEE, CVPR 2023).
 
 A branch answers from the frame's inputs alone. Where it leaves the generator (its depth) and how many channels it keeps
-(its width) follow from what it may cost: a branch spends less than half of its time on first layers that are shared,
-and is as wide as the rest allows, both measured here. All branches are trained together on the generator's own images.
+(its width) follow from what it may cost: a branch spends a small part of its time on first layers that are shared, and
+is as wide as the rest allows, both measured here. All branches are trained together on the generator's own images.
 """
 
 from __future__ import annotations

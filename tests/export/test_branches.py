@@ -299,8 +299,8 @@ def test_places_and_widths_follow_from_costs(unet: Case, monkeypatch: pytest.Mon
     places = choose_depths(model, feeds, (0.05, 0.35, 0.9))
     # The first convolution alone is a seventh of all.
     assert places[0] == ()
-    assert 0.4 * 0.35 < share(places[1]) <= 0.6 * 0.35
-    assert share(places[1]) < share(places[2]) <= 0.4 * 0.9
+    assert 0.2 * 0.35 < share(places[1]) <= 0.6 * 0.35
+    assert share(places[1]) <= share(places[2]) <= 0.2 * 0.9
     places = places[::2]
     guides = make_guides(model, unet.stream, places, 3, silent)
     plans = choose_widths(model, places, guides, feeds, (0.3, 0.7), silent)
@@ -411,11 +411,13 @@ def test_in_training_a_frame_does_not_find_itself(unet: Case) -> None:
     network.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[1]))
     run.run()
     entries = torch.from_numpy(run.banks[0].frames)
-    for step, excluded in enumerate(asked):
+    assert len(asked) == 2
+    for excluded in asked:
         assert excluded.shape == (2, len(entries))
-        drawn = [int(entries[row].float().mean().round()) for row in excluded]
-        # Frames 0 and 5 lose two entries, those between lose three: the frame and its neighbours.
-        assert all(2 <= int(row.sum()) <= 3 for row in excluded), (step, drawn)
+        for row in excluded:
+            # The frame and its neighbours: three in a row, or two at an end of the clip.
+            lost = sorted(entries[row].tolist())
+            assert lost in [[0, 1], [4, 5]] or (len(lost) == 3 and lost[2] - lost[0] == 2), lost
 
 
 def test_keys_follow_the_layers_that_make_them(unet: Case) -> None:
