@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 # Of a branch's cost: what its first layers may take. They are not slimmed, so what they take the rest lacks: on the
-# talking-head renderer at a cost of 0.32 to 0.35, after 300 steps, first layers that take a third of it left an LPIPS of
-# 0.024 to the generator, and those that take a seventh 0.010.
+# talking-head renderer at a cost of 0.32 to 0.35, after 300 steps, first layers that take a third of it left an LPIPS
+# of 0.024 to the generator, and those that take a seventh 0.010.
 _PREFIX_SHARE = 0.2
 # As above where no depth is that cheap: to share a little more is better than to share nothing.
 _PREFIX_MOST = 0.6
