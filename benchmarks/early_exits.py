@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.exit_cases import Case, clip_case, head_case
-from benchmarks.exit_figures import draw_front
-from benchmarks.exit_tables import COLD, ExitTable, measure_table, oracle_reuse, within
+from benchmarks.exit_figures import draw_front, simulate
+from benchmarks.exit_tables import COLD, ExitTable, kept_table, oracle_reuse, within
 from benchmarks.measuring import BareModule, Figure, interleaved_ms, print_figures
 from warpcache.engine import Engine
 from warpcache.engine.bundle import Bundle
@@ -138,7 +138,7 @@ def _measure(
     assert promise is not None
     calibration = Calibration.read(bundle)
     with ProgressBar() as progress:
-        table = measure_table(bundle, case.test, promise, lpips, progress)
+        table = kept_table(case.work / f"{case.name}.table.npz", bundle, case.test, promise, lpips, progress)
     times = _times(bundle, case, promise)
     macs = {name: count / promise.macs["whole"] for name, count in promise.macs.items()}
     for shown in (_exit_table(case, table, times, macs), _error_table(case, table)):
@@ -146,12 +146,14 @@ def _measure(
     whole_ms = _whole_latency(bundle, case)
     runs = [
         _routed(bundle, case, table, promise, threshold, age, audit, whole_ms, weights)
-        for audit in (0, AUDIT_EVERY)
-        for age in (COLD, *promise.ages)
+        for audit, ages in ((0, (COLD, AGE)), (AUDIT_EVERY, (AGE,)))
+        for age in ages
         for threshold in THRESHOLDS
     ]
     for audited in (False, True):
         console.print(_run_table(case, [run for run in runs if run.audited is audited]))
+    rules = _rules(table, calibration, macs, promise)
+    console.print(_rule_table(case, rules))
     oracle = {t: oracle_reuse(table.images, t, promise.metric, lpips) for t in THRESHOLDS}
     figures = _figures(case, runs, oracle, times, table, promise)
     print_figures(console, f"{case.name}: figures", figures)
@@ -162,6 +164,7 @@ def _measure(
         "frames": len(table.images),
         "figures": [figure.to_record() for figure in figures],
         "runs": [asdict(run) for run in runs],
+        "rules": rules,
         "oracle_reuse": oracle,
         "p50_ms": times,
         "macs": promise.macs,
@@ -296,6 +299,40 @@ def _figures(
     errors = _errors(table)[str(AGE)]
     figures.append(Figure("predictor's median error, factor", float(np.exp(max(errors.values()))), None))
     return figures
+
+
+def _rules(
+    table: ExitTable, calibration: Calibration, macs: Mapping[str, float], promise: PromiseRecord
+) -> list[dict[str, float | int | None]]:
+    """At every age: what the rule alone gives, the cheapest eligible exit answering, and what a perfect one would."""
+    rows: list[dict[str, float | int | None]] = []
+    for age in (COLD, *promise.ages):
+        for threshold in THRESHOLDS:
+            found = simulate(table, calibration, macs, age, threshold, CONFIDENCE)
+            perfect = simulate(table, calibration, macs, age, threshold, CONFIDENCE, oracle=True)
+            assert perfect is not None
+            rows.append(
+                {
+                    "age": age,
+                    "threshold": threshold,
+                    "coverage": None if found is None else within(found[1], threshold),
+                    "saved_macs": None if found is None else 1 - found[0],
+                    "saved_macs_perfect": 1 - perfect[0],
+                }
+            )
+    return rows
+
+
+def _rule_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> Table:
+    shown = Table(title=f"{case.name}: the rule alone, at every age", title_justify="left")
+    for column in ("age", "threshold", "within", "MACs saved", "by a perfect predictor"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        known = "refused" if row["coverage"] is None else f"{row['coverage']:.1%}"
+        saved = "-" if row["saved_macs"] is None else f"{row['saved_macs']:.1%}"
+        age = "-" if row["age"] == COLD else str(row["age"])
+        shown.add_row(age, f"{row['threshold']:g}", known, saved, f"{row['saved_macs_perfect']:.1%}")
+    return shown
 
 
 def _shift(case: Case, other: Case, weights: Path) -> tuple[list[Figure], dict[str, Any]]:

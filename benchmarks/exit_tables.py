@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from warpcache.engine.promise import PromiseRecord
 from warpcache.engine.quality import measure_frames
 from warpcache.progress import Report
 
-__all__ = ["COLD", "ExitTable", "measure_table", "oracle_reuse"]
+__all__ = ["COLD", "ExitTable", "kept_table", "measure_table", "oracle_reuse", "within"]
 
 COLD = 0
 """The age of frames that are answered without a cache."""
@@ -64,7 +66,6 @@ def measure_table(
     total = len(next(iter(arrays.values())))
     frames = [{name: array[t : t + 1] for name, array in arrays.items()} for t in range(total)]
     images = np.concatenate([modules["whole"].run(frame)[image] for frame in frames])
-    consumers = [name for name in promise.exits if name not in promise.cold_exits]
     quality: dict[int, dict[str, Floats]] = {
         COLD: {name: np.full(total, np.nan) for name in promise.cold_exits},
         **{age: {name: np.full(total, np.nan) for name in promise.exits} for age in promise.ages},
@@ -99,8 +100,46 @@ def measure_table(
                 )
             frozen[age][t] = measured(images[t - age : t - age + 1], t)
         progress("measuring every exit", t + 1, total)
-    assert consumers
     return ExitTable(promise.exits, quality, predicted, spread, novelty, frozen, images)
+
+
+def kept_table(
+    path: Path,
+    bundle: Bundle,
+    arrays: Mapping[str, NDArray[Any]],
+    promise: PromiseRecord,
+    lpips: Lpips,
+    progress: Report,
+) -> ExitTable:
+    """`measure_table`, unless it was kept at `path` for this very bundle; then it is read from there."""
+    manifest = (bundle.path / "manifest.json").read_bytes()
+    identity = np.frombuffer(hashlib.sha256(manifest).digest(), np.uint8)
+    if path.exists():
+        with np.load(path) as file:
+            arrays_kept = {name: file[name] for name in file.files}
+        if np.array_equal(arrays_kept["identity"], identity):
+            return _unpacked(promise, arrays_kept)
+    table = measure_table(bundle, arrays, promise, lpips, progress)
+    packed: dict[str, NDArray[Any]] = {"identity": identity, "images": table.images, "novelty": table.novelty}
+    for age in table.quality:
+        packed[f"quality.{age}"] = np.stack([table.quality[age][name] for name in table.exits_at(age)], 1)
+        packed[f"predicted.{age}"], packed[f"spread.{age}"] = table.predicted[age], table.spread[age]
+    packed |= {f"frozen.{age}": values for age, values in table.frozen.items()}
+    np.savez(path, **packed)  # type: ignore[arg-type]
+    return table
+
+
+def _unpacked(promise: PromiseRecord, kept: Mapping[str, NDArray[Any]]) -> ExitTable:
+    columns = {COLD: promise.cold_exits, **dict.fromkeys(promise.ages, promise.exits)}
+    return ExitTable(
+        exits=promise.exits,
+        quality={age: dict(zip(names, kept[f"quality.{age}"].T, strict=True)) for age, names in columns.items()},
+        predicted={age: kept[f"predicted.{age}"] for age in columns},
+        spread={age: kept[f"spread.{age}"] for age in columns},
+        novelty=kept["novelty"],
+        frozen={age: kept[f"frozen.{age}"] for age in promise.ages},
+        images=kept["images"],
+    )
 
 
 def oracle_reuse(images: NDArray[np.float32], threshold: float, metric: str, lpips: Lpips) -> float:
