@@ -328,21 +328,66 @@ def test_groups_keep_equally_many_channels_across_a_concatenation() -> None:
             scaled = Mul (u, scale)
             y = Conv <kernel_shape = [1, 1]> (scaled, wc)
         }""",
-        wa=_noise(16, 3, 1, 1),
-        wb=_noise(8, 3, 1, 1) * 100,  # all of b outweigh a, and yet as many of each go
+        wa=_noise(16, 3, 1, 1) * np.repeat([9, 1], 8).astype(np.float32)[:, None, None, None],
+        wb=_noise(8, 3, 1, 1) * 100,  # b outweighs a, and a's first half its second: yet as many of each go
         wc=_noise(2, 24, 1, 1),
         ones=np.ones(3, np.float32),
         zeros=np.zeros(3, np.float32),
-        scale=_noise(24, 1, 1),
+        scale=np.arange(24, dtype=np.float32).reshape(24, 1, 1),
     )
     branch = slim(model, (), 0.5, multiple=4)
     assert [(g.kept, g.total) for g in branch.groups] == [(8, 16), (4, 8), (2, 2)]
     feeds = {"x": _noise(1, 3, 4, 4)}
     _check_runs(model, (), 0.5, feeds, 4)
     tensors = {t.name: numpy_helper.to_array(t) for t in branch.rest.graph.initializer}
+    (scale,) = (value for value in tensors.values() if value.shape == (12, 1, 1))
+    assert (scale.ravel() // 8).tolist() == [0] * 4 + [1] * 4 + [2] * 4
     # 0 and -1 still say the same; the image's channels are fewer.
     assert tensors["folded"].tolist() == [0, 3, -1]
     assert [1, 12, 4, 4] in [value.tolist() for value in tensors.values() if value.dtype == np.int64]
+
+
+def test_channels_are_followed_through_shapes_and_constants() -> None:
+    model = _parsed(
+        """shapes (float[1, 3, 4, 4] x, int64[1] who) => (float[1, 2, 8, 10] y, float[1, 5] z)
+        <int64[4] sizes = {1, 16, 8, 8}, int64[1] from = {2}, int64[1] to = {8}, int64[1] axis = {1},
+         int64[2] halves = {8, 8}, int64[2] last = {2, 3}, int64[4] large = {1, 16, 4, 4}> {
+            a = Conv <kernel_shape = [1, 1]> (x, wa)
+            who_is = Gather (people, who)
+            person = Unsqueeze (who_is, last)
+            spread = Expand (person, large)
+            named = Add (a, spread)
+            resized = Resize <mode = "nearest"> (named, none, none, sizes)
+            beside = Concat <axis = 3> (resized, border)
+            first, second = Split <axis = 1> (beside, halves)
+            product = Mul (first, second)
+            b = Conv <kernel_shape = [1, 1]> (product, wb)
+            part = Slice (b, from, to, axis)
+            y = Conv <kernel_shape = [1, 1]> (part, wy)
+            c = Conv <kernel_shape = [1, 1]> (x, wc)
+            blocks = SpaceToDepth <blocksize = 2> (c)
+            flat = Flatten <axis = 1> (blocks)
+            hidden = Gemm <transB = 1> (flat, wh, bh)
+            active = Gelu (hidden)
+            z = Gemm (active, wz)
+        }""",
+        people=_noise(4, 16),
+        none=np.zeros(0, np.float32),
+        border=_noise(1, 16, 8, 2),
+        wa=_noise(16, 3, 1, 1),
+        wb=_noise(8, 8, 1, 1),
+        wy=_noise(2, 6, 1, 1),
+        wc=_noise(4, 3, 1, 1),
+        wh=_noise(12, 64),
+        bh=_noise(12),
+        wz=_noise(12, 5),
+    )
+    feeds = {"x": _noise(1, 3, 4, 4), "who": np.array([2], np.int64)}
+    branch = slim(model, (), 0.5, multiple=1)
+    # a and the table of people are one group; its halves, which are multiplied, are tied. Of b what the Slice leaves
+    # out is a part of its own. Four channels are the least that is kept.
+    assert [(g.kept, g.total) for g in branch.groups] == [(4, 8), (6, 8), (2, 2), (4, 4), (6, 12), (5, 5)]
+    _check_runs(model, (), 0.5, feeds, 1)
 
 
 def test_a_depth_reads_what_it_needs_of_the_inputs(trace: Trace) -> None:
