@@ -213,6 +213,38 @@ def test_a_drift_is_over_when_audits_are_as_calibrated_again() -> None:
     assert log.take_warning() is not None
 
 
+def test_what_led_to_a_drift_does_not_lead_to_the_next() -> None:
+    log = AuditLog(1, 0.95, recovery=20)
+    feed(log, *[(False, -1.0, 0.5)] * 4, *[HIT] * 20)
+    assert (log.drifts, log.drifting) == (1, False)
+    feed(log, (False, -1.0, 0.5))
+    assert log.drifts == 1
+
+
+def test_while_drifting_a_miss_is_followed_at_once() -> None:
+    log = AuditLog(1, 0.95, recovery=5)
+    feed(log, *[(False, -1.0, 0.5)] * 4)
+    assert log.tightening() == pytest.approx(0.5)
+    # Among the first audits a wrong prediction is enough, later on a miss is.
+    feed(log, (False, -1.0, 0.9))
+    assert log.tightening() == pytest.approx(0.9)
+    feed(log, *[(False, -1.0, 0.5)] * 5)
+    assert log.drifting
+    before = log.tightening()
+    feed(log, (False, -1.0, 2.0))
+    assert log.tightening() < before
+    before = log.tightening()
+    feed(log, (True, 1.1, 0.5))
+    assert log.tightening() == pytest.approx(before + 1.1)
+
+
+def test_predictions_that_cannot_be_compared_are_wrong_ones() -> None:
+    log = AuditLog(1, 0.95)
+    feed(log, *[(False, -1.0, math.nan)] * 4)
+    assert log.drifting
+    assert log.tightening() == pytest.approx(4.0), "the largest jump: nothing else limits it"
+
+
 # Rule, router and log together
 
 EXITS = ("warp", "warp2", "branch1")

@@ -227,6 +227,10 @@ def test_where_nothing_dearer_is_in_time_a_cheaper_eligible_exit_answers() -> No
     assert router.route(Request(0, 1, signals("branch1"), 20.0)).exit == "branch1"
     decision = router.route(Request(1, 1, signals("warp2"), 20.0))
     assert (decision.exit, decision.degraded) == ("warp2", None)
+    # Of several, none with room to spare, the dearest: it is the least of a step down.
+    router = make()
+    assert router.route(Request(0, 1, signals("branch1"), 20.0)).exit == "branch1"
+    assert router.route(Request(1, 1, signals("warp2", "warp"), 11.0)).exit == "warp"
 
 
 def test_costs_that_were_followed_change_the_choice() -> None:
