@@ -1,16 +1,14 @@
-"""The quality promise: what is asked for, what was measured for it, and the rule that keeps it.
+"""The quality promise: what was measured for it, and the rule that keeps it.
 
-A *score* is a quality in the form in which it is predicted: natural logarithm, larger is worse, finite for identical
-images too. A *rule* says by how many spreads an exit's predicted score must lie below the threshold's, for each cache
-age (`margin`); margins are made from a bundle's calibration whenever a quality is named, so that any threshold and any
-confidence can be asked of one bundle.
+A *rule* says by how many spreads an exit's predicted score must lie below the threshold's, for each cache age
+(`margin`); margins are made from a bundle's calibration whenever a quality is named, so that any threshold and any
+confidence can be asked of one bundle. What is asked for is in `promised_quality`, the manifest's record in
+`promise_record`; their names are here too.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,23 +16,21 @@ from io import BytesIO
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .conformal import allowed_losses, risk_control_margin
 from .errors import BundleError, InputError
-from .manifest import PREDICTORS, Manifest
-from .quality import PSNR_CAP_DB
-from .strict_json import (
-    Fields,
-    a_name,
-    a_number,
-    a_string,
-    an_integer,
-    mapping_of,
-    mistyped,
-    refuse_duplicates,
-    tuple_of,
+from .promise_record import METHOD, PromiseRecord
+from .promised_quality import (
+    PROMISABLE,
+    Quality,
+    canonical_metric,
+    from_score,
+    in_range,
+    metric_option,
+    score_value,
+    to_score,
 )
 
 __all__ = [
@@ -53,153 +49,11 @@ __all__ = [
     "to_score",
 ]
 
-PROMISABLE: Final = ("lpips", "flip", "psnr_db", "ms_ssim")
-"""The metrics that a threshold can be promised in, by their names in `quality.METRICS`."""
-
-METHOD: Final = "conformal risk control"
-
-_ALIASES = {"psnr": "psnr_db", "ms-ssim": "ms_ssim"}
-_OPTIONS = {"psnr_db": "psnr", "ms_ssim": "ms-ssim"}
-_RANGES = {
-    "lpips": "a finite number above 0",
-    "flip": "a number above 0 and at most 1",
-    "psnr_db": f"a number of decibels above 0 and at most {PSNR_CAP_DB:g}",
-    "ms_ssim": "a number between 0 and 1, both excluded",
-}
-# What identical images count as: far below what is visible, and far above what float32 arithmetic leaves of nothing.
-_LEAST_DISTANCE = 1e-6
-_NATS_PER_DB = math.log(10.0) / 10.0
-
 # An exit that is expected to be worse than the threshold is not eligible, however much the calibration would allow:
 # it saves little, and a rule that has gone below would first have to be tightened back when the frames change.
 _LEAST_MARGIN = 0.0
 _LEAST_ELIGIBLE_SHARE = 0.1
 _MAX_NPZ_BYTES = 256 * 2**20
-_AT = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
-_EXACT_EXITS = ("whole", "plain")
-
-
-def canonical_metric(name: str) -> str:
-    """The name of a metric as `quality.METRICS` has it; ``psnr`` and ``ms-ssim`` are understood too.
-
-    Raises:
-        InputError: If nothing can be promised in such a metric; the message lists those in which it can.
-    """
-    if isinstance(name, str):
-        lowered = name.strip().lower()
-        lowered = _ALIASES.get(lowered, lowered)
-        if lowered in PROMISABLE:
-            return lowered
-    known = ", ".join(metric_option(metric) for metric in PROMISABLE)
-    raise InputError(f"no quality can be promised in metric {name!r}; choose one of: {known}")
-
-
-def metric_option(metric: str) -> str:
-    """How the command line's options spell a metric: ``lpips``, ``flip``, ``psnr``, ``ms-ssim``."""
-    return _OPTIONS.get(metric, metric)
-
-
-def to_score(metric: str, values: ArrayLike) -> NDArray[np.float64]:
-    """Turn a metric's values into scores: larger is worse, one unit is a factor e of distance.
-
-    LPIPS and FLIP: the logarithm of the value; MS-SSIM: of 1 - value; each distance counts 1e-6 at least. PSNR: of
-    the mean squared error on [0, 1], the decibels capped at 100 as everywhere. NaN stays NaN.
-
-    Args:
-        metric: A name or alias of a promisable metric.
-        values: Any shape.
-
-    Returns:
-        float64, the shape of `values`.
-    """
-    metric = canonical_metric(metric)
-    given = np.asarray(values, np.float64)
-    if metric == "psnr_db":
-        return np.asarray(-_NATS_PER_DB * np.minimum(given, PSNR_CAP_DB))
-    distance = 1.0 - given if metric == "ms_ssim" else given
-    return np.asarray(np.log(np.maximum(distance, _LEAST_DISTANCE)))
-
-
-def from_score(metric: str, scores: ArrayLike) -> NDArray[np.float64]:
-    """Turn scores back into the metric's values; the inverse of `to_score` where nothing was cut off."""
-    metric = canonical_metric(metric)
-    given = np.asarray(scores, np.float64)
-    if metric == "psnr_db":
-        return np.asarray(-given / _NATS_PER_DB)
-    distance = np.exp(given)
-    return np.asarray(1.0 - distance if metric == "ms_ssim" else distance)
-
-
-def score_value(metric: str, score: float) -> float:
-    """`from_score` of one score and a canonical metric name, without arrays: for the path of a frame."""
-    if metric == "psnr_db":
-        return -score / _NATS_PER_DB
-    # Beyond, exp overflows; a score that far out says "of no use" either way.
-    distance = math.exp(min(score, 700.0))
-    return 1.0 - distance if metric == "ms_ssim" else distance
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A quality that a caller asks for: a metric, how far an answer may be from the whole generator's, how surely.
-
-    Attributes:
-        metric: ``lpips``, ``flip``, ``psnr_db`` or ``ms_ssim``; ``psnr`` and ``ms-ssim`` are understood and stored so.
-        threshold: The worst value allowed, in the metric's unit.
-        confidence: At least this share of the frames keeps it; in (0, 1).
-
-    Raises:
-        InputError: If the metric is unknown, the threshold outside its range, or the confidence outside (0, 1).
-    """
-
-    metric: str
-    threshold: float
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metric", canonical_metric(self.metric))
-        threshold = _number(self.threshold)
-        if threshold is None or not _in_range(self.metric, threshold):
-            raise InputError(
-                f"a threshold of {metric_option(self.metric)} is {_RANGES[self.metric]}, but {self.threshold!r} was "
-                "given; choose one in that range"
-            )
-        object.__setattr__(self, "threshold", threshold)
-        confidence = _number(self.confidence)
-        if confidence is None or not 0.0 < confidence < 1.0:
-            raise InputError(
-                f"confidence {self.confidence!r} is not a number between 0 and 1, both excluded; give for example 0.95"
-            )
-        object.__setattr__(self, "confidence", confidence)
-
-    @classmethod
-    def parse(cls, text: str, *, confidence: float = 0.95) -> Quality:
-        """Read a quality from its text form.
-
-        Args:
-            text: ``"METRIC=THRESHOLD"``, for example ``"lpips=0.1"``.
-            confidence: As the attribute.
-
-        Raises:
-            InputError: If the text has another form, or what it says is out of range.
-        """
-        metric, equals, value = text.partition("=")
-        try:
-            threshold = float(value)
-        except ValueError:
-            equals = ""
-            threshold = math.nan
-        if not equals:
-            raise InputError(f"quality {text!r} is not of the form METRIC=THRESHOLD; write it as in 'lpips=0.1'")
-        return cls(metric, threshold, confidence)
-
-    @property
-    def score(self) -> float:
-        """The threshold's score: what is above it is worse than asked for."""
-        return float(to_score(self.metric, self.threshold))
-
-    def __str__(self) -> str:
-        return f"{metric_option(self.metric)}={self.threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -246,132 +100,6 @@ class Outcome:
     coverage: float
     saved: float
     shares: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class PromiseRecord:
-    """What a manifest says of its promise, at ``calibration.promise``.
-
-    Attributes:
-        metric: The metric it is made in.
-        exits: Exits with a predicted quality, in the order of the predictor's columns.
-        cold_exits: Those of them that need no cache, in the order of the cold predictor's columns.
-        ages: Calibrated ages in frames, rising from 1 or more.
-        samples: Rows of the calibration.
-        frames: Different frames among them.
-        at: When it was made, UTC, ``2026-11-20T12:00:00Z``.
-        file: The bundle's file with the rows.
-        macs: Multiply-accumulates by exit, of ``whole``, ``plain``, and of the two predictors.
-        errors: Median absolute error of the predicted score by exit.
-        thresholds: For people: what was found at some thresholds.
-        method: How margins are made; this library knows one way.
-    """
-
-    metric: str
-    exits: tuple[str, ...]
-    cold_exits: tuple[str, ...]
-    ages: tuple[int, ...]
-    samples: int
-    frames: int
-    at: str
-    file: str
-    macs: Mapping[str, float]
-    errors: Mapping[str, float]
-    thresholds: tuple[Mapping[str, Any], ...] = ()
-    method: str = METHOD
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> PromiseRecord | None:
-        """Read a manifest's record strictly; None where the manifest makes no promise.
-
-        Raises:
-            BundleError: If a key is missing, unknown or mistyped, or the record does not fit the manifest.
-        """
-        value = (manifest.calibration or {}).get("promise")
-        if value is None:
-            return None
-        record = cls._read(value, "calibration.promise")
-        record._check(manifest, "calibration.promise")
-        return record
-
-    def to_record(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {
-            "method": self.method,
-            "metric": self.metric,
-            "exits": list(self.exits),
-            "cold_exits": list(self.cold_exits),
-            "ages": list(self.ages),
-            "samples": self.samples,
-            "frames": self.frames,
-            "at": self.at,
-            "file": self.file,
-            "macs": dict(self.macs),
-            "predictor": {"error": dict(self.errors)},
-            "thresholds": [dict(threshold) for threshold in self.thresholds],
-        }
-
-    @classmethod
-    def _read(cls, value: Any, where: str) -> PromiseRecord:
-        fields = Fields(value, where)
-        predictor = Fields(fields.take("predictor", lambda found, _: found), f"{where}.predictor")
-        record = cls(
-            method=fields.take("method", a_string),
-            metric=fields.take("metric", a_string),
-            exits=fields.take("exits", tuple_of(a_name)),
-            cold_exits=fields.take("cold_exits", tuple_of(a_name)),
-            ages=fields.take("ages", tuple_of(an_integer)),
-            samples=fields.take("samples", an_integer),
-            frames=fields.take("frames", an_integer),
-            at=fields.take("at", a_string),
-            file=fields.take("file", a_string),
-            macs=fields.take("macs", mapping_of(_not_negative)),
-            errors=predictor.take("error", mapping_of(_not_negative)),
-            thresholds=fields.take("thresholds", tuple_of(_threshold)),
-        )
-        predictor.finish()
-        fields.finish()
-        return record
-
-    def _check(self, manifest: Manifest, where: str) -> None:
-        """What holds between the keys, and between them and the manifest."""
-        if self.method != METHOD:
-            raise mistyped(f"{where}.method", repr(METHOD), self.method)
-        if self.metric not in PROMISABLE:
-            raise mistyped(f"{where}.metric", f"one of {', '.join(PROMISABLE)}", self.metric)
-        known = {record.name for record in manifest.exits} - set(_EXACT_EXITS)
-        refuse_duplicates(f"{where}.exits", self.exits)
-        refuse_duplicates(f"{where}.cold_exits", self.cold_exits)
-        if not self.exits or not known.issuperset(self.exits):
-            raise mistyped(f"{where}.exits", f"some of the bundle's exits {', '.join(sorted(known))}", list(self.exits))
-        if not set(self.exits).issuperset(self.cold_exits):
-            raise mistyped(f"{where}.cold_exits", f"some of {', '.join(self.exits)}", list(self.cold_exits))
-        if any(age < 1 for age in self.ages) or any(a >= b for a, b in zip(self.ages, self.ages[1:], strict=False)):
-            raise mistyped(f"{where}.ages", "ages from 1 on, rising", list(self.ages))
-        if not self.ages and not self.cold_exits:
-            raise mistyped(f"{where}.ages", "at least one age where there are no cold exits", list(self.ages))
-        if self.samples < 1 or not 1 <= self.frames <= self.samples:
-            raise mistyped(f"{where}.frames", f"1 to {self.samples}, the samples", self.frames)
-        if _AT.fullmatch(self.at) is None:
-            raise mistyped(f"{where}.at", "a time such as 2026-11-20T12:00:00Z", self.at)
-        if not self.file.endswith(".npz"):
-            raise mistyped(f"{where}.file", "the name of an .npz file", self.file)
-        counted = {*_EXACT_EXITS, *PREDICTORS, *self.exits}
-        if not self.macs.get("whole") or not counted.issuperset(self.macs):
-            raise mistyped(f"{where}.macs", f"counts for whole and others of {', '.join(sorted(counted))}", self.macs)
-        if not set(self.exits).issuperset(self.errors):
-            raise mistyped(f"{where}.predictor.error", f"errors of {', '.join(self.exits)}", self.errors)
-        for name, columns in zip(PREDICTORS, (self.exits if self.ages else (), self.cold_exits), strict=True):
-            if not columns:
-                continue
-            if name not in manifest.modules:
-                raise BundleError(f"manifest.json: {where} needs module {name!r}, which is missing; compile again")
-            for spec in manifest.modules[name].outputs:
-                if spec.name in ("predicted", "spread") and spec.shape != (1, len(columns)):
-                    raise BundleError(
-                        f"manifest.json: module {name!r} gives {spec.name!r} of shape {list(spec.shape)}, "
-                        f"but {where} has {len(columns)} exits for it; compile the bundle again"
-                    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -550,7 +278,7 @@ class Calibration:
 
     def _holds(self, score: float, confidence: float) -> bool:
         threshold = float(from_score(self.metric, score))
-        if not _in_range(self.metric, threshold):
+        if not in_range(self.metric, threshold):
             return False
         return self._made(Quality(self.metric, threshold, confidence))[1] >= _LEAST_ELIGIBLE_SHARE
 
@@ -573,7 +301,7 @@ class Calibration:
         else:
             rounded = -_up(-threshold) if self.metric == "psnr_db" else _up(threshold)
         for value in (rounded, threshold):
-            if _in_range(self.metric, value) and self._holds(float(to_score(self.metric, value)), confidence):
+            if in_range(self.metric, value) and self._holds(float(to_score(self.metric, value)), confidence):
                 return value
         return None
 
@@ -708,43 +436,6 @@ def _read_array(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], where
         raise BundleError(f"{where} has {len(content)} bytes of data, which do not fit its shape; copy it again")
     array: NDArray[Any] = np.frombuffer(content, dtype).reshape(shape)
     return array
-
-
-def _threshold(value: Any, where: str) -> dict[str, Any]:
-    fields = Fields(value, where)
-    record = {
-        "threshold": fields.take("threshold", a_number),
-        "confidence": fields.take("confidence", a_number),
-        "age": fields.take("age", an_integer),
-        "coverage": fields.take("coverage", a_number),
-        "saved": fields.take("saved", a_number),
-        "shares": fields.take("shares", mapping_of(_not_negative)),
-    }
-    fields.finish()
-    return record
-
-
-def _not_negative(value: Any, where: str) -> float:
-    number = a_number(value, where)
-    if number < 0:
-        raise mistyped(where, "a number of 0 or more", value)
-    return number
-
-
-def _number(value: object) -> float | None:
-    """A real number as float; None for anything else, bool and str among it."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        return None
-    return float(value)
-
-
-def _in_range(metric: str, threshold: float) -> bool:
-    # NaN fails every comparison.
-    if metric == "lpips":
-        return 0.0 < threshold < math.inf
-    if metric == "flip":
-        return 0.0 < threshold <= 1.0
-    return 0.0 < threshold <= PSNR_CAP_DB if metric == "psnr_db" else 0.0 < threshold < 1.0
 
 
 def _any_threshold(metric: str) -> float:
