@@ -46,7 +46,9 @@ EPILOG_BUILD = (
 @click.option("--weights", type=PATH, help="The generator's weights, .safetensors; without it as the factory made it.")
 @click.option("--inputs", type=PATH, required=True, help="Frames to train on: .npz, or .mp4 for one image input.")
 @click.option(
-    "--holdout", type=PATH, help="Frames to calibrate on; without it the last quarter of --inputs is kept back."
+    "--holdout",
+    type=PATH,
+    help="Frames to calibrate on, which the generator was not trained on; default: the last quarter of --inputs.",
 )
 @cut_option
 @click.option(
