@@ -23,6 +23,7 @@ from warpcache.export.branches import Branch, BranchOptions, default_costs, trai
 from warpcache.export.checkpoint import checkpoint_plan
 from warpcache.export.graph import GraphIndex, give_out
 from warpcache.export.graph_module import GraphModule
+from warpcache.export.guide_bank import guide_value, pool_features
 from warpcache.export.macs import count_macs
 from warpcache.export.profile import Timing
 from warpcache.export.run import frame_at, open_session, run_session
@@ -397,6 +398,26 @@ def test_a_seed_makes_the_run(unet: Case) -> None:
     # Bit for bit: the same sums in the same order on one thread.
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_an_entry_holds_what_the_whole_made_of_its_frame(unet: Case) -> None:
+    place = after_first_block(unet.model)
+    bank = make_guides(unet.model, unet.stream, [place], 4, silent)[place].bank
+    value = guide_value(unet.model)
+    session = open_session(give_out(unet.model, [value]))
+    whole = np.stack([run_session(session, unet.frame(int(t)))[value][0] for t in bank.frames])
+    assert len(set(bank.frames.tolist())) == 4
+    # All 16 channels of 16x16 are kept, so the reduction is a rotation and one scale: it changes no ratio of distances.
+    there, here = (((a[:, None] - a[None]) ** 2).sum((2, 3, 4)) for a in (whole.astype(np.float64), bank.values))
+    off = ~np.eye(4, dtype=bool)
+    ratio = here[off] / there[off]
+    # float32 sums over 4096 numbers.
+    assert ratio[0] > 0
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    # The keys are the frames' own too: a frame in the bank lies at no distance from its entry.
+    first = run_first(unet, place)
+    own = pool_features([torch.from_numpy(np.concatenate([first[int(t)] for t in bank.frames]))]).numpy()
+    np.testing.assert_allclose(own @ bank.projection + bank.offset, bank.keys, atol=1e-3)
 
 
 def test_in_training_a_frame_does_not_find_itself(unet: Case) -> None:
