@@ -253,6 +253,63 @@ def test_graphs_that_mix_frames_run_as_if_one_by_one() -> None:
     assert all(parameter.grad.any() for parameter in module.parameters())
 
 
+# Bodies of a graph (float[1, 4] x, int64[1, 2] k) -> y, and whether frames stay apart when they are stacked.
+FRAMES_APART = {
+    "t = Constant <value = int64[1] {0}> () y = ReduceMean (x, t)": False,
+    "t = Constant <value = int64[1] {-1}> () y = ReduceMean (x, t)": True,
+    "y = Gather <axis = 1> (x, k)": False,
+    "t = Constant <value = int64[2] {3, -1}> () y = Gather <axis = 1> (x, t)": True,
+    "t = Constant <value = float[4, 2] {1, 2, 3, 4, 5, 6, 7, 8}> () y = Gather (t, k)": True,
+    "t = Transpose (x) y = MatMul (t, x)": False,
+    "t = Transpose (x) y = Add (t, x)": False,
+    "y = Gemm <transA = 1> (x, x)": False,
+    "t = Constant <value = float[4, 2] {1, 2, 3, 4, 5, 6, 7, 8}> () y = Gemm (x, t)": True,
+    "y = Concat <axis = 0> (x, x)": False,
+    "t = Constant <value = float[1, 1] {5}> () y = Concat <axis = 1> (x, t, x)": True,
+    "y = Softmax <axis = 0> (x)": False,
+    "y = Flatten <axis = 0> (x)": True,
+    "t = Constant <value = int64[3] {1, -1, 2}> () y = Reshape (x, t)": True,
+    "t = Constant <value = int64[3] {2, -1, 1}> () y = Reshape (x, t)": False,
+    "t = Constant <value = int64[1] {0}> () y = Squeeze (x, t)": False,
+    "t = Constant <value = float[3, 1] {1, 2, 3}> () y = Mul (x, t)": False,
+}
+
+
+@pytest.mark.parametrize("body", FRAMES_APART)
+def test_frames_are_told_apart_by_what_nodes_do(body: str) -> None:
+    text = f"apart (float[1, 4] x, int64[1, 2] k) => (float y, int64[1, 2] same) {{ {body} same = Identity (k) }}"
+    parsed = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {text}')
+    parsed.graph.output[0].type.tensor_type.ClearField("shape")  # the text form means a scalar, inference knows better
+    model = normalise(parsed)
+    inputs = {
+        "x": np.random.default_rng(8).standard_normal((3, 4)).astype(np.float32),
+        "k": np.array([[1, 0], [2, 2], [3, 1]]),
+    }
+    module = GraphModule(model)
+    assert (module.mixing_node is None) == FRAMES_APART[body]
+    got = module(_tensors(inputs))
+    want = [run_model(model, {name: array[t : t + 1] for name, array in inputs.items()}, threads=1) for t in range(3)]
+    _assert_close(got["y"], np.concatenate([frame["y"] for frame in want]))
+
+
+@pytest.mark.parametrize("scales", ["{1, 1}", "{2, 0.5}"])
+def test_a_group_norm_keeps_scales_of_its_groups(scales: str) -> None:
+    model = _model(
+        f"""norm (float[1, 4, 3, 3] x) => (float[1, 4, 3, 3] y)
+        <int64[3] folded = {{0, 2, -1}}, int64[4] image = {{1, 4, 3, 3}}, float[2] scale = {scales},
+         float[2] bias = {{0, 0}}, float[4, 1, 1] gamma = {{1, 2, 3, 4}}> {{
+            f = Reshape (x, folded)
+            n = InstanceNormalization (f, scale, bias)
+            u = Reshape (n, image)
+            y = Mul (u, gamma)
+        }}"""
+    )
+    x = np.random.default_rng(9).standard_normal((2, 4, 3, 3)).astype(np.float32)
+    got = GraphModule(model, train=["gamma"])(torch.from_numpy(x))["y"]
+    for t in range(2):
+        _assert_close(got[t : t + 1], run_model(model, {"x": x[t : t + 1]}, threads=1)["y"])
+
+
 def test_weights_behind_constant_nodes_are_trained_and_constants_repeat() -> None:
     model = _model(
         """constants (float[1, 4, 6] x) => (float[1, 6, 4] y, float[2, 3] constant)
