@@ -43,6 +43,7 @@ CONFIDENCE = 0.95
 # Coverage on a finite test part scatters about the promise: the issue of a promise of 95 % is held to 94 %.
 COVERAGE = 0.94
 AUDIT_EVERY = 10
+GENERATOR_STEPS = 1500
 SAVED = {128: {0.02: 0.60, 0.05: 0.80}, 256: {0.1: 0.60}}
 SAVED_COLD = {128: {0.05: 0.50}, 256: {0.1: 0.50}}
 # The age that the table of figures is about: what two cores hold under `async` is 1.0 to 1.2 frames at 128x128.
@@ -83,7 +84,7 @@ class Run:
 @click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", required=True)
 @click.option("--case", "names", type=click.Choice(CASES), multiple=True, default=CASES, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default="out/early_exits", show_default=True)
-@click.option("--generator-steps", type=int, default=1500, show_default=True)
+@click.option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)
 @click.option("--steps", type=int, help="Training steps of the exits; default: that of `warpcache compile`.")
 @click.option(
     "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
@@ -107,12 +108,7 @@ def main(
     report: dict[str, Any] = {"schema": 1, "command": "early_exits", "environment": environment(), "cases": {}}
     cases: dict[str, Case] = {}
     for name in names:
-        clip, _, size = name.partition("-")
-        case = (
-            head_case(work, generator_steps)
-            if clip == "head"
-            else clip_case(data, clip, int(size), work, generator_steps)
-        )
+        case = load_case(name, data, work, generator_steps)
         cases[name] = case
         if stage == "generator":
             continue
@@ -128,6 +124,14 @@ def main(
                 report["cases"][name]["shift"] = shifted[1] | {"figures": [f.to_record() for f in shifted[0]]}
         if json_path is not None:
             json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def load_case(name: str, data: Path, work: Path, generator_steps: int = GENERATOR_STEPS) -> Case:
+    """One of `CASES`, its generator trained unless its weights are in the work folder."""
+    clip, _, size = name.partition("-")
+    return (
+        head_case(work, generator_steps) if clip == "head" else clip_case(data, clip, int(size), work, generator_steps)
+    )
 
 
 def _measure(
