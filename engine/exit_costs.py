@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from .errors import InputError
 
 __all__ = ["ExitCosts", "measure_exit_costs"]
+
+# Share of what an exit costs above its time at load that is forgotten with every frame that another answers: an exit
+# that is slow for good is tried again once in a few hundred frames. And where nothing ran, so that nothing is to lose.
+_FORGOTTEN, _FORGOTTEN_IDLE = 0.01, 0.1
 
 
 class ExitCosts:
@@ -16,7 +20,8 @@ class ExitCosts:
 
     Measured times go through a median of the last three and then into an exponential average. So one outlier alone (a
     context switch, a page fault) changes nothing, while a device that has become slower is followed from the second
-    slow frame on. Not safe for several threads at once: one session's consumer owns it.
+    slow frame on. What is not run is not measured, so a cost that has risen falls back towards the one at load (`rest`).
+    Not safe for several threads at once: one session's consumer owns it.
 
     Args:
         measured: Milliseconds by exit, from `measure_exit_costs`.
@@ -35,6 +40,7 @@ class ExitCosts:
             if not (math.isfinite(ms) and ms > 0.0):
                 raise InputError(f"the cost of exit {name!r} is {ms} ms; it must be finite and above 0")
         self._weight = weight
+        self._measured = {name: float(ms) for name, ms in measured.items()}
         self._ms = {name: float(ms) for name, ms in measured.items()}
         self._last_two = {name: (ms, ms) for name, ms in self._ms.items()}
         self._order: tuple[str, ...] | None = None
@@ -65,6 +71,27 @@ class ExitCosts:
         middle = sorted((before, last, ms))[1]
         self._ms[exit_name] += self._weight * (middle - self._ms[exit_name])
         self._order = None
+
+    def rest(self, ran: Collection[str]) -> None:
+        """Count one frame for the exits that did not run: what they cost above their time at load slowly goes.
+
+        Without it, a spell in which the device was slow would put an exit out of a deadline's reach for good, and where
+        it was every exit, drop every frame from then on.
+
+        Args:
+            ran: The exits that did run for the frame; none where it was dropped.
+        """
+        kept = 1.0 - (_FORGOTTEN if ran else _FORGOTTEN_IDLE)
+        for name, least in self._measured.items():
+            above = self._ms[name] - least
+            if above <= 0.0 or name in ran:
+                continue
+            # In the end it is there, and nothing is left to do.
+            ms = least + kept * above if above > 1e-3 * least else least
+            self._ms[name] = ms
+            # A slow frame follows at once if the next one is as slow; a fast one is not outvoted by two from then.
+            self._last_two[name] = (ms, self._last_two[name][1])
+            self._order = None
 
     def cheapest(self) -> str:
         """The exit that costs least."""

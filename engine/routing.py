@@ -118,6 +118,7 @@ class Routing:
             self._telemetry.scene_cut()
             self._post(Invalidated(action.frame, started))
         if decision.exit is None:
+            self._costs.rest(())
             self._telemetry.dropped_for_deadline()
             return None
         answer = self._run(action, inputs, decision, decision.exit, signals, rule)
@@ -181,6 +182,7 @@ class Routing:
         rule: Rule,
     ) -> RoutedAnswer:
         """Run the chosen exit, and as long as an answer is not finite the next one."""
+        ran = []
         for name in (chosen, *decision.ranking):
             outputs = self._workspace.take_outputs()
             lane = self._workspace.exit(name)
@@ -189,13 +191,16 @@ class Routing:
                 lane.enqueue(inputs, action.slot, outputs).wait()
                 exit_ms = (self._now() - begun) * 1e3
             self._costs.observe(name, exit_ms)
+            ran.append(name)
             if self._workspace.finite(outputs):
-                predicted = decision.predicted
+                self._costs.rest(ran)
+                predicted, degraded = decision.predicted, decision.degraded
                 if name != chosen:
                     score = None if signals is None else signals.predicted.get(name)
                     predicted = None if score is None else score_value(rule.quality.metric, score)
+                    degraded = None  # all that may follow is eligible: late, but as good as promised
                 age = action.age if name in self._plan.consumers else 0
-                return RoutedAnswer(name, outputs, age, predicted, decision.degraded, exit_ms)
+                return RoutedAnswer(name, outputs, age, predicted, degraded, exit_ms)
             if self._telemetry.non_finite() == 1:
                 logger.warning(
                     "exit %r gave NaN or infinity on frame %d, and the next exit answers it (further such answers are "

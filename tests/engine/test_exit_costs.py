@@ -86,6 +86,33 @@ def test_a_slower_device_is_followed_from_the_second_slow_frame_on() -> None:
     assert seen[-1] == pytest.approx(5.0 - 2.0 * 0.9**59, rel=1e-12)
 
 
+def test_what_does_not_run_falls_back_to_its_time_at_load_and_no_further() -> None:
+    costs = ExitCosts(MEASURED)
+    for _ in range(50):
+        costs.observe("warp", 9.0)
+        costs.observe("warp2", 0.5)
+    risen, fallen = costs.ms("warp"), costs.ms("warp2")
+    costs.rest(["warp2"])
+    assert costs.ms("warp") == pytest.approx(3.0 + 0.99 * (risen - 3.0)), "a hundredth of the excess goes each frame"
+    assert costs.ms("warp2") == fallen, "what ran has just been measured"
+    for _ in range(200):
+        costs.rest([])
+    assert dict(zip(MEASURED, map(costs.ms, MEASURED), strict=True)) == MEASURED | {"warp2": fallen}
+    assert costs.order() == ("warp2", "warp", "plain", "whole")
+
+
+def test_an_exit_that_is_as_slow_as_it_was_is_followed_at_once() -> None:
+    for again, follows in ((9.0, True), (3.0, False)):
+        costs = ExitCosts(MEASURED)
+        for _ in range(50):
+            costs.observe("warp", 9.0)
+        for _ in range(20):
+            costs.rest([])
+        rested = costs.ms("warp")
+        costs.observe("warp", again)
+        assert (costs.ms("warp") > rested) == follows
+
+
 @given(st.lists(st.floats(0.5, 50.0), max_size=50))
 def test_a_cost_stays_among_what_was_seen(times: list[float]) -> None:
     costs = ExitCosts(MEASURED)

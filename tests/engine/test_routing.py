@@ -287,6 +287,17 @@ def test_without_a_cache_in_time_a_frame_is_dropped_rather_than_late(client: Cli
     assert client.ask(0, age=None, within_ms=2.0) is None
 
 
+def test_a_slow_spell_does_not_drop_frames_for_good(client: Client, world: World) -> None:
+    fast = dict(world.costs)
+    world.costs = {name: 40.0 * ms for name, ms in fast.items()}
+    assert None in [client.ask(frame, within_ms=4.0) for frame in range(60)], "every exit is over the deadline"
+    world.costs = fast
+    # Nothing that is dropped is measured: only by trying can it be found that the spell is over.
+    answers = [client.ask(frame, within_ms=4.0) for frame in range(60, 160)]
+    assert None not in answers[-20:]
+    assert client.routing._costs.ms("warp2") < 4.0
+
+
 # Failures
 
 
@@ -304,6 +315,15 @@ def test_an_answer_that_is_not_finite_is_replaced_by_the_next_exit(
     assert client.telemetry.snapshot().non_finite == 4
     (record,) = caplog.records
     assert record.getMessage().startswith("exit 'warp2' gave NaN or infinity on frame 0, and the next exit answers it")
+
+
+def test_what_replaces_a_degraded_answer_is_not_degraded(client: Client, world: World) -> None:
+    world.scores |= {"warp2": BAD, "warp": BAD - 0.5}
+    world.gives = {"warp": np.nan}
+    # Of 3 ms the predictor leaves too little for the branch. Then it answers all the same: late, but as promised.
+    answer = client.answer(0, within_ms=3.0)
+    assert [name for name, _ in world.ran] == ["predictor", "warp", "branch1"]
+    assert (answer.exit, answer.degraded) == ("branch1", None)
 
 
 def test_at_last_the_whole_generator_answers(client: Client, world: World) -> None:
