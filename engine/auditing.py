@@ -4,7 +4,8 @@ Notes to developers. An audit takes three steps on three occasions. With the ans
 inputs and picture (`offer`). When it comes back for the next frame, it queues the whole generator in the background
 (`begin`), so that queueing is no part of any answer. On the background stream's thread, when the generator has ended,
 the two pictures are compared, and the result goes into the log under the session's lock. There is at most one audit at
-a time, which is why the workspace has memory for one.
+a time, which is why the workspace has memory for one. Frames that name a confidence of their own have a log of their
+own: how many misses are chance differs, and what one promise's misses ask for is not asked of another.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class _Audit:
     frame: int
     group: int
     rule: Rule
+    log: AuditLog
     expected: tuple[float, float]
     inputs: dict[str, Any]
     picture: Array
@@ -59,16 +61,16 @@ class Auditing:
         self._workspace = workspace
         self._telemetry = telemetry
         self._lock = lock
-        self._log = AuditLog(plan.audit_every, plan.rule.quality.confidence)
+        self._logs: dict[float, AuditLog] = {}  # by confidence
         self._kept: _Audit | None = None
         self._ended = threading.Event()  # set while no audit runs
         self._ended.set()
         self._closed = False
 
-    def tightening(self, group: int) -> float:
-        """Spreads to add to the margin at an age; 0 is without a cache."""
+    def tightening(self, group: int, rule: Rule) -> float:
+        """Spreads to add to the rule's margin at an age; 0 is without a cache."""
         with self._lock:
-            return self._log.tightening(group)
+            return self._log_of(rule).tightening(group)
 
     def offer(
         self,
@@ -92,19 +94,23 @@ class Auditing:
                 needs no audit: it is a hit, and the promise is over all frames.
         """
         with self._lock:
-            if self._closed or not self._log.due(frame):
+            log = self._log_of(rule)
+            if self._closed or any(log.in_flight is not None for log in self._logs.values()) or not log.due(frame):
                 return
-            self._log.started(frame)
+            log.started(frame)
             if expected is None:
-                self._log.finished(frame, group, False)
+                log.finished(frame, group, False)
                 self._count(missed=False)
                 return
         try:
             kept, picture = self._workspace.keep_for_audit(inputs, outputs[self._plan.image])
         except Exception as exc:
-            self._failed(frame, exc)
+            self._failed(log, frame, exc)
+        except BaseException:
+            self._forget(log, frame)
+            raise
         else:
-            self._kept = _Audit(frame, group, rule, expected, kept, picture)
+            self._kept = _Audit(frame, group, rule, log, expected, kept, picture)
 
     def begin(self) -> None:
         """Queue the audit that is due, if any; the frame's answer is out."""
@@ -116,8 +122,13 @@ class Auditing:
             outputs = self._workspace.take_audit()
             event = self._workspace.auditor().enqueue(audit.inputs, None, outputs)
         except Exception as exc:
-            self._failed(audit.frame, exc)
+            self._failed(audit.log, audit.frame, exc)
             self._ended.set()
+        except BaseException:
+            # An interrupt goes on to the caller, but nobody may wait for this audit for ever.
+            self._forget(audit.log, audit.frame)
+            self._ended.set()
+            raise
         else:
             event.add_done_callback(lambda event: self._compare(audit, outputs, event))
 
@@ -134,6 +145,7 @@ class Auditing:
 
     def _compare(self, audit: _Audit, outputs: Mapping[str, Array], event: Event) -> None:
         """The whole generator has ended; runs on its stream's thread."""
+        log = audit.log
         try:
             if self._closed:
                 return
@@ -148,25 +160,43 @@ class Auditing:
             with self._lock:
                 if self._closed:
                     return
-                self._log.finished(audit.frame, audit.group, excess > 0.0, excess, spread, beyond=beyond)
-                warning = self._log.take_warning()
+                log.finished(audit.frame, audit.group, excess > 0.0, excess, spread, beyond=beyond)
+                warning = log.take_warning()
                 self._count(missed=excess > 0.0)
             if warning is not None:
                 logger.warning("%s", warning)
         # Nobody waits here who could be told otherwise, and an audit must not cost a frame.
         except BaseException as exc:
-            self._failed(audit.frame, exc)
+            self._failed(log, audit.frame, exc)
         finally:
             self._ended.set()
 
-    def _count(self, *, missed: bool) -> None:
-        self._telemetry.audited(missed=missed, drifts=self._log.drifts, tightening=self._log.tightening())
+    def _log_of(self, rule: Rule) -> AuditLog:
+        """The log of the rule's confidence; the lock is held."""
+        confidence = rule.quality.confidence
+        log = self._logs.get(confidence)
+        if log is None:
+            log = self._logs[confidence] = AuditLog(self._plan.audit_every, confidence)
+        return log
 
-    def _failed(self, frame: int, error: BaseException) -> None:
+    def _count(self, *, missed: bool) -> None:
+        logs = self._logs.values()
+        self._telemetry.audited(
+            missed=missed,
+            drifts=sum(log.drifts for log in logs),
+            tightening=max(log.tightening() for log in logs),
+        )
+
+    def _forget(self, log: AuditLog, frame: int) -> None:
+        """An audit ends without a result."""
         with self._lock:
-            if self._closed:
-                return
-            self._log.abandoned(frame)
+            if not self._closed and log.in_flight == frame:
+                log.abandoned(frame)
+
+    def _failed(self, log: AuditLog, frame: int, error: BaseException) -> None:
+        if self._closed:
+            return
+        self._forget(log, frame)
         if self._telemetry.audit_failed() == 1:
             logger.warning(
                 "the audit of frame %d failed; frames are answered without it (further failures are counted in the "

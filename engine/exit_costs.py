@@ -20,7 +20,7 @@ class ExitCosts:
 
     Measured times go through a median of the last three and then into an exponential average. So one outlier alone (a
     context switch, a page fault) changes nothing, while a device that has become slower is followed from the second
-    slow frame on. What is not run is not measured, so a cost that has risen falls back towards the one at load (`rest`).
+    slow frame on. What is not run is not measured, so a cost that has risen falls back towards that at load (`rest`).
     Not safe for several threads at once: one session's consumer owns it.
 
     Args:

@@ -109,7 +109,7 @@ class Routing:
         cold = self._router.wants_cold(age, rule)
         signals = self._predict(action, inputs, cold=cold)
         group = 0 if cold else action.age
-        tightening = 0.0 if self._auditing is None else self._auditing.tightening(group)
+        tightening = 0.0 if self._auditing is None else self._auditing.tightening(group, rule)
         started = self._now()
         remaining_ms = None if deadline is None else (deadline - started) * 1e3
         decision = self._router.route(Request(action.frame, age, signals, remaining_ms), rule, tightening)

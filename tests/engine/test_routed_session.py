@@ -506,6 +506,55 @@ def test_lockstep_with_audits_repeats_itself(routed_bundle: Path, steered: Steer
     assert one.statistics.tightening == other.statistics.tightening
 
 
+def test_what_frames_of_another_confidence_miss_is_not_asked_of_the_others(
+    routed_bundle: Path, steered: Steered
+) -> None:
+    odd = np.arange(60) % 2 == 1
+    x = steered(60, warp2=np.where(odd, GOOD, BAD), warp=BAD, branch1=np.where(odd, BAD, GOOD))
+    for frame in range(60):
+        x[frame, :, 1:] = np.roll(x[frame, :, 1:], frame, axis=-1)
+    backend = Backend()
+    # The odd frames miss by far, as half of them may; the even ones keep what they were promised.
+    own = Quality("psnr", 30.0, confidence=0.5)
+    with engine_of(routed_bundle, backend, age=1, audit_every=2) as engine:
+        session = engine.session(clock=backend.clock)
+        routes = []
+        for frame in range(60):
+            session.submit({"x": x[frame : frame + 1]}, quality=own if odd[frame] else None)
+            if frame == 59:
+                session.finish()
+            routes.append(next(session.frames()).route)
+    assert set(routes[::2]) == {"branch1"}
+    assert routes[1] == "warp2"
+    assert set(routes[-19::2]) == {"whole"}, "those that miss are followed all the same"
+
+
+def test_an_interrupt_while_an_audit_is_queued_does_not_hold_up_the_next_frame(
+    routed_bundle: Path, steered: Steered
+) -> None:
+    backend = Backend()
+    with engine_of(routed_bundle, backend, age=1, audit_every=1) as engine:
+        session = engine.session(clock=backend.clock)
+        reader = session.render({"x": steered(6, warp2=GOOD, branch1=GOOD)})
+        next(reader)
+        auditor = session._workspace.auditor
+
+        def interrupt() -> Any:
+            raise KeyboardInterrupt
+
+        session._workspace.auditor = interrupt  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            next(reader)
+        session._workspace.auditor = auditor  # type: ignore[method-assign]
+        left: list[Frame] = []
+        # On a thread, so that a broken engine fails the test instead of hanging it.
+        rest = threading.Thread(target=lambda: left.extend(reader), daemon=True)
+        rest.start()
+        rest.join(PATIENCE)
+        assert [frame.index for frame in left] == [1, 2, 3, 4, 5]
+        assert session.statistics.audits == 5, "audits go on"
+
+
 def test_audits_that_keep_the_promise_change_nothing(routed_bundle: Path, steered: Steered) -> None:
     backend = Backend()
     with engine_of(routed_bundle, backend, age=1, audit_every=2) as engine:
