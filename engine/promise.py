@@ -409,6 +409,8 @@ def _read_arrays(bundle: Bundle, record: PromiseRecord) -> dict[str, NDArray[Any
             size_bytes = sum(info.file_size for info in archive.infolist())
             if size_bytes > _MAX_NPZ_BYTES:
                 raise BundleError(f"{where} unpacks to {size_bytes} bytes, over the limit of {_MAX_NPZ_BYTES}")
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise BundleError(f"{where} is compressed, which no calibration is; compile the bundle again")
             for name, dtype in _ARRAYS.items():
                 shape = (record.samples,) if dtype is np.int32 else (record.samples, len(record.exits))
                 arrays[name] = _read_array(archive.read(f"{name}.npy"), np.dtype(dtype), shape, f"{where}: {name}")

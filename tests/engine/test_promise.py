@@ -497,6 +497,16 @@ def test_a_bundle_without_a_promise_is_told_so(tiny_bundle: Path) -> None:
         Calibration.read(bundle)
 
 
+def compressed(*, damage: bool = False) -> bytes:
+    """The stored rows deflated; what is damaged lies in the first array's data, where zlib trips over it."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **stored())
+    data = bytearray(buffer.getvalue())
+    if damage:
+        data[200:260] = b"\xff" * 60
+    return bytes(data)
+
+
 def npz(**arrays: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -524,6 +534,8 @@ def with_header(name: str, shape: tuple[int, ...]) -> bytes:
 
 BROKEN_FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "no archive": (lambda: b"no archive at all", "cannot be read: File is not a zip file"),
+    "compressed": (lambda: compressed(), "is compressed"),
+    "compressed and damaged": (lambda: compressed(damage=True), "is compressed"),
     "cut off": (lambda: calibration().to_npz()[:500], "cannot be read"),
     "an array missing": (lambda: npz(**{k: v for k, v in stored().items() if k != "age"}), "holds frame.npy"),
     "an array more": (lambda: npz(**stored(), extra=np.zeros(3)), "holds age.npy, extra.npy"),
