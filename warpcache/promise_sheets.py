@@ -41,7 +41,7 @@ def rule_sentences(record: PromiseRecord, calibration: Calibration) -> list[str]
     ages = ", ".join(map(str, record.ages))
     sentences = [
         f"Quality promise in {title} by {record.method}: {record.samples} samples of {record.frames} frames that "
-        f"training did not see, caches {ages} frames old and none, made {record.at}."
+        f"training did not see, caches {ages} frames old{' and none' if record.cold_exits else ''}, made {record.at}."
     ]
     try:
         unit = f" {METRICS[record.metric].unit}".rstrip()
@@ -129,6 +129,6 @@ def thresholds_sheet(record: PromiseRecord) -> Sheet | None:
         rows,
         frozenset(numeric),
         "On each half of the calibration's frames, with margins from the other. Within: frames that kept the "
-        "threshold. Saved: of the whole generator's cost on the path that a frame waits for. Then the share of the "
-        "frames that each exit answered.",
+        "threshold. Saved: of the whole generator's time, the exits' own alone; the predictor's comes to it. Then the "
+        "share of the frames that each exit answered.",
     )

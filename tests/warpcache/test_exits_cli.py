@@ -19,9 +19,10 @@ import warpcache.engine.routing_plan
 from warpcache.cli import cli
 from warpcache.engine.bundle import Bundle, write_bundle
 from warpcache.engine.exit_costs import ExitCosts
-from warpcache.engine.promise import Calibration, Quality
+from warpcache.engine.promise import Calibration, PromiseRecord, Quality
 from warpcache.engine.quality import psnr
 from warpcache.engine.telemetry import SessionStatistics
+from warpcache.promise_sheets import rule_sentences
 from warpcache.quality_choice import QualityChoice
 from warpcache.routed import Routed, routed_lines, within_of
 
@@ -383,6 +384,15 @@ def test_inspect_shows_the_promise(promised: Path) -> None:
         ">= 40 dB 0.95 1 96.2% 12.3% - 13.0% - 87.0%",
     ):
         assert words in text, (words, result.stdout)
+
+
+def test_a_promise_of_consumers_alone_speaks_of_no_frames_without_a_cache(promised: Path) -> None:
+    bundle = Bundle.open(promised)
+    record = PromiseRecord.of(bundle.manifest)
+    assert record is not None
+    calibration = Calibration.read(bundle)
+    assert "frames old and none, made" in rule_sentences(record, calibration)[0]
+    assert "frames old, made" in rule_sentences(dataclasses.replace(record, cold_exits=()), calibration)[0]
 
 
 def test_inspect_of_a_bundle_without_a_promise(tiny_bundle: Path, tmp_path: Path) -> None:
