@@ -9,6 +9,7 @@ from ..engine.errors import InputError
 from ..engine.lpips import Lpips
 from ..engine.promise import metric_option
 from ..engine.quality import METRICS, measure
+from ..engine.spec import AGE_INPUT
 from .compile_options import CompileOptions
 from .graph import GraphIndex
 from .promising import split_blocks
@@ -29,12 +30,18 @@ def check_promise(subject: Subject, options: CompileOptions, lpips: Lpips | None
         lpips: LPIPS where its weights are at hand.
 
     Raises:
-        InputError: If no output is an image, the metric is not defined for it, or too few frames are held back.
+        InputError: If no output is an image, the metric is not defined for it, too few frames are held back, or an
+            input has the name by which a predictor is told the age.
         BackendError: If the metric needs a package that is missing.
     """
     if subject.image_output is None:
         raise InputError(
             "quality is promised for an image, but no output is a float32 image of 1 or 3 channels; leave out --exits"
+        )
+    if AGE_INPUT in subject.train.arrays:
+        raise InputError(
+            f"an input is called {AGE_INPUT!r}, which is what a predictor is told the cache's age by; rename it, or "
+            "leave out --exits"
         )
     shape = GraphIndex(subject.model).specs[subject.image_output].shape[1:]
     metric = METRICS[options.promised_metric]

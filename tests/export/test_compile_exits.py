@@ -25,9 +25,10 @@ from warpcache.export.branches import BranchOptions
 from warpcache.export.compile import CompileOptions, compile_generator
 from warpcache.export.graph import load_model
 from warpcache.export.macs import count_macs
-from warpcache.export.promise_check import least_held_frames
+from warpcache.export.promise_check import check_promise, least_held_frames
 from warpcache.export.promising import Promise, PromiseOptions, split_blocks
 from warpcache.export.run import open_session, run_session
+from warpcache.export.subject import Subject
 from warpcache.inputs import InputStream
 
 LARGE = AdapterConfig(stride=4, width=16, blocks=0, features=8, encoder_width=8)
@@ -431,6 +432,14 @@ def test_what_no_promise_can_be_made_of_is_refused_before_training(unet: onnx.Mo
     refused("quality is promised for an image, but no output is a float32 image", convolution(2), OPTIONS)
     assert stages == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_called_like_the_predictors_own_is_refused_before_training() -> None:
+    model = convolution(3)
+    model.graph.input[0].name = model.graph.node[0].input[0] = "age"
+    frames = InputStream.from_arrays({"age": clip(40).arrays["condition"]}, fps=25.0)
+    with pytest.raises(InputError, match=r"^an input is called 'age', which is what a predictor is told"):
+        check_promise(Subject(model, frames, frames), OPTIONS, None)
 
 
 @pytest.mark.parametrize("max_age", [1, 2, 4, 8])
