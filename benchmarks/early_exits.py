@@ -31,7 +31,7 @@ from warpcache.engine import Engine
 from warpcache.engine.bundle import Bundle
 from warpcache.engine.errors import InputError
 from warpcache.engine.lpips import Lpips
-from warpcache.engine.promise import Calibration, PromiseRecord, Quality
+from warpcache.engine.promise import Calibration, PromiseRecord, Quality, to_score
 from warpcache.engine.session import Frame
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.progress import ProgressBar
@@ -145,7 +145,7 @@ def _measure(
         table = kept_table(case.work / f"{case.name}.table.npz", bundle, case.test, promise, lpips, progress)
     times = _times(bundle, case, promise)
     macs = {name: count / promise.macs["whole"] for name, count in promise.macs.items()}
-    for shown in (_exit_table(case, table, times, macs), _error_table(case, table)):
+    for shown in (_exit_table(case, table, times, macs), _error_table(case, table, promise.metric)):
         console.print(shown)
     whole_ms = _whole_latency(bundle, case)
     runs = [
@@ -177,7 +177,7 @@ def _measure(
             str(age): {name: _summary(values) for name, values in table.quality[age].items()} for age in table.quality
         },
         "frozen": {str(age): _summary(values) for age, values in table.frozen.items()},
-        "predictor_error": _errors(table),
+        "predictor_error": _errors(table, promise.metric),
         "compile": json.loads(compiled.read_text(encoding="utf-8")) if compiled.exists() else None,
     }
 
@@ -300,7 +300,7 @@ def _figures(
     routers = [run.statistics["router_ms"] for run in runs if run.statistics]
     figures.append(Figure("router's decision, p50", float(np.median([r["p50"] for r in routers])) * 1e3, 50.0, "us"))
     figures.append(Figure("router's decision, p99", max(r["p99"] for r in routers) * 1e3, None, "us"))
-    errors = _errors(table)[str(AGE)]
+    errors = _errors(table, promise.metric)[str(AGE)]
     figures.append(Figure("predictor's median error, factor", float(np.exp(max(errors.values()))), None))
     return figures
 
@@ -394,11 +394,11 @@ def _summary(values: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": round(float(known.mean()), 5), "p50": round(float(p50), 5), "p95": round(float(p95), 5)}
 
 
-def _errors(table: ExitTable) -> dict[str, dict[str, float]]:
+def _errors(table: ExitTable, metric: str) -> dict[str, dict[str, float]]:
     """Age -> exit -> median absolute error of the predicted score."""
     found: dict[str, dict[str, float]] = {}
     for age, columns in table.quality.items():
-        truth = np.stack([np.log(np.maximum(values, 1e-5)) for values in columns.values()], 1)
+        truth = np.stack([to_score(metric, values) for values in columns.values()], 1)
         gap = np.abs(truth - table.predicted[age])
         found[str(age)] = dict(zip(columns, np.nanmedian(gap, axis=0).round(4).tolist(), strict=True))
     return found
@@ -421,13 +421,13 @@ def _exit_table(case: Case, table: ExitTable, times: Mapping[str, float], macs: 
     return shown
 
 
-def _error_table(case: Case, table: ExitTable) -> Table:
+def _error_table(case: Case, table: ExitTable, metric: str) -> Table:
     """How far the predictor is off, as a factor."""
     shown = Table(title=f"{case.name}: predictor's median error, as a factor", title_justify="left")
     shown.add_column("age")
     for name in table.exits:
         shown.add_column(name, justify="right")
-    for age, errors in _errors(table).items():
+    for age, errors in _errors(table, metric).items():
         shown.add_row(age, *(f"{np.exp(errors[name]):.3f}" if name in errors else "-" for name in table.exits))
     return shown
 
