@@ -3,6 +3,9 @@
 A step draws frames, computes what the frozen first layers make of them once for all branches, and compares every
 branch's answer with the generator's image of the frame (self-distillation: no labels). A branch starts from the
 generator's own weights, so it begins with a picture and not with noise.
+
+No labels also means no lack of frames: a part of every step's are moved, turned and scaled a little, and the generator
+itself says what they should look like. On short clips branches otherwise learn the frames by heart.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,6 +44,7 @@ class TrainOptions:
         seed: Of the frames drawn.
         detail_weight: Of the L1 between horizontal and vertical differences, beside 1 for the L1.
         perceptual_weight: Of the perceptual distance, where there is one.
+        moved: Share of a step's frames whose image inputs are moved, turned and scaled at random.
         near: Entries of a bank made from frames less than this many away are not found in training.
         checkpoint_every: Steps between checkpoints.
     """
@@ -50,6 +55,7 @@ class TrainOptions:
     seed: int = 0
     detail_weight: float = 0.5
     perceptual_weight: float = 0.3
+    moved: float = 0.5
     near: int = 1
     checkpoint_every: int = 200
 
@@ -117,6 +123,7 @@ class BranchTraining:
         inputs: Generator inputs, [T, ...]; [1, ...] where one never changes.
         images: The generator's outputs, channels together, float32 [T, C, H, W].
         options: How to train.
+        whole: Generator inputs -> the generator's outputs, which answers moved frames; None: no frame is moved.
         perceptual: A perceptual distance between two batches of images, scalar, or None.
         identity: What the checkpoint must belong to; another identity is refused.
         plan: What was decided before training, JSON-ready.
@@ -131,6 +138,7 @@ class BranchTraining:
         images: Tensor,
         options: TrainOptions,
         *,
+        whole: GraphModule | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         identity: str = "",
         plan: Mapping[str, Any] | None = None,
@@ -139,6 +147,8 @@ class BranchTraining:
             raise ExportError(f"training needs at least 2 frames, the inputs hold {len(images)}; give a longer clip")
         self.branches, self.banks, self.shared = nn.ModuleList(branches), list(banks), shared
         self.inputs, self.images = inputs, images
+        self.moving = [name for name, array in inputs.items() if _is_image(array)]
+        self.whole = whole if self.moving else None
         self.options, self.perceptual, self.identity, self.plan = options, perceptual, identity, plan or {}
         # Everything stays in the default layout: channels-last convolutions are a little faster on CPUs, but a group
         # normalisation's backward pass is ten times slower there and takes more than they save.
@@ -177,14 +187,15 @@ class BranchTraining:
             self._save(checkpoint)  # what comes after may be interrupted too
         self.branches.eval()
 
-    def answers(self, frames: Tensor, *, exclude: bool) -> list[Tensor]:
+    def answers(self, frames: Tensor, *, exclude: bool, inputs: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Every branch's answer to `frames` (int64 [N]): float32 [N, C, H, W].
 
         Args:
             frames: Which.
+            inputs: Their inputs, where they are not the stream's.
             exclude: Whether a bank's entries made from the frames themselves and their neighbours are left out.
         """
-        given = self._given(frames)
+        given = self._with_depth(self._inputs(frames) if inputs is None else inputs)
         found = []
         for branch, bank in zip(self.branches, self.banks, strict=True):
             excluded = None
@@ -193,26 +204,52 @@ class BranchTraining:
             found.append(branch(given, excluded).float())
         return found
 
-    def _given(self, frames: Tensor) -> dict[str, Tensor]:
-        """Inputs of frames, and what the shared first layers make of them."""
-        given: dict[str, Tensor] = {}
-        for name, array in self.inputs.items():
-            given[name] = array.expand(len(frames), *array.shape[1:]) if len(array) == 1 else array[frames]
-        if self.shared is not None:
-            with torch.no_grad():
-                given |= self.shared({name: given[name] for name in self.shared.input_names})
-        return given
+    def _inputs(self, frames: Tensor) -> dict[str, Tensor]:
+        """The stream's inputs of frames."""
+        return {
+            name: array.expand(len(frames), *array.shape[1:]) if len(array) == 1 else array[frames]
+            for name, array in self.inputs.items()
+        }
+
+    @torch.no_grad()
+    def _with_depth(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs, and what the shared first layers make of them."""
+        if self.shared is None:
+            return dict(inputs)
+        return {**inputs, **self.shared({name: inputs[name] for name in self.shared.input_names})}
+
+    @torch.no_grad()
+    def _moved(self, frames: Tensor, random: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and targets of a step, some of them moved; a frame's image inputs all alike."""
+        inputs, target = self._inputs(frames), self.images[frames]
+        count = round(self.options.moved * len(frames))
+        if self.whole is None or count == 0:
+            return inputs, target
+        placements = torch.from_numpy(_placements(count, random))
+        for name in self.moving:
+            images = inputs[name].clone()
+            grid = functional.affine_grid(placements, list(images[:count].shape), align_corners=False)
+            images[:count] = functional.grid_sample(
+                images[:count], grid.to(images.dtype), padding_mode="border", align_corners=False
+            )
+            inputs[name] = images
+        # In full precision, whatever the step runs in: this is what is to be learnt.
+        with torch.autocast("cpu", enabled=False):
+            got = self.whole({name: inputs[name][:count] for name in self.whole.input_names})
+        target = target.clone()
+        target[:count] = torch.cat([got[name] for name in self.whole.output_names], 1)
+        return inputs, target
 
     def _train_step(self) -> dict[str, float]:
         # Seeded by the step, so that a resumed run draws the same frames as one that was never stopped.
         random = np.random.default_rng([self.options.seed, self.step])
         count = len(self.images)
         frames = torch.from_numpy(random.choice(count, self.options.batch, replace=self.options.batch > count))
-        target = self.images[frames]
+        inputs, target = self._moved(frames, random)
         told: dict[str, float] = {}
         # bfloat16 is 3 to 4 times faster than float32 on CPUs that have it.
         with torch.autocast("cpu", torch.bfloat16):
-            answers = self.answers(frames, exclude=True)
+            answers = self.answers(frames, exclude=True, inputs=inputs)
             total = torch.zeros(())
             for k, answer in enumerate(answers, 1):
                 error = functional.l1_loss(answer, target)
@@ -243,10 +280,26 @@ class BranchTraining:
             if bank is None or branch.lookup is None or branch.prefix is None:
                 continue
             features = [
-                branch.features(self._given(torch.from_numpy(bank.frames[first : first + 16])))
+                branch.features(self._with_depth(self._inputs(torch.from_numpy(bank.frames[first : first + 16]))))
                 for first in range(0, len(bank.frames), 16)
             ]
             branch.lookup.rekey(torch.cat(features) @ branch.lookup.projection + branch.lookup.offset)
 
     def _save(self, path: Path) -> None:
         save_checkpoint(path, self.branches, self.optimizer, step=self.step, identity=self.identity, plan=self.plan)
+
+
+def _is_image(array: Tensor) -> bool:
+    """Whether an input is an image that can be moved: floating point, with rows and columns."""
+    return array.ndim == 4 and min(array.shape[2:]) > 1 and array.is_floating_point()
+
+
+def _placements(count: int, random: np.random.Generator) -> NDArray[np.float32]:
+    """Random placements [count, 2, 3] for `affine_grid`: up to 6 % of the side either way, 5 degrees, 8 % of size."""
+    angle = np.deg2rad(random.uniform(-5.0, 5.0, count))
+    scale = random.uniform(0.92, 1.08, count)
+    # Grid units: the side is 2 long.
+    shift = random.uniform(-0.12, 0.12, (count, 2))
+    rows = [[scale * np.cos(angle), -scale * np.sin(angle), shift[:, 0]]]
+    rows.append([scale * np.sin(angle), scale * np.cos(angle), shift[:, 1]])
+    return np.asarray(rows, np.float32).transpose(2, 0, 1)

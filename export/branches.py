@@ -55,6 +55,8 @@ class BranchOptions:
         seed: Of the frames drawn.
         detail_weight: Of the L1 between horizontal and vertical differences, beside 1 for the L1.
         perceptual_weight: Of the perceptual distance, where there is one.
+        moved: Share of a step's frames that are moved, turned and scaled at random, the generator's answer to that
+            being the target; 0: none.
         checkpoint_every: Steps between checkpoints.
 
     Raises:
@@ -73,6 +75,7 @@ class BranchOptions:
     seed: int = 0
     detail_weight: float = 0.5
     perceptual_weight: float = 0.3
+    moved: float = 0.5
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class BranchOptions:
             ("steps", self.steps, self.steps >= 0, "0 or more"),
             ("batch", self.batch, self.batch >= 1, "1 or more"),
             ("peak_rate", self.peak_rate, self.peak_rate > 0, "above 0"),
+            ("moved", self.moved, 0 <= self.moved <= 1, "from 0 to 1"),
         ):
             if not ok:
                 raise InputError(f"{name} is {value}; it must be {range_}")
@@ -174,9 +178,11 @@ def train_branches(
             seed=options.seed,
             detail_weight=options.detail_weight,
             perceptual_weight=options.perceptual_weight,
+            moved=options.moved,
             near=near_frames(len(images)),
             checkpoint_every=options.checkpoint_every,
         ),
+        whole=GraphModule(model) if options.moved else None,
         perceptual=perceptual,
         identity=identity,
         plan={"branches": [dataclasses.asdict(plan) for plan in plans]},
@@ -254,6 +260,7 @@ def _record(plan: BranchPlan, guide: Guide | None, options: BranchOptions) -> di
         "bank": guide.bank.to_record() if guide is not None else None,
         "steps": options.steps,
         "batch": options.batch,
+        "moved": options.moved,
         "seed": options.seed,
     }
 
