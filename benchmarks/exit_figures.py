@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.exit_tables import ExitTable
+from benchmarks.exit_tables import COLD, ExitTable
 from warpcache.engine.errors import InputError
 from warpcache.engine.promise import Calibration, Quality
 
@@ -54,7 +54,9 @@ def simulate(
             return None
         eligible = table.predicted[age] + margin * table.spread[age] <= quality.score
         eligible &= (table.novelty <= 1.0)[:, None]
-    order = sorted(range(len(names)), key=lambda column: macs[names[column]])
+    # As the router does: the cheapest consumer, where none is eligible the cheapest branch, else the whole.
+    branches = table.exits_at(COLD)
+    order = sorted(range(len(names)), key=lambda column: (names[column] in branches, macs[names[column]]))
     cost, worth = np.ones(len(values)), np.zeros(len(values))
     for column in reversed(order):
         chosen = eligible[:, column]

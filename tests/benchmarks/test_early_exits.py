@@ -130,14 +130,14 @@ def test_a_refused_threshold_saves_nothing_and_needs_the_whole_generator() -> No
     table = table_of()
     run = Run(0.01, 2, False, refused="cannot be promised")
     assert (run.coverage, run.saved_macs, run.shares) == (1.0, 0.0, {})
-    runs = [Run(t, age, False, refused="no") for t in (0.01, 0.02, 0.05, 0.1) for age in (COLD, 2)]
+    runs = [Run(t, age, False, refused="no") for t in (0.01, 0.02, 0.05, 0.1) for age in (COLD, 1, 2)]
     runs[0] = Run(0.01, COLD, False, statistics={"router_ms": {"p50": 0.01, "p99": 0.02}})
     promise: Any = SimpleNamespace(exits=("warp", "branch1"), cold_exits=("branch1",), metric="lpips")
     two = ExitTable(
         table.exits,
-        {COLD: table.quality[COLD], 2: table.quality[1]},
-        {COLD: table.predicted[COLD], 2: table.predicted[1]},
-        {COLD: table.spread[COLD], 2: table.spread[1]},
+        {COLD: table.quality[COLD], 1: table.quality[1], 2: table.quality[1]},
+        {COLD: table.predicted[COLD], 1: table.predicted[1], 2: table.predicted[1]},
+        {COLD: table.spread[COLD], 1: table.spread[1], 2: table.spread[1]},
         table.novelty,
         table.frozen,
         table.images,
