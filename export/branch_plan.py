@@ -42,7 +42,7 @@ _DEAREST = 0.9
 # Widths that are tried are k / _WIDTHS.
 _WIDTHS = 32
 # Frames this near one another are too alike to stand for frames that were never seen; at most one in eight are.
-_NEAR = 15
+_NEAR = 45
 # What channel counts are rounded up to: the executors' favourite where layers are wide enough for it, else less.
 _MULTIPLES = (8, 4, 2, 1)
 

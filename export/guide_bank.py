@@ -43,6 +43,9 @@ _CHANNELS = 32
 _SIDE = 16
 # Closeness of an entry that is not to be found; finite, as the softmax of infinities alone is no number.
 _FAR = -1e30
+# Squared distance, in units of that between neighbours, where a guide counts by half: a frame unlike all that the bank
+# was made from is better off with none. On a clip's later part, half the frames are nearer and one in ten far beyond.
+_FADE = 4.0
 # Cells a side that features are pooled to for a key: where something is tells more of a pose than how much of it.
 _CELLS = 4
 
@@ -222,7 +225,8 @@ def look_up(bank: GuideBank, features: Floats) -> Floats:
         squared = ((bank.keys - key) ** 2).sum(1)
         nearest = np.argsort(squared, kind="stable")[:NEAREST]
         weights = np.exp(squared[nearest[0]] - squared[nearest])
-        found.append(np.tensordot(weights / weights.sum(), bank.values[nearest].astype(np.float64), 1))
+        weights /= weights.sum() * (1.0 + np.exp(min(squared[nearest[0]] - _FADE, 700.0)))
+        found.append(np.tensordot(weights, bank.values[nearest].astype(np.float64), 1))
     return np.stack(found).astype(np.float32)
 
 
@@ -248,7 +252,7 @@ class GuideLookup(nn.Module):
         # Copies: two look-ups of one bank that shared memory could not be saved together.
         self.register_buffer("projection", torch.tensor(bank.projection))
         self.register_buffer("offset", torch.tensor(bank.offset))
-        # Twice the keys, transposed: a squared distance is |q|^2 - 2 q.k + |k|^2, and |q|^2 is the same for all.
+        # Twice the keys, transposed: a squared distance is |q|^2 - 2 q.k + |k|^2.
         self.register_buffer("keys", torch.tensor(2.0 * bank.keys.T))
         self.register_buffer("lengths", torch.tensor((bank.keys.astype(np.float64) ** 2).sum(1), dtype=torch.float32))
         self.register_buffer("values", torch.tensor(bank.values.reshape(len(bank.frames), -1)))
@@ -268,7 +272,7 @@ class GuideLookup(nn.Module):
 
         Args:
             values: The values at the depth, as `pool_features` takes them.
-            excluded: Entries found only where there is no other, bool [N, K]: in training those made from the frame
+            excluded: Entries that are not to be found, bool [N, K]: in training those made from the frame
                 itself and its neighbours, which frames to come will not have.
 
         Returns:
@@ -276,12 +280,12 @@ class GuideLookup(nn.Module):
         """
         # bfloat16 would not tell near keys apart.
         with torch.autocast("cpu", enabled=False):
-            features = pool_features([value.float() for value in values])
-            closeness = (features @ self.projection + self.offset) @ self.keys - self.lengths
+            keys = pool_features([value.float() for value in values]) @ self.projection + self.offset
+            closeness = keys @ self.keys - self.lengths - keys.square().sum(1, keepdim=True)
             if excluded is not None:
                 closeness = closeness.masked_fill(excluded, _FAR)
             best, entries = closeness.topk(self.nearest)
-            weights = best.softmax(1)
+            weights = best.softmax(1) * torch.sigmoid(best[:, :1] + _FADE)
             # By index_select, which becomes a Gather; indexing becomes a GatherND.
             picked = self.values.index_select(0, entries.flatten()).view(-1, self.nearest, self.values.shape[1])
             found = weights[:, None] @ picked

@@ -188,7 +188,8 @@ def test_an_entry_finds_itself_and_weighs_by_distance() -> None:
     assert order[0] == 6
     assert squared[0] < 1e-6
     assert weights[0] > 1 / 3
-    by_hand = sum(w * entries.values[k] for w, k in zip(weights, order, strict=True))
+    # At no distance a guide counts nearly whole: 1 / (1 + exp(-4)).
+    by_hand = sum(w * entries.values[k] for w, k in zip(weights * 0.98201379, order, strict=True))
     np.testing.assert_allclose(one[0], by_hand, atol=1e-4)
 
 
@@ -206,8 +207,22 @@ def test_excluded_entries_are_not_found() -> None:
         expected = look_up(others, pool_features([maps[t : t + 1]]).numpy())
         # As in the comparison of torch and NumPy above.
         np.testing.assert_allclose(found[row : row + 1].numpy(), expected, atol=1e-4)
-    # Where nothing is left, what is excluded has to do: numbers, not NaN.
-    assert torch.isfinite(lookup.find([maps[frames]], torch.ones(2, 40, dtype=torch.bool))).all()
+    # Where nothing is left there is no guide: zeros, not NaN.
+    assert (lookup.find([maps[frames]], torch.ones(2, 40, dtype=torch.bool)) == 0).all()
+
+
+def test_what_is_far_from_all_entries_has_no_guide() -> None:
+    entries, maps = bank()
+    lookup = GuideLookup(entries, [(1, 3, 8, 8)])
+    sizes = []
+    for factor in (1.0, 4.0, 30.0):
+        value = maps[:3] * factor
+        found = lookup.find([value])
+        # Squared distances of some thousands, to within a few units in the last place of float32 over 64 sums.
+        np.testing.assert_allclose(found.numpy(), look_up(entries, pool_features([value]).numpy()), atol=2e-3)
+        sizes.append(float(found.abs().max()))
+    assert sizes[0] > sizes[1] > 1e3 * sizes[2]
+    assert sizes[2] < 1e-6
 
 
 def test_a_look_up_begins_as_none() -> None:

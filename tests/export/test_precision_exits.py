@@ -398,11 +398,11 @@ def test_the_look_up_of_trained_branches_is_found_as_it_is_exported() -> None:
     index = GraphIndex(normalise(lookup_graph(GuideLookup(bank, [shape]), ["h"], [shape])))
     found = lookup_nodes(index)
     kinds = [node.op_type for node, name in zip(index.nodes, index.names, strict=True) if name in found]
-    # The key's two products and what is taken off the second, and the three nearest; a vector is made by a reshape.
+    # The key's two products, the squares that are taken off, and the three nearest; a vector is made by a reshape.
     assert (
         {"MatMul", "Sub", "TopK", "Softmax"}
         <= set(kinds)
-        <= {"Reshape", "MatMul", "Gemm", "Add", "Sub", "TopK", "Softmax"}
+        <= {"Reshape", "MatMul", "Gemm", "Add", "Sub", "Pow", "Mul", "ReduceSum", "TopK", "Softmax"}
     )
     assert kinds.count("MatMul") + kinds.count("Gemm") == 2
     left = {node.op_type for node, name in zip(index.nodes, index.names, strict=True) if name not in found}
