@@ -4,6 +4,11 @@ A *rule* says by how many spreads an exit's predicted score must lie below the t
 (`margin`); margins are made from a bundle's calibration whenever a quality is named, so that any threshold and any
 confidence can be asked of one bundle. What is asked for is in `promised_quality`, the manifest's record in
 `promise_record`; their names are here too.
+
+Consumers answer before branches: where a consumer is eligible no branch may answer, however cheap. So a frame is lost
+at a margin when one of its eligible consumers is worse than the threshold, or, where it has none, one of its eligible
+branches. One margin serves all exits of an age; were branches to count where a consumer is eligible, a branch that is
+badly predicted would raise it for the consumers, which are the exits that save most.
 """
 
 from __future__ import annotations
@@ -64,8 +69,9 @@ class Rule:
         quality: What is promised.
         margins: Spreads by calibrated age in frames; age 0 is a frame without a cache.
         surprise: By how many spreads a true score may lie above the predicted one: among frames like the calibration's,
-            at most the share 1 - confidence of those that an eligible exit answers lies as far above or further. inf
-            where there are too few to say.
+            at most the share 1 - confidence of those that an eligible exit answers lies as far above or further,
+            whichever of the exits that may answer at these margins or tighter ones does. inf where there are too few
+            to say.
     """
 
     quality: Quality
@@ -87,7 +93,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule gives at one age on a calibration's frames, each answered by its cheapest eligible exit.
+    """What a rule gives at one age on a calibration's frames, each answered as `evaluate` says.
 
     Attributes:
         age: Age in frames; 0 is without a cache.
@@ -112,7 +118,7 @@ class Calibration:
     Attributes:
         metric: The metric of the scores.
         exits: Names of the E columns.
-        cold_exits: Those that count at age 0.
+        cold_exits: Those that need no cache: the branches, which alone count at age 0. The others are consumers.
         ages: Calibrated ages in frames, rising from 1 or more.
         predicted: Predicted scores, float32 [N, E].
         spread: Their spreads, above 0, float32 [N, E].
@@ -247,6 +253,25 @@ class Calibration:
         np.divide(difference, self.spread[where], out=slack, where=counts)
         return slack
 
+    def consumer_columns(self, age: int) -> NDArray[np.bool_]:
+        """Which of the columns of one age group are consumers' (the others are branches'), [columns]."""
+        _, columns = self.rows(age)
+        return np.array([self.exits[column] not in self.cold_exits for column in columns], bool)
+
+    def answering(self, age: int, eligible: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Those of the eligible exits that may answer: the consumers, or where there are none the branches.
+
+        Args:
+            age: The age group.
+            eligible: Which exits are eligible, bool [rows, columns] of that age.
+
+        Returns:
+            Which of them may answer, of the same shape.
+        """
+        consumers = self.consumer_columns(age)
+        served = (eligible & consumers).any(axis=1, keepdims=True)
+        return np.asarray(eligible & (consumers | ~served))
+
     def _made(self, quality: Quality) -> tuple[Rule, float]:
         """The rule of least margins, and the share of rows that have an eligible exit under it."""
         score = quality.score
@@ -257,7 +282,9 @@ class Calibration:
             rows, columns = self.rows(age)
             # NaN compares false: what has no meaning is neither bad nor eligible.
             bad = self.measured[np.ix_(rows, columns)] > score
-            lost_at = np.where(bad, slack, -np.inf).max(axis=1)
+            # Below the slack of a bad branch there can be margins at which a good consumer answers; the row counts as
+            # lost there too, since a loss has to fall with the margin, and margins are tightened while running.
+            lost_at = np.where(bad & self._ever_answering(age, slack), slack, -np.inf).max(axis=1)
             margins[age] = max(_LEAST_MARGIN, risk_control_margin(lost_at, 1.0 - quality.confidence))
             eligible += int((slack.max(axis=1) >= margins[age]).sum())
             total += rows.size
@@ -268,13 +295,24 @@ class Calibration:
         worst = []
         for age in self.groups():
             where = np.ix_(*self.rows(age))
-            eligible = self.slack(age, rule.quality.score) >= rule.margin(age)
+            slack = self.slack(age, rule.quality.score)
+            # A tightened margin may put a branch in a consumer's place: its errors must be no surprise then.
+            eligible = (slack >= rule.margin(age)) & self._ever_answering(age, slack)
             error = np.full(eligible.shape, -np.inf)
             difference = self.measured[where].astype(np.float64) - self.predicted[where]
             np.divide(difference, self.spread[where], out=error, where=eligible)
-            # Whichever of the eligible exits answers, its error is at most the largest of theirs.
+            # Whichever of these exits answers, its error is at most the largest of theirs.
             worst.append(error[eligible.any(axis=1)].max(axis=1))
         return risk_control_margin(np.concatenate(worst), 1.0 - rule.quality.confidence)
+
+    def _ever_answering(self, age: int, slack: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which exits may answer at some margin, [rows, columns]: consumers, and branches of more slack than theirs.
+
+        A branch of no more slack is eligible only where the consumer of most slack is too.
+        """
+        consumers = self.consumer_columns(age)
+        most = np.where(consumers, slack, -np.inf).max(axis=1, keepdims=True)
+        return np.asarray(consumers | (slack > most))
 
     def _holds(self, score: float, confidence: float) -> bool:
         threshold = float(from_score(self.metric, score))
@@ -358,7 +396,8 @@ _ARRAYS: Final[Mapping[str, Any]] = {
 def evaluate(calibration: Calibration, rule: Rule, costs: Mapping[str, float]) -> tuple[Outcome, ...]:
     """What a rule gives on a calibration's frames (or, made into one, on any others), by age.
 
-    Every frame is answered by the cheapest of its eligible exits and the whole generator.
+    Every frame is answered by the cheapest of the whole generator and the exits that may answer: its eligible
+    consumers, or, where none is, its eligible branches.
 
     Args:
         calibration: The frames.
@@ -379,7 +418,7 @@ def evaluate(calibration: Calibration, rule: Rule, costs: Mapping[str, float]) -
         names = [calibration.exits[column] for column in columns] + ["whole"]
         price = np.array([costs[name] for name in names[:-1]] + [1.0])
         eligible = np.ones((rows.size, len(names)), bool)
-        eligible[:, :-1] = calibration.slack(age, score) >= rule.margin(age)
+        eligible[:, :-1] = calibration.answering(age, calibration.slack(age, score) >= rule.margin(age))
         chosen = np.where(eligible, price, np.inf).argmin(axis=1)
         bad = np.zeros(eligible.shape, bool)
         bad[:, :-1] = calibration.measured[np.ix_(rows, columns)] > score

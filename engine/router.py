@@ -2,7 +2,9 @@
 
 An exact exit (``whole``; ``plain`` at age 0) is always eligible. An inexact one is where the rule's margin allows it
 for this frame's predicted score, the input is of a known kind (novelty at most 1), and, for a consumer, there is a
-cache of a calibrated age of the same scene. The cheapest eligible exit that is done by the deadline answers.
+cache of a calibrated age of the same scene; where there is none, branches are judged by the margin of age 0. Consumers
+answer before branches, as margins are made: where a consumer is eligible no branch is chosen, but for a deadline that
+no eligible exit meets. Of what is left, the cheapest exit that is done by the deadline answers.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from .errors import InputError
@@ -82,7 +85,8 @@ class Router:
     """Decides for one session, frame by frame.
 
     Hysteresis, so that exits do not flicker: to a dearer exit at once; to a cheaper one where it is cheaper by more
-    than `gain`, and has `room` spreads beyond the margin or has been eligible for `hold` frames running.
+    than `gain`, and has `room` spreads beyond the margin or has been eligible for `hold` frames running. From a branch
+    to an eligible consumer at once: beside it the branch may not stay, and the whole generator would have to answer.
 
     Args:
         rule: The session's rule; `route` takes another for a single frame.
@@ -128,6 +132,7 @@ class Router:
         self._max_age = max_age
         self._has_plain = has_plain and "plain" in names
         self._inexact = tuple(name for name in names if name not in ("whole", "plain"))
+        self._branches = frozenset(self._inexact) - consumers
         self._room = room
         self._hold = hold
         self._gain = gain
@@ -164,6 +169,9 @@ class Router:
         scene_cut = self._scene_cut(signals, changed)
         slack = self._slack(request.age, signals, changed, rule, tightening)
         self._count(slack)
+        if not self._consumers.isdisjoint(slack):
+            # Consumers before branches, as margins were made.
+            slack = {name: beyond for name, beyond in slack.items() if name in self._consumers}
         order = self._costs.order()
         exact = ("whole", "plain") if self._has_plain and request.age == 0 else ("whole",)
         eligible = [name for name in order if name in slack or name in exact]
@@ -194,8 +202,11 @@ class Router:
         if signals is None or signals.novelty > 1.0:
             return {}
         cold = signals.cold or age is None
-        margin = rule.margin(None if cold else age) + tightening
+        if not cold and age not in rule.margins:
+            return {}  # how far off the predictor is that knows of a cache was never measured at this age
         readable = not cold and not changed and age is not None and self._age_allowed(age, rule)
+        # The margin of an age is made for consumers with branches behind them; branches alone have that of age 0.
+        margin = rule.margin(age if readable else None) + tightening
         score = rule.quality.score
         slack = {}
         for name in self._inexact:
@@ -223,6 +234,9 @@ class Router:
         ms = self._costs.ms
         last_ms = ms(self._last)
         keeps = self._last in candidates
+        if self._last in self._branches:
+            # Beside a consumer the branch may not stay, and a step up from it to the whole generator would be a waste.
+            candidates = list(takewhile(self._consumers.__contains__, candidates)) or candidates
         for name in candidates:
             if name == self._last or ms(name) >= last_ms:
                 return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,10 +253,10 @@ COSTS = {"warp2": 1.5, "warp": 3.0, "branch1": 12.0, "whole": 30.0}
 QUALITY = Quality("lpips", 0.06)
 
 
-def frames(count: int, seed: int, shift: float = 0.0) -> dict[str, NDArray[np.float64]]:
-    """Frames at ages 1 to 4; `shift` spreads is what the predictor is too optimistic by."""
+def frames(count: int, seed: int, shift: float = 0.0, *, youngest: int = 1) -> dict[str, NDArray[np.float64]]:
+    """Frames at ages `youngest` to 4; `shift` spreads is what the predictor is too optimistic by."""
     rng = np.random.default_rng(seed)
-    age = rng.integers(1, 5, count)
+    age = rng.integers(youngest, 5, count)
     base = np.log(0.025) + 0.5 * rng.normal(size=count) + 0.1 * age
     predicted = np.stack([base, base + 0.5, base + 0.2], axis=1)
     spread = 0.25 * np.exp(0.2 * rng.normal(size=predicted.shape))
@@ -265,8 +266,8 @@ def frames(count: int, seed: int, shift: float = 0.0) -> dict[str, NDArray[np.fl
 
 @pytest.fixture(scope="module")
 def rule() -> Rule:
-    data = frames(2000, 0)
-    return Calibration("lpips", EXITS, (), (1, 2, 3, 4), frame=np.arange(2000), **data).rule(QUALITY)  # type: ignore[arg-type]
+    data: dict[str, Any] = frames(2500, 0, youngest=0)
+    return Calibration("lpips", EXITS, ("branch1",), (1, 2, 3, 4), frame=np.arange(2500), **data).rule(QUALITY)
 
 
 @dataclass

@@ -84,7 +84,7 @@ def finite(given_: Signals) -> bool:
     return all(map(math.isfinite, values)) and min(given_.spread.values()) > 0
 
 
-def may_answer(name: str, request: Request, rule: Rule, tightening: float, *, max_age: int | None, edge: float) -> bool:
+def eligible(name: str, request: Request, rule: Rule, tightening: float, *, max_age: int | None, edge: float) -> bool:
     """Whether an exit is eligible, said once more from the specification; `edge` is added to the predicted score."""
     if name == "whole" or (name == "plain" and request.age == 0):
         return True
@@ -92,15 +92,24 @@ def may_answer(name: str, request: Request, rule: Rule, tightening: float, *, ma
     if name == "plain" or given_ is None or not finite(given_) or given_.novelty > 1.0 or name not in given_.predicted:
         return False
     no_cache = age is None or given_.cold
-    if name in CONSUMERS:
-        too_old = age is None or not 1 <= age <= 3 or age > max(rule.margins) or (max_age is not None and age > max_age)
-        if no_cache or too_old or given_.change > 1.0:
-            return False
     margins = dict(rule.margins)
     if not no_cache and age not in margins:
         return False
-    margin = margins[0 if no_cache or age is None else age] + tightening
+    too_old = age is None or age == 0 or (max_age is not None and age > max_age)
+    readable = not (no_cache or too_old or given_.change > 1.0)
+    if name in CONSUMERS and not readable:
+        return False
+    # Where no consumer can read the cache, branches are judged as without one.
+    margin = margins[age if readable else 0] + tightening  # type: ignore[index]
     return given_.predicted[name] + margin * given_.spread[name] + edge <= rule.quality.score
+
+
+def may_answer(name: str, request: Request, rule: Rule, tightening: float, *, max_age: int | None, edge: float) -> bool:
+    """Whether an exit may answer: it is eligible, and no branch beside a consumer that is. `edge` as above."""
+    given_ = (request, rule, tightening)
+    if name in BRANCHES and any(eligible(other, *given_, max_age=max_age, edge=-edge) for other in CONSUMERS):
+        return False
+    return eligible(name, *given_, max_age=max_age, edge=edge)
 
 
 @settings(max_examples=150)
@@ -125,7 +134,7 @@ def test_no_frame_breaks_the_rules(frames: list[tuple[object, ...]], max_age: in
         in_time = [name for name in MS if request.remaining_ms is None or MS[name] <= request.remaining_ms]
         if decision.degraded is None:
             assert decision.exit is not None
-            assert allowed(decision.exit, -1e-9), "an exit that is not eligible answered without being flagged"
+            assert allowed(decision.exit, -1e-9), "an exit that may not answer did, without being flagged"
         else:
             assert request.remaining_ms is not None, "without a deadline nothing is ever given up"
             assert not any(allowed(name, 1e-9) for name in in_time), "an eligible exit would have been done in time"
@@ -156,21 +165,29 @@ def check_ranking(decision: Decision, eligible: list[str]) -> None:
     assert set(decision.ranking) <= set(eligible)
 
 
+def answering(given_: Signals | None, age: int, tightening: float) -> frozenset[str | None]:
+    # The first frame of a router is answered by the cheapest exit that may, and its ranking is all others.
+    decision = make().route(Request(0, age, given_), tightening=tightening)
+    return frozenset((decision.exit, *decision.ranking))
+
+
 @given(some_signals(), st.integers(1, 3), st.floats(0, 4), st.floats(0, 4))
 def test_tightening_only_shrinks_what_is_eligible(given_: Signals | None, age: int, one: float, other: float) -> None:
-    def eligible(tightening: float) -> set[str | None]:
-        # The first frame of a router is answered by the cheapest eligible exit, and its ranking is all others.
-        decision = make().route(Request(0, age, given_), tightening=tightening)
-        return {decision.exit, *decision.ranking}
+    less, more = (answering(given_, age, tightening) for tightening in sorted((one, other)))
+    assert more & CONSUMERS <= less & CONSUMERS
+    # Branches stand back for consumers: they may come when the last of these has gone.
+    assert more <= less or (less & CONSUMERS and not more & CONSUMERS)
+    for names in (less, more):
+        assert not (names & CONSUMERS and names & BRANCHES)
 
-    less, more = sorted((one, other))
-    assert eligible(more) <= eligible(less)
 
-
-def test_the_test_above_sees_sets_that_shrink() -> None:
-    given_ = dataclasses.replace(signals("warp2", slack=1.1), predicted={**signals("warp", slack=2.5).predicted})
-    assert make().route(Request(0, 1, given_)).exit == "warp"
-    assert make().route(Request(0, 1, given_), tightening=2.0).exit == "whole"
+def test_the_test_above_sees_sets_that_change() -> None:
+    spreads = {"warp2": 1.1, "warp": 2.5, "branch1": 5.0, "branch2": 3.5}
+    given_ = Signals({n: SCORE - 0.25 * s for n, s in spreads.items()}, dict.fromkeys(INEXACT, 0.25), 0.5, 0.5)
+    # The margin is 1.
+    expected = {0.0: {"warp2", "warp"}, 1.0: {"warp"}, 2.0: {"branch1", "branch2"}, 3.0: {"branch1"}, 5.0: set()}
+    for tightening, names in expected.items():
+        assert answering(given_, 1, tightening) == {*names, "whole"}
 
 
 @settings(max_examples=50)
@@ -205,6 +222,27 @@ def test_to_a_cheaper_exit_at_once_with_room_to_spare() -> None:
     # The margin is 1: two spreads below the threshold leave one to spare.
     frames = [signals("warp"), signals("warp2", "warp", slack=1.99), signals("warp2", "warp", slack=2.01)]
     assert exits(make(), frames) == ["warp", "warp", "warp2"]
+
+
+def test_from_a_branch_to_a_consumer_at_once() -> None:
+    """The branch may not stay beside it, and the whole generator would be the dearer way round."""
+    frames = [signals("branch2"), signals("branch2", "warp"), signals("branch2"), signals("warp", "branch1")]
+    assert exits(make(), frames) == ["branch2", "warp", "branch2", "warp"]
+    # Of two without room to spare the dearer, from which hysteresis goes on.
+    frames = [signals("branch1")] + [signals("warp", "warp2")] * 5
+    assert exits(make(), frames) == ["branch1", "warp", "warp", "warp", "warp2", "warp2"]
+    # Room to spare counts as ever.
+    assert exits(make(), [signals("branch1"), signals("warp", "warp2", slack=2.01)]) == ["branch1", "warp2"]
+
+
+def test_a_consumer_that_is_dearer_than_the_whole_generator_answers_nothing() -> None:
+    costs = ExitCosts({"branch1": 5.0, "whole": 6.0, "warp": 8.0})
+    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    assert exits(router, [signals("branch1"), signals("warp"), signals("warp", "branch1")]) == [
+        "branch1",
+        "whole",
+        "whole",
+    ]
 
 
 def test_equal_costs_that_jitter_cause_no_switch() -> None:
@@ -305,9 +343,32 @@ def test_what_is_expected_is_told_in_the_metrics_unit() -> None:
     assert make(in_db).route(Request(0, 1, given_)).predicted == pytest.approx(30.0 + 10 / math.log(10))
 
 
-def test_the_ranking_is_the_dearer_eligible_exits() -> None:
-    decision = make().route(Request(0, 1, signals("warp2", "branch2", "branch1", slack=3.0)))
-    assert decision == Decision("warp2", decision.predicted, ranking=("branch2", "branch1", "whole"))
+def test_the_ranking_is_the_dearer_exits_that_may_answer() -> None:
+    def ranking(*names: str) -> tuple[str | None, ...]:
+        decision = make().route(Request(0, 1, signals(*names, slack=3.0)))
+        return (decision.exit, *decision.ranking)
+
+    assert ranking("branch2", "branch1") == ("branch2", "branch1", "whole")
+    assert ranking("warp2", "warp") == ("warp2", "warp", "whole")
+    # No branch, though eligible, where a consumer is.
+    assert ranking("warp2", "branch2", "branch1") == ("warp2", "whole")
+
+
+def test_no_branch_answers_where_a_consumer_is_eligible_even_one_that_is_cheaper() -> None:
+    costs = ExitCosts({"branch1": 1.0, "warp": 3.0, "whole": 30.0})
+    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    assert exits(router, [signals("warp", "branch1", slack=9.0)] * 6) == ["warp"] * 6
+    assert router.route(Request(6, 1, signals("branch1", slack=9.0))).exit == "branch1"
+
+
+def test_a_branch_in_the_place_of_a_late_consumer_is_degraded() -> None:
+    costs = ExitCosts({"branch1": 1.0, "warp": 3.0, "whole": 30.0})
+    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    decision = router.route(Request(0, 1, signals("warp", "branch1", slack=9.0), 2.0))
+    assert (decision.exit, decision.degraded) == ("branch1", "cheaper exit")
+    # Alone it keeps what was promised.
+    decision = router.route(Request(1, 1, signals("branch1", slack=9.0), 2.0))
+    assert (decision.exit, decision.degraded) == ("branch1", None)
 
 
 # Degrade order
@@ -364,6 +425,33 @@ def test_a_scene_cut_keeps_consumers_out() -> None:
     decision = make().route(Request(0, 1, signals(*INEXACT, slack=9.0, change=1.01)))
     assert (decision.exit, decision.scene_cut) == ("branch2", True)
     assert cuts([signals(), signals(change=1.0), signals(change=1.5), signals()]) == [False, False, True, False]
+
+
+def route_branch(
+    age_0: float, age_1: float, given_: Signals, *, age: int = 1, max_age: int | None = None
+) -> str | None:
+    """What answers where branches lie two spreads below the threshold, under the margins of two ages."""
+    rule = Rule(QUALITY, {0: age_0, 1: age_1})
+    return make(rule, max_age=max_age).route(Request(0, age, given_)).exit
+
+
+def test_after_a_cut_branches_are_judged_by_the_margin_of_age_0() -> None:
+    """That of an age with a cache is made for consumers, behind which branches hardly ever answer."""
+    same, cut = signals("branch2", slack=2.0), signals("branch2", slack=2.0, change=1.2)
+    assert route_branch(3.0, 1.0, same) == "branch2"
+    assert route_branch(3.0, 1.0, cut) == "whole"
+    assert route_branch(1.0, 3.0, same) == "whole"
+    assert route_branch(1.0, 3.0, cut) == "branch2"
+
+
+def test_behind_a_cache_older_than_allowed_branches_are_judged_by_the_margin_of_age_0() -> None:
+    given_ = signals("branch2", slack=2.0)
+    assert route_branch(3.0, 1.0, given_, max_age=0) == "whole"
+    assert route_branch(1.0, 3.0, given_, max_age=0) == "branch2"
+
+
+def test_after_a_cut_at_an_age_that_was_never_measured_only_exact_exits_answer() -> None:
+    assert route_branch(1.0, 1.0, signals(*INEXACT, slack=9.0, change=1.2), age=2) == "whole"
 
 
 def test_a_new_subject_is_told_once() -> None:

@@ -304,17 +304,25 @@ def test_a_slow_spell_does_not_drop_frames_for_good(client: Client, world: World
 def test_an_answer_that_is_not_finite_is_replaced_by_the_next_exit(
     client: Client, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world.gives = {"warp2": np.nan, "warp": np.inf}
+    world.gives = {"warp2": np.nan}
     with caplog.at_level(logging.WARNING, "warpcache.engine.routing"):
         answers = [client.answer(frame) for frame in range(2)]
-    assert [name for name, _ in world.ran[:4]] == ["predictor", "warp2", "warp", "branch1"]
+    assert [name for name, _ in world.ran[:3]] == ["predictor", "warp2", "warp"]
     for answer in answers:
-        assert (answer.exit, answer.age) == ("branch1", 0)
+        assert (answer.exit, answer.age) == ("warp", 1)
         assert answer.predicted == pytest.approx(90.0 / np.log(10.0), rel=2.0**-23)
         assert np.isfinite(answer.outputs["image"]).all()
-    assert client.telemetry.snapshot().non_finite == 4
+    assert client.telemetry.snapshot().non_finite == 2
     (record,) = caplog.records
     assert record.getMessage().startswith("exit 'warp2' gave NaN or infinity on frame 0, and the next exit answers it")
+
+
+def test_no_branch_replaces_an_eligible_consumer(client: Client, world: World) -> None:
+    """Nothing is promised of branches where a consumer is eligible."""
+    world.gives = {"warp2": np.nan, "warp": np.inf}
+    answer = client.answer(0)
+    assert [name for name, _ in world.ran] == ["predictor", "warp2", "warp", "whole"]
+    assert (answer.exit, answer.age, answer.predicted) == ("whole", 0, None)
 
 
 def test_what_replaces_a_degraded_answer_is_not_degraded(client: Client, world: World) -> None:
