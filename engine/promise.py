@@ -39,6 +39,7 @@ from .promised_quality import (
 )
 
 __all__ = [
+    "LEAST_MARGIN",
     "METHOD",
     "PROMISABLE",
     "Calibration",
@@ -54,9 +55,9 @@ __all__ = [
     "to_score",
 ]
 
-# An exit that is expected to be worse than the threshold is not eligible, however much the calibration would allow:
-# it saves little, and a rule that has gone below would first have to be tightened back when the frames change.
-_LEAST_MARGIN = 0.0
+LEAST_MARGIN: Final = 1.0
+"""An exit must be expected to be better than the threshold by a spread at least, however much a calibration allows: its
+frames are a few stretches of a clip, and what holds on them all by a hair does not hold on the next."""
 _LEAST_ELIGIBLE_SHARE = 0.1
 _MAX_NPZ_BYTES = 256 * 2**20
 
@@ -285,7 +286,7 @@ class Calibration:
             # Below the slack of a bad branch there can be margins at which a good consumer answers; the row counts as
             # lost there too, since a loss has to fall with the margin, and margins are tightened while running.
             lost_at = np.where(bad & self._ever_answering(age, slack), slack, -np.inf).max(axis=1)
-            margins[age] = max(_LEAST_MARGIN, risk_control_margin(lost_at, 1.0 - quality.confidence))
+            margins[age] = max(LEAST_MARGIN, risk_control_margin(lost_at, 1.0 - quality.confidence))
             eligible += int((slack.max(axis=1) >= margins[age]).sum())
             total += rows.size
         return Rule(quality, margins), eligible / total

@@ -27,6 +27,7 @@ from .adapter import CACHE_ATLAS, AdapterLayout, ImageInput, Surface, _sample
 from .trace import export_module
 
 __all__ = [
+    "BRANCH_DRIFT",
     "CACHE_THUMBNAIL",
     "LEAST_SPREAD",
     "Features",
@@ -58,6 +59,14 @@ _SPREAD_RANGE = 1.0
 
 LEAST_SPREAD = 0.02
 """Below all spreads, in scores: 2 % of a distance. A spread of 0 would make any margin void."""
+
+BRANCH_DRIFT = 0.3
+"""Added to the spreads of branches, in scores: a factor 1.35 of a distance.
+
+A consumer's quality follows what has moved since its cache, which is seen anew in every frame. A branch's follows where
+in the space of its inputs a frame lies, and drifts as a whole from one stretch of a clip to the next: held-back frames
+are a few stretches, within which its errors look small. The size was chosen on two clips (docs/results.md).
+"""
 
 
 class Thumbnail(nn.Module):
@@ -257,15 +266,23 @@ class Head(nn.Module):
         deviation: Of the features, float32 [M], above 0.
         outputs: Exits.
         width: Of the network's two hidden layers.
+        least_spread: Below all its spreads, in scores.
     """
 
     mean: Tensor
     factor: Tensor
 
     def __init__(
-        self, mean: NDArray[np.float32], deviation: NDArray[np.float32], outputs: int, *, width: int = 64
+        self,
+        mean: NDArray[np.float32],
+        deviation: NDArray[np.float32],
+        outputs: int,
+        *,
+        width: int = 64,
+        least_spread: float = LEAST_SPREAD,
     ) -> None:
         super().__init__()
+        self.least_spread = least_spread
         features = len(mean)
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("factor", torch.from_numpy(1.0 / deviation))
@@ -300,7 +317,7 @@ class Head(nn.Module):
         """Spreads [N, E] of standardised features."""
         # Bounded in its features' part, so that no spread vanishes where nothing was ever measured.
         tilt = functional.linear(standard, self.spread.weight).clamp(-_SPREAD_RANGE, _SPREAD_RANGE)
-        return (tilt + self.spread.bias).exp() + LEAST_SPREAD
+        return (tilt + self.spread.bias).exp() + self.least_spread
 
 
 class Predictor(nn.Module):

@@ -25,7 +25,7 @@ from ..engine.spec import Array
 from .adapter import AdapterLayout
 from .exit_quality import Measured
 from .guide_bank import k_centres
-from .predictor import LEAST_SPREAD, Features, Head, Predictor, Thumbnail, ThumbnailScale
+from .predictor import BRANCH_DRIFT, LEAST_SPREAD, Features, Head, Predictor, Thumbnail, ThumbnailScale
 
 __all__ = ["fit_predictor"]
 
@@ -101,7 +101,8 @@ def fit_predictor(
             heads.append(None)
             continue
         rows = [_rows(features, arrays, m, columns, with_cache) for arrays, m in ((train, trained), (held, unseen))]
-        heads.append(_fit_head(rows[0], rows[1], blocks, seed, steps))
+        least = LEAST_SPREAD if with_cache else BRANCH_DRIFT
+        heads.append(_fit_head(rows[0], rows[1], blocks, seed, steps, least))
     return Predictor(features, heads[0], heads[1]).eval()
 
 
@@ -192,7 +193,7 @@ def _scale(
     )
 
 
-def _fit_head(train: _Rows, unseen: _Rows, blocks: int, seed: int, steps: int) -> Head:
+def _fit_head(train: _Rows, unseen: _Rows, blocks: int, seed: int, steps: int, least_spread: float) -> Head:
     raw = train.features.double().numpy()
     mean, deviation = raw.mean(0), raw.std(0)
     # A feature that is constant in training says nothing; it must not say much where it is not.
@@ -200,7 +201,7 @@ def _fit_head(train: _Rows, unseen: _Rows, blocks: int, seed: int, steps: int) -
     outputs = train.scores.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Head(mean.astype(np.float32), deviation.astype(np.float32), outputs).eval()
+        head = Head(mean.astype(np.float32), deviation.astype(np.float32), outputs, least_spread=least_spread).eval()
         known, new = head.standardise(train.features), head.standardise(unseen.features)
         weights, bias, foreseen = _ridge(
             known.double().numpy(), train.scores, _fold_of(train.frame, 2 * _FOLDS), _STRENGTHS

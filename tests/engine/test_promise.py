@@ -21,6 +21,7 @@ from onnx import helper
 from warpcache.engine.bundle import Bundle, ExitRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.promise import (
+    LEAST_MARGIN,
     PROMISABLE,
     Calibration,
     PromiseRecord,
@@ -204,9 +205,9 @@ def brute_force_margin(data: Calibration, age: int, quality: Quality) -> float:
         names = ever_answering(slacks[index], margin)
         return any(float(data.measured[index, EXITS.index(name)]) > score for name in names)
 
-    possible = {0.0}
+    possible = {LEAST_MARGIN}
     for index in frames:
-        possible |= {math.nextafter(slack, math.inf) for slack in slacks[index].values() if slack >= 0}
+        possible |= {math.nextafter(slack, math.inf) for slack in slacks[index].values() if slack >= LEAST_MARGIN}
     for margin in sorted(possible):
         losses = sum(lost(index, margin) for index in frames)
         if (losses + 1) / (len(frames) + 1) <= 1 - quality.confidence + 1e-12:
@@ -223,10 +224,11 @@ def test_margins_are_the_least_that_keep_the_promise(threshold: float, confidenc
     assert dict(rule.margins) == {age: brute_force_margin(data, age, quality) for age in (0, 1, 2)}
 
 
-def test_some_margin_is_above_nothing() -> None:
-    """The test above would pass on calibrations that ask for no margin at all; this one does not."""
+def test_some_margin_is_above_the_least() -> None:
+    """The test above would pass on calibrations that ask for the least margin alone; this one does not."""
     rule = calibration(59).rule(Quality("lpips", 0.05))
-    assert min(rule.margins.values()) > 0.2
+    assert max(rule.margins.values()) > LEAST_MARGIN + 0.1
+    assert min(rule.margins.values()) >= LEAST_MARGIN
 
 
 def test_only_calibrated_ages_have_a_margin() -> None:
@@ -253,8 +255,10 @@ def test_new_frames_keep_the_threshold_whichever_exit_answers(confidence: float,
         return Calibration("lpips", EXITS, COLD, AGES, **data)
 
     lost = {(age, tightening): 0 for age in (0, 1, 2) for tightening in (0.0, 0.6)}
+    margins = []
     for seed in range(draws):
         rule = sample(79, seed).rule(quality)
+        margins += rule.margins.values()
         new = sample(fresh, 10_000 + seed)
         slack = (quality.score - new.predicted.astype(np.float64)) / new.spread
         bad = new.measured > quality.score
@@ -270,8 +274,10 @@ def test_new_frames_keep_the_threshold_whichever_exit_answers(confidence: float,
     tolerance = 3 * math.sqrt(alpha * (1 - alpha) * (1 / 81 + 1 / fresh) / draws)
     for count in lost.values():
         assert count / (draws * fresh) <= alpha + tolerance
-    # And it is no matter of never using an exit: the shares lost are near what may be lost.
-    assert max(lost.values()) / (draws * fresh) > alpha / 2
+    # And it is no matter of never using an exit: where not the least margin decides, what is lost is near what may be.
+    if np.mean(np.array(margins) > LEAST_MARGIN) > 0.9:
+        assert max(lost.values()) / (draws * fresh) > alpha / 2
+    assert max(lost.values()) > 0
 
 
 def test_a_badly_predicted_branch_does_not_raise_the_margin_where_a_consumer_answers() -> None:

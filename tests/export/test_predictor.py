@@ -18,6 +18,7 @@ from warpcache.export.adapter import AdapterLayout, ImageInput, Surface, VectorI
 from warpcache.export.exit_quality import Measured
 from warpcache.export.graph import GraphIndex
 from warpcache.export.predictor import (
+    BRANCH_DRIFT,
     CACHE_THUMBNAIL,
     LEAST_SPREAD,
     Features,
@@ -321,6 +322,7 @@ def test_graphs_give_what_the_modules_give(fitted: Fitted) -> None:
         # Scores of size 5 from float32 sums.
         np.testing.assert_allclose(given[name], value.numpy(), atol=1e-4, rtol=1e-4)
     assert (given["spread"] > LEAST_SPREAD).all()
+    assert given["spread"][0, 1] > BRANCH_DRIFT  # the branch's column
 
 
 def test_a_branch_is_predicted_alike_with_and_without_a_cache(fitted: Fitted) -> None:
