@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .errors import BundleError
-from .manifest import PREDICTORS, Manifest
+from .manifest import CACHE_PREFIX, PREDICTORS, Manifest
 from .promised_quality import PROMISABLE
 from .strict_json import (
     Fields,
@@ -128,6 +128,10 @@ class PromiseRecord:
             raise mistyped(f"{where}.exits", f"some of the bundle's exits {', '.join(sorted(known))}", list(self.exits))
         if not set(self.exits).issuperset(self.cold_exits):
             raise mistyped(f"{where}.cold_exits", f"some of {', '.join(self.exits)}", list(self.cold_exits))
+        # The rule lets consumers answer before branches, so it has to know which is which.
+        cold = [name for name in self.exits if not _reads_cache(manifest, name)]
+        if cold != list(self.cold_exits):
+            raise mistyped(f"{where}.cold_exits", f"those that read no cache: {', '.join(cold)}", list(self.cold_exits))
         if any(age < 1 for age in self.ages) or any(a >= b for a, b in zip(self.ages, self.ages[1:], strict=False)):
             raise mistyped(f"{where}.ages", "ages from 1 on, rising", list(self.ages))
         if not self.ages and not self.cold_exits:
@@ -175,3 +179,9 @@ def _not_negative(value: Any, where: str) -> float:
     if number < 0:
         raise mistyped(where, "a number of 0 or more", value)
     return number
+
+
+def _reads_cache(manifest: Manifest, exit_name: str) -> bool:
+    """Whether an exit's module takes a tensor of the cache."""
+    module = manifest.modules[manifest.exit(exit_name).module]
+    return any(spec.name.startswith(CACHE_PREFIX) for spec in module.inputs)

@@ -664,7 +664,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("exits", ["warp", "branch1", "branch1"], "'branch1' occurs twice in calibration.promise.exits"),
     ("exits", "warp", "must be a list"),
     ("exits", ["warp", "branch1"], "must be some of warp, branch1"),
-    ("cold_exits", ["branch1"], "module 'predictor_cold' gives 'predicted'"),
+    ("cold_exits", ["branch1"], "key 'calibration.promise.cold_exits' must be those that read no cache"),
     ("ages", [0, 1], "must be ages from 1 on, rising"),
     ("ages", [2, 1], "must be ages from 1 on, rising"),
     ("ages", [1.5], "must be an integer"),
