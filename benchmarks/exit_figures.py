@@ -96,12 +96,13 @@ def draw_front(
             name, (macs[name] * 100, np.nanquantile(values, confidence)), xytext=(5, 5), textcoords="offset points"
         )
     frozen = np.nanquantile(table.frozen[age], confidence)
-    axes.plot(0.0, frozen, "s", color="tab:gray")
-    axes.annotate("last frame again", (0.0, frozen), xytext=(5, 5), textcoords="offset points")
+    axes.axhline(frozen, linestyle="--", linewidth=1.0, color="tab:gray", label="last frame again, costs nothing")
+    # Cheap exits lie at some percent: only a logarithmic axis keeps them apart.
+    axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("computed on the latency path, % of the whole generator's MACs")
     axes.set_ylabel(f"{calibration.metric} against the whole, {confidence:.0%} of frames are below")
-    axes.set_title(f"{title}: caches {age} frames old", loc="left")
+    axes.set_title(f"{title}: caches {age} {'frame' if age == 1 else 'frames'} old", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()
