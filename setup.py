@@ -8,6 +8,7 @@ setup(
     # find_packages, because an undeclared subpackage is silently missing from the wheel.
     packages=[
         "warpcache",
+        *(f"warpcache.{package}" for package in find_packages("warpcache")),
         *(f"warpcache.{d}{'.' + p if p else ''}" for d in SUBPACKAGES for p in ["", *find_packages(d)]),
     ],
     package_dir={"warpcache": "warpcache", **{f"warpcache.{d}": d for d in SUBPACKAGES}},

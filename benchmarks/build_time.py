@@ -25,7 +25,7 @@ from benchmarks.measuring import Figure
 from benchmarks.parts import Measured, device_record, finish, run_parts, show_parts, write_parts
 from warpcache.demo import demo_bundle
 from warpcache.engine.building import build_engines, precision_of
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt_flavour import Flavour

@@ -28,7 +28,7 @@ from benchmarks.exit_figures import draw_front, simulate
 from benchmarks.exit_tables import COLD, ExitTable, kept_table, oracle_reuse, within
 from benchmarks.measuring import BareModule, Figure, interleaved_ms, print_figures
 from warpcache.engine import Engine
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import InputError
 from warpcache.engine.lpips import Lpips
 from warpcache.engine.promise import Calibration, PromiseRecord, Quality, to_score

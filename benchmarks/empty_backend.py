@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warpcache.engine.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
 from warpcache.engine.device import Event, Stream
 from warpcache.engine.spec import TensorSpec

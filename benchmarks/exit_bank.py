@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks.early_exits import CASES, THRESHOLDS, load_case
 from benchmarks.exit_cases import Case
 from benchmarks.exit_tables import COLD, kept_table, within
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.lpips import Lpips
 from warpcache.engine.promise import PromiseRecord
 from warpcache.engine.quality import measure_frames

@@ -29,7 +29,7 @@ from benchmarks.clips import load_talking_head
 from benchmarks.demo_bundle import FPS, HOLDOUT_TAKE, SIZE, TRAIN_TAKE, demo_generator
 from benchmarks.talking_head_model import generator, generator_256
 from warpcache.demo import DEMO_MOTION_SEED
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.models.head import SyntheticHead
 from warpcache.models.training import train_renderer
 from warpcache.progress import ProgressBar

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measuring import BareModule
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.lpips import Lpips
 from warpcache.engine.promise import PromiseRecord
 from warpcache.engine.quality import measure_frames

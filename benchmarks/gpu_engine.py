@@ -40,7 +40,7 @@ from benchmarks.parts import (
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import Streamed, as_clip, frames_for, on_device, stream
 from warpcache.demo import demo_bundle
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda_backends import choose_backend
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_graph import CudaGraph

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda_options import CudaOptions, parse_device
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import InputError, WarpcacheError

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from warpcache.bench import ExitName, record
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.lpips import Lpips
 from warpcache.engine.policy import Policy
 from warpcache.engine.quality import measure_frames

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.errors import InputError
 from warpcache.engine.mesh_conditioner import MeshConditioner

@@ -26,7 +26,7 @@ from warpcache.engine.errors import WarpcacheError
 from warpcache.progress import ProgressBar, Report, silent
 
 if TYPE_CHECKING:
-    from warpcache.engine.bundle import Bundle
+    from warpcache.engine.bundle.bundle import Bundle
     from warpcache.models.renderer import DeferredNeuralRenderer
 
 __all__ = ["CUT", "PURPOSE", "draw_clip", "generator", "make_reference_bundle"]

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from warpcache.engine.building import build_engines
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError, DeviceError

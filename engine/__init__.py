@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .bundle import Bundle, write_bundle
+from .bundle.bundle import Bundle, write_bundle
+from .bundle.manifest import Manifest
 from .cuda_options import CudaOptions
 from .engine import Engine
 from .errors import (
@@ -15,7 +16,6 @@ from .errors import (
     InputError,
     WarpcacheError,
 )
-from .manifest import Manifest
 from .policy import Policy
 from .promise import Quality
 from .session import Frame, Session

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..kernels.driver import Context
-from .bundle import Bundle
+from .bundle.bundle import Bundle
 from .engine_cache import EngineCache, EngineKey
 from .errors import BackendError, InputError, WarpcacheError
 from .tensorrt_builder import BuildRequest, build_engines_isolated

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .bundle import Bundle
+from .bundle.bundle import Bundle
 from .device import CoreShare, CpuDevice, Event, Stream
 from .errors import ClosedError, InputError
 from .module import Module

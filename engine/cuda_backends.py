@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .building import build_engines
-from .bundle import Bundle
+from .bundle.bundle import Bundle
 from .cuda_device import CudaDevice, CudaStream
 from .cuda_options import CUDA_BACKENDS, CudaOptions
 from .cuda_placement import CudaBackend, ModuleFile

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ..kernels.driver import check, load
 from ..kernels.finite import FiniteKernel
-from .bundle import Bundle
+from .bundle.bundle import Bundle
 from .cuda_device import CudaDevice, CudaStream, CudaWorkerStream
 from .cuda_options import CudaOptions
 from .cuda_workspace import CudaModules, CudaWorkspace

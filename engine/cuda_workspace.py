@@ -12,14 +12,14 @@ import numpy as np
 
 from ..kernels.array import DeviceArray
 from ..kernels.finite import FiniteKernel
-from .bundle import Bundle
+from .bundle.bundle import Bundle
+from .bundle.manifest import Manifest
 from .cuda_audit import AuditMemory
 from .cuda_device import CudaDevice, CudaStream
 from .cuda_finite import FiniteCheck, finite_on_host
 from .cuda_lane import CudaLane, CudaSlots, HostInput, StaticInputs
 from .cuda_options import CudaOptions
 from .errors import ClosedError, InputError, WarpcacheError
-from .manifest import Manifest
 from .outputs import DevicePool, OutputPool
 from .placement import Lane, LoadedModule
 from .scheduler import Route

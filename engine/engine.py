@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
-from .bundle import Bundle, Manifest
+from .bundle.bundle import Bundle, Manifest
 from .cpu_placement import Backend, CpuPlacement
 from .cuda_options import CUDA_BACKENDS, CudaOptions, parse_device
 from .errors import ClosedError, InputError

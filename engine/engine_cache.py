@@ -24,9 +24,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..kernels.compiler import cache_folder
+from .bundle.graph_digest import graph_digest
 from .errors import BackendError, InputError
 from .file_lock import FileLock
-from .graph_digest import graph_digest
 from .spec import TensorSpec
 
 __all__ = ["EngineCache", "EngineKey", "default_folder", "graph_digest"]

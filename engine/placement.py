@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .bundle.manifest import Manifest
 from .device import Event, Stream
-from .manifest import Manifest
 from .module import Module
 from .scheduler import Route
 from .spec import Array, TensorSpec

@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
+from .bundle.bundle import Bundle
 from .conformal import allowed_losses, risk_control_margin
 from .errors import BundleError, InputError
 from .promise_record import METHOD, PromiseRecord

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .errors import BundleError
-from .manifest import CACHE_PREFIX, PREDICTORS, Manifest
-from .promised_quality import PROMISABLE
-from .strict_json import (
+from .bundle.manifest import CACHE_PREFIX, PREDICTORS, Manifest
+from .bundle.strict_json import (
     Fields,
     a_name,
     a_number,
@@ -21,6 +19,8 @@ from .strict_json import (
     refuse_duplicates,
     tuple_of,
 )
+from .errors import BundleError
+from .promised_quality import PROMISABLE
 
 __all__ = ["METHOD", "PromiseRecord"]
 

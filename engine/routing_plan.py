@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import Bundle
+from .bundle.bundle import Bundle
+from .bundle.manifest import CACHE_PREFIX
 from .errors import InputError
 from .exit_costs import measure_exit_costs
 from .lpips import LPIPS_VARIABLE
-from .manifest import CACHE_PREFIX
 from .placement import Placement
 from .policy import Policy
 from .promise import Calibration, PromiseRecord, Quality, Rule, to_score

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.driver import Context
+from .bundle.external_data import GraphNode, graph_nodes
 from .errors import BackendError, BundleError
-from .onnx_files import GraphNode, graph_nodes
 from .spec import TensorSpec
 from .tensorrt_flavour import Flavour, deferred_interrupt
 from .tensorrt_io import IoTensor, check_io, dtype_name

@@ -16,10 +16,10 @@ from typing import Any
 from onnx import ModelProto
 from torch import nn
 
-from ..engine.bundle import Bundle
+from ..engine.bundle.bundle import Bundle
+from ..engine.bundle.manifest import ExitRecord
 from ..engine.errors import InputError
 from ..engine.lpips import Lpips
-from ..engine.manifest import ExitRecord
 from ..engine.spec import Array
 from .adapter import AdapterLayout, Surface
 from .adapter_training import AdapterTraining, perceptual_loss

@@ -9,9 +9,9 @@ from typing import Literal
 
 from onnx import ModelProto
 
-from ..engine.bundle import Bundle
+from ..engine.bundle.bundle import Bundle
+from ..engine.bundle.manifest import CACHE_PREFIX, PREDICTORS
 from ..engine.errors import InputError
-from ..engine.manifest import CACHE_PREFIX, PREDICTORS
 from .casting import Casting, HalfType, Reason, cast_model, coordinate_values
 from .graph import GraphIndex, load_model, normalise
 from .lookups import lookup_nodes

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from ..engine.bundle.manifest import CACHE_PREFIX
 from ..engine.errors import ExportError, InputError
 from ..engine.lpips import Lpips
-from ..engine.manifest import CACHE_PREFIX
 from ..engine.promise import canonical_metric, to_score
 from ..engine.quality import available_metrics, measure_frames
 from ..engine.spec import Array

@@ -10,7 +10,7 @@ from typing import Any
 from onnx import ModelProto
 
 from .. import __version__
-from ..engine.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from ..engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from ..engine.spec import Array, TensorSpec
 from .cut import CutCandidate
 from .graph import GraphIndex

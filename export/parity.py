@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 
-from ..engine.manifest import CACHE_PREFIX
+from ..engine.bundle.manifest import CACHE_PREFIX
 from ..engine.quality import PSNR_CAP_DB, measure_frames
 from ..engine.spec import Array
 from .casting import elem_types, emulated

@@ -20,9 +20,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from onnx import ModelProto
 
-from ..engine.bundle import Bundle
+from ..engine.bundle.bundle import Bundle
+from ..engine.bundle.manifest import Manifest
 from ..engine.errors import ExportError, InputError
-from ..engine.manifest import Manifest
 from ..engine.spec import Array, TensorSpec
 from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
-from warpcache.engine.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.bundle.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.promise import Calibration, PromiseRecord
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
 

@@ -85,7 +85,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 
 
 def test_the_example_makes_a_bundle_and_answers(done: tuple[Path, dict[str, str]]) -> None:
-    from warpcache.engine.bundle import Bundle
+    from warpcache.engine.bundle.bundle import Bundle
     from warpcache.video import read_video
 
     folder, _ = done
@@ -111,7 +111,7 @@ def test_the_python_example_streams(done: tuple[Path, dict[str, str]]) -> None:
 
 
 def test_a_quality_is_kept(done: tuple[Path, dict[str, str]]) -> None:
-    from warpcache.engine.bundle import Bundle
+    from warpcache.engine.bundle.bundle import Bundle
     from warpcache.engine.promise import PromiseRecord
 
     folder, printed = done
@@ -142,7 +142,7 @@ def test_the_python_example_runs_without_torch(done: tuple[Path, dict[str, str]]
 
 def test_the_bundle_is_converted_and_carried_away(done: tuple[Path, dict[str, str]]) -> None:
     from warpcache.engine.building import precision_of
-    from warpcache.engine.bundle import Bundle
+    from warpcache.engine.bundle.bundle import Bundle
 
     folder, _ = done
     for path in (folder / "mine.fp16.warp", folder / "edge" / "mine.fp16.warp"):

@@ -20,8 +20,8 @@ from .progress import Report, silent
 from .recording import CPU, ExitName, Recording, pace, record
 
 if TYPE_CHECKING:
+    from .engine.bundle.manifest import Manifest
     from .engine.lpips import Lpips
-    from .engine.manifest import Manifest
     from .engine.promise import Quality
     from .inputs import InputStream
     from .quality_choice import QualityChoice
@@ -194,7 +194,7 @@ def bench_bundle(
         BackendError: If the backend is missing or refuses the bundle.
         DeviceError: If there is no such GPU.
     """
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .report import row
 
     if promise is not None:
@@ -281,7 +281,7 @@ def run_bundle(
     Returns:
         One row: latency, frames per second and age; quality is not measured here.
     """
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .outputs import OutputWriter
     from .report import row
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .engine.building import BuiltEngine
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .engine.tensorrt_flavour import Flavour, FlavourName
 
 __all__ = [
@@ -173,7 +173,7 @@ def build_bundle(
         ModuleNotFoundError: If a conversion needs the ``export`` extra and it is not installed.
     """
     from .engine.building import check_targets, precision_of
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .engine.engine_cache import default_folder
     from .engine.tensorrt_flavour import Flavour
 

@@ -12,7 +12,7 @@ from .pareto import age_words, points_of
 from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet
 
 if TYPE_CHECKING:
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .engine.promise import PromiseRecord
 
 __all__ = ["NO_PROMISE", "promise_section", "write_bundle_report"]

@@ -89,7 +89,7 @@ def inspect(bundle: Path, report: Path | None) -> None:
     exits are on the Pareto front, and what each threshold saves.
     """
     from .describe import print_bundle
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     print_bundle(opened)

@@ -13,7 +13,7 @@ from .inputs import InputStream, load_inputs
 from .progress import Report
 
 if TYPE_CHECKING:
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
 
 __all__ = ["compile_files", "split_files"]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .bench import CPU, Measured, Recording, load_lpips, record, result_of
 from .device_choice import DeviceChoice
-from .engine.bundle import Bundle
+from .engine.bundle.bundle import Bundle
 from .engine.errors import BundleError, InputError
 from .engine.policy import Policy
 from .engine.session import Frame

@@ -23,7 +23,7 @@ from .engine.errors import InputError
 from .files import explain_write_error
 
 if TYPE_CHECKING:
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .engine.tensorrt_flavour import Flavour
 
 __all__ = ["Dependency", "Deployment", "add_bundle", "add_runtime", "check_place", "deployed_sources", "written_folder"]
@@ -136,7 +136,7 @@ def add_bundle(folder: Path, bundle: Bundle) -> Bundle:
     Raises:
         BundleError: If it has changed since it was opened.
     """
-    from .engine.bundle import write_bundle
+    from .engine.bundle.bundle import write_bundle
 
     return write_bundle(
         folder / bundle_name(bundle.path), bundle.manifest, {name: bundle.file(name) for name in bundle.manifest.files}

@@ -12,8 +12,8 @@ from .sheets import Sheet, plain_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .engine.bundle import Bundle
-    from .engine.manifest import Manifest
+    from .engine.bundle.bundle import Bundle
+    from .engine.bundle.manifest import Manifest
 
 __all__ = [
     "calibration_rows",

@@ -31,7 +31,7 @@ from .outputs import OutputWriter, save_outputs
 from .video import read_video, to_float
 
 if TYPE_CHECKING:
-    from .engine.manifest import InputRecord
+    from .engine.bundle.manifest import InputRecord
 
 __all__ = ["InputStream", "OutputWriter", "load_inputs", "save_outputs"]
 

@@ -11,21 +11,11 @@ import click
 
 from .engine.errors import ExportError, InputError
 from .failure import Failure
-from .options import (
-    COUNT,
-    PATH,
-    RATE,
-    checked_metric,
-    cut_option,
-    json_option,
-    lpips_option,
-    split_names,
-    writable,
-)
+from .options import COUNT, PATH, RATE, checked_metric, cut_option, json_option, lpips_option, split_names, writable
 
 if TYPE_CHECKING:
     from .building import Precision
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .engine.tensorrt_flavour import FlavourName
 
 __all__ = ["build", "compile_command", "split"]

@@ -16,7 +16,7 @@ import numpy as np
 from .engine.quality import METRICS
 
 if TYPE_CHECKING:
-    from .engine.manifest import Manifest
+    from .engine.bundle.manifest import Manifest
     from .engine.promise import Calibration
 
 __all__ = ["Point", "age_words", "by_age", "cost_ticks", "mark_dominated", "points_of", "text_plot"]

@@ -12,7 +12,7 @@ from .pareto import Point, by_age
 from .sheets import Sheet
 
 if TYPE_CHECKING:
-    from .engine.manifest import Manifest
+    from .engine.bundle.manifest import Manifest
     from .engine.promise import Calibration, PromiseRecord
 
 __all__ = ["count_text", "quality_sheet", "rule_sentences", "thresholds_sheet"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .engine.errors import InputError
 
 if TYPE_CHECKING:
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .engine.promise import Quality
 
 __all__ = ["QualityChoice"]

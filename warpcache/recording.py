@@ -14,7 +14,7 @@ from .engine.spec import Array
 from .progress import Report, silent
 
 if TYPE_CHECKING:
-    from .engine.bundle import Bundle
+    from .engine.bundle.bundle import Bundle
     from .engine.session import Frame
     from .quality_choice import QualityChoice
     from .routed import Routed

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from benchmarks import build_time, reference_bundle
 from benchmarks.reference_bundle import PURPOSE, draw_clip, generator, make_reference_bundle
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.engine import Engine
 from warpcache.inputs import load_inputs
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.measuring import BareModule, Figure, answers, interleaved_ms, means, print_figures, ratio_of_medians
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.policy import Policy
 from warpcache.engine.quality import psnr
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_options import CudaOptions
 from warpcache.engine.cuda_placement import ModuleFile

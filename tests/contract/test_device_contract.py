@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import ClosedError, InputError
 from warpcache.engine.spec import Array
 

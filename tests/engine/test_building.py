@@ -15,7 +15,7 @@ import pytest
 
 from warpcache.engine import tensorrt_builder
 from warpcache.engine.building import build_engines, engine_key, precision_of, without_kernels
-from warpcache.engine.bundle import Bundle, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt_flavour import Flavour

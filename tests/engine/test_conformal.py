@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warpcache.engine.conformal import (
-    AdaptiveMargin,
-    DriftTest,
-    allowed_losses,
-    binomial_tail,
-    risk_control_margin,
-)
+from warpcache.engine.conformal import AdaptiveMargin, DriftTest, allowed_losses, binomial_tail, risk_control_margin
 from warpcache.engine.errors import InputError
 
 # Few different values, so that ties are common; -inf: never lost, inf: lost at any margin.

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.device import CpuStream, InlineStream
 from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.module import Module

@@ -22,7 +22,7 @@ import onnxruntime
 import pytest
 
 from warpcache.engine import onnxruntime_cuda
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_graph import CudaGraph
 from warpcache.engine.device import Event, InlineStream

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from warpcache.engine.bundle import Bundle, ExitRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, ExitRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.promise import (
     LEAST_MARGIN,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from warpcache.engine import routing_plan
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, InputError

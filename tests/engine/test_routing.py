@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.device import Event
 from warpcache.engine.errors import BackendError, ClosedError
 from warpcache.engine.policy import Policy

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from warpcache.engine.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
 from warpcache.engine.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeadlineError, InputError

@@ -22,7 +22,7 @@ from tests_software_tensorrt import failing, software_flavour
 
 import warpcache
 from warpcache.engine import tensorrt_builder, tensorrt_flavour, tensorrt_network
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError, DeviceError, InputError
 from warpcache.engine.spec import TensorSpec
 from warpcache.engine.tensorrt_builder import (

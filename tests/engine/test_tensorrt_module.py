@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from tests_software_tensorrt import IExecutionContext, failing, failures, software_flavour
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
 from warpcache.engine.cuda_graph import CudaGraph
 from warpcache.engine.device import InlineStream

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from warpcache import Engine
-from warpcache.engine import bundle as bundle_module
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle import bundle as bundle_module
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BundleError, ExportError, InputError, WarpcacheError
 from warpcache.engine.quality import psnr
 from warpcache.export import adapter_training, bundling

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 
 from warpcache import Engine
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.engine.promise import Calibration, PromiseRecord, Quality, to_score
 from warpcache.engine.quality import psnr

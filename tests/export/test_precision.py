@@ -13,7 +13,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch.nn import functional
 
-from warpcache.engine.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BundleError, ExportError, InputError
 from warpcache.engine.spec import TensorSpec

@@ -19,7 +19,7 @@ import warpcache.engine.tensorrt_flavour
 from warpcache.building import CONSUMER_GPUS, Built, build_bundle, choose_targets, converted_path
 from warpcache.cli import cli
 from warpcache.engine.building import precision_of
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.engine_cache import EngineCache, default_folder
 from warpcache.engine.errors import BackendError, DeviceError
 from warpcache.engine.tensorrt_flavour import Flavour

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from warpcache.cli import cli
 from warpcache.compiling import compile_files
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.export import adapter_training
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig

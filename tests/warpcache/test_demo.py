@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 import warpcache.demo
 from warpcache.cli import cli
 from warpcache.demo import DEMO_MOTION_SEED, MEASURE_EVERY, demo_inputs, run_demo
-from warpcache.engine.bundle import Bundle, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, write_bundle
+from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from warpcache.engine.errors import BundleError, InputError
-from warpcache.engine.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from warpcache.engine.promise import Calibration, PromiseRecord
 from warpcache.engine.spec import TensorSpec
 

@@ -33,7 +33,7 @@ from warpcache.deploying import (
     deployed_sources,
     written_folder,
 )
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError, InputError
 from warpcache.engine.promise import Calibration, Quality
 from warpcache.engine.tensorrt_flavour import Flavour

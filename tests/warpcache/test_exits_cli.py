@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 import warpcache.compiling
 import warpcache.engine.routing_plan
 from warpcache.cli import cli
-from warpcache.engine.bundle import Bundle, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.exit_costs import ExitCosts
 from warpcache.engine.promise import Calibration, PromiseRecord, Quality
 from warpcache.engine.quality import psnr

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from warpcache.engine.bundle.manifest import InputRecord
 from warpcache.engine.errors import InputError
-from warpcache.engine.manifest import InputRecord
 from warpcache.engine.spec import TensorSpec
 from warpcache.inputs import InputStream, OutputWriter, load_inputs, save_outputs
 from warpcache.video import VideoWriter, read_video, to_float

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warpcache.engine.bundle import ExitRecord
+from warpcache.engine.bundle.bundle import ExitRecord
 from warpcache.engine.promise import Calibration
 from warpcache.pareto import Point, age_words, by_age, cost_ticks, mark_dominated, points_of, text_plot
 

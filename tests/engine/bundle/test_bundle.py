@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from warpcache.engine import bundle as bundle_module
-from warpcache.engine.bundle import FORMAT, Bundle, Manifest, write_bundle
+from warpcache.engine.bundle import bundle as bundle_module
+from warpcache.engine.bundle.bundle import FORMAT, Bundle, Manifest, write_bundle
+from warpcache.engine.bundle.manifest import MAX_EXTENT
 from warpcache.engine.errors import BundleError, InputError
-from warpcache.engine.manifest import MAX_EXTENT
 
 FILES = ["generator.onnx", "producer.onnx", "plain.onnx", "warp.onnx", "weights.safetensors"]
 # The folder of a test outlives one example of a property; each example works on a copy of its own.

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from .errors import BundleError, InputError
-from .spec import AGE_INPUT, AGE_SPEC, TensorSpec
+from ..errors import BundleError, InputError
+from ..spec import AGE_INPUT, AGE_SPEC, TensorSpec
 from .strict_json import (
     Fields,
     a_name,

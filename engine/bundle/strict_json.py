@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from .errors import BundleError
+from ..errors import BundleError
 
 __all__ = [
     "Fields",

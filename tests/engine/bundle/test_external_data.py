@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from warpcache.engine.bundle import Bundle
+from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.external_data import ExternalTensor, GraphNode, external_tensors, graph_nodes
 from warpcache.engine.errors import BundleError
-from warpcache.engine.onnx_files import ExternalTensor, GraphNode, external_tensors, graph_nodes
 
 
 def read(path: Path, data: bytes) -> list[ExternalTensor]:

@@ -12,8 +12,8 @@ import mmap
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from .errors import BundleError
-from .onnx_files import CHILDREN, ExternalTensor, Field, external_reference, fields
+from ..errors import BundleError
+from .external_data import CHILDREN, ExternalTensor, Field, external_reference, fields
 
 __all__ = ["graph_digest"]
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-from .errors import BundleError
+from ..errors import BundleError
 
 __all__ = ["CHILDREN", "ExternalTensor", "Field", "external_reference", "external_tensors", "fields"]
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from warpcache.engine.bundle.graph_digest import graph_digest
 from warpcache.engine.errors import BundleError
-from warpcache.engine.graph_digest import graph_digest
 
 WEIGHTS = {
     "w1": np.arange(12, dtype=np.float32).reshape(3, 4),

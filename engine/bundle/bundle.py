@@ -20,9 +20,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import BundleError
+from ..errors import BundleError
+from .external_data import external_tensors
 from .manifest import FILE_NAME, FORMAT, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
-from .onnx_files import external_tensors
 
 __all__ = [
     "FORMAT",
