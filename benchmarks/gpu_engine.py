@@ -40,8 +40,8 @@ from benchmarks.parts import (
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import Streamed, as_clip, frames_for, on_device, stream
 from warpcache.demo import demo_bundle
+from warpcache.engine.backends import choose_backend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_backends import choose_backend
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_graph import CudaGraph
 from warpcache.engine.cuda_options import CUDA_BACKENDS, CudaOptions, parse_device

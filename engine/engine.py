@@ -246,7 +246,7 @@ class Engine:
                 backend=None if isinstance(backend, str) else cast(Backend, backend),
             )
         # CUDA is imported only where it is asked for.
-        from .cuda_backends import choose_backend
+        from .backends import choose_backend
         from .cuda_placement import CudaPlacement
 
         return CudaPlacement(

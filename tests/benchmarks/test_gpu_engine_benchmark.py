@@ -24,8 +24,8 @@ from benchmarks.mesh_to_picture import MeshToPicture
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import as_clip, frames_for
 from warpcache.demo import demo_bundle
+from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_backends import TensorRtBackend
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_options import CudaOptions
 from warpcache.engine.engine import Engine

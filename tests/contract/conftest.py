@@ -111,7 +111,7 @@ class CudaRig:
         return self._backend() if callable(self._backend) else self._backend
 
     def module(self, path: Path, name: str) -> Any:
-        from warpcache.engine.cuda_backends import choose_backend
+        from warpcache.engine.backends import choose_backend
 
         bundle = Bundle.open(path)
         backend = self.backend()
@@ -174,7 +174,7 @@ def rig(request: pytest.FixtureRequest, engines: Path) -> Iterator[CpuRig | Cuda
 def _software_rig(name: str, software: Any, folder: Path) -> CudaRig:
     from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
-    from warpcache.engine.cuda_backends import TensorRtBackend
+    from warpcache.engine.backends import TensorRtBackend
 
     options = {"graphs": "off"} if name.endswith("no-graphs") else {"graphs": "on"}
     if name.endswith("lazy"):
@@ -190,7 +190,7 @@ def _software_rig(name: str, software: Any, folder: Path) -> CudaRig:
 
 
 def _hardware_rig(name: str, folder: Path) -> CudaRig:
-    from warpcache.engine.cuda_backends import choose_backend
+    from warpcache.engine.backends import choose_backend
     from warpcache.engine.errors import DeviceError
     from warpcache.kernels.driver import Context
 

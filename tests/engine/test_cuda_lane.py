@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
+from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_backends import TensorRtBackend
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
 from warpcache.engine.cuda_graph import CudaGraph
 from warpcache.engine.cuda_lane import HostInput, StaticInputs

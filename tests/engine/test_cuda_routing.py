@@ -15,8 +15,8 @@ import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
 from warpcache.engine import routing_plan
+from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_backends import TensorRtBackend
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
 from warpcache.engine.cuda_finite import FiniteCheck, finite_on_host
 from warpcache.engine.cuda_options import CudaOptions

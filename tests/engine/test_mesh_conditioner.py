@@ -11,7 +11,7 @@ import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
 from warpcache.demo import demo_bundle
-from warpcache.engine.cuda_backends import TensorRtBackend
+from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_options import CudaOptions
 from warpcache.engine.engine import Engine
