@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.cpu.device import Event, Stream
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
-from warpcache.engine.device import Event, Stream
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .audit import AuditLog
-from .device import Event
+from .cpu.device import Event
 from .errors import BackendError
 from .placement import Workspace
 from .promise import Rule

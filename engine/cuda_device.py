@@ -19,7 +19,7 @@ import numpy as np
 
 from ..kernels.array import DeviceArray
 from ..kernels.driver import Context, check, load, size_text
-from .device import CpuStream, Event
+from .cpu.device import CpuStream, Event
 from .errors import ClosedError, DeviceError
 from .spec import Array, TensorSpec
 

@@ -14,10 +14,10 @@ from typing import Any, cast
 
 from ..kernels.array import DeviceArray
 from ..kernels.driver import check, load
+from .cpu.device import Event
 from .cuda_device import CudaDevice, CudaEvent, CudaStream, CudaWorkerStream
 from .cuda_graph import CudaGraph
 from .cuda_options import CudaOptions
-from .device import Event
 from .errors import BackendError, DeviceError
 from .module import CudaModule
 from .placement import LoadedModule

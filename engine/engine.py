@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from .bundle.bundle import Bundle, Manifest
-from .cpu_placement import Backend, CpuPlacement
+from .cpu.placement import Backend, CpuPlacement
 from .cuda_options import CUDA_BACKENDS, CudaOptions, parse_device
 from .errors import ClosedError, InputError
 from .placement import Placement, Workspace

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..kernels.array import DeviceArray
-from .device import Event, Stream
+from .cpu.device import Event, Stream
 from .spec import Array, TensorSpec
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .bindings import names_error
-from .device import Event, Stream
+from .cpu.device import Event, Stream
 from .errors import BackendError, ClosedError, InputError
 from .onnxruntime_session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime
 from .spec import Array, TensorSpec

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .bundle.manifest import Manifest
-from .device import Event, Stream
+from .cpu.device import Event, Stream
 from .module import Module
 from .scheduler import Route
 from .spec import Array, TensorSpec

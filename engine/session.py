@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .device import Event
+from .cpu.device import Event
 from .errors import ClosedError, DeadlineError, InputError
 from .promise import Quality, Rule
 from .reader import Reader, Rendering, Submitted

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnx_cases import NodeCase
 
-from warpcache.engine.device import InlineStream
+from warpcache.engine.cpu.device import InlineStream
 from warpcache.engine.errors import BackendError
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
 from warpcache.engine.spec import TensorSpec

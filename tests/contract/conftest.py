@@ -18,10 +18,10 @@ import onnxruntime
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.cpu.device import CpuStream, InlineStream
 from warpcache.engine.cuda_device import CudaDevice
 from warpcache.engine.cuda_options import CudaOptions
 from warpcache.engine.cuda_placement import ModuleFile
-from warpcache.engine.device import CpuStream, InlineStream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule

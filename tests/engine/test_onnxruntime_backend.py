@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.device import CpuStream, InlineStream
+from warpcache.engine.cpu.device import CpuStream, InlineStream
 from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.module import Module
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule

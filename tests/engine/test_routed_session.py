@@ -19,7 +19,7 @@ import pytest
 
 from warpcache.engine import routing_plan
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.device import Event, InlineStream, Stream
+from warpcache.engine.cpu.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.device import Event
+from warpcache.engine.cpu.device import Event
 from warpcache.engine.errors import BackendError, ClosedError
 from warpcache.engine.policy import Policy
 from warpcache.engine.promise import Quality

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
-from warpcache.engine.device import Event, InlineStream, Stream
+from warpcache.engine.cpu.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeadlineError, InputError
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule

@@ -15,9 +15,9 @@ from onnx import TensorProto, helper
 from tests_software_tensorrt import IExecutionContext, failing, failures, software_flavour
 
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.cpu.device import InlineStream
 from warpcache.engine.cuda_device import CudaDevice, CudaStream
 from warpcache.engine.cuda_graph import CudaGraph
-from warpcache.engine.device import InlineStream
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
 from warpcache.engine.spec import Array, TensorSpec

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warpcache.engine import affinity
-from warpcache.engine import device as device_module
-from warpcache.engine.device import CoreShare, CpuDevice, CpuStream, Event, InlineStream
+from warpcache.engine.cpu import device as device_module
+from warpcache.engine.cpu.device import CoreShare, CpuDevice, CpuStream, Event, InlineStream
 from warpcache.engine.errors import ClosedError, InputError
 
 LINUX = sys.platform.startswith("linux")
@@ -286,7 +286,7 @@ def test_a_share_falls_between_physical_cores(monkeypatch):
 
 
 def test_one_core_for_all_is_said(monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, logger="warpcache.engine.device"):
+    with caplog.at_level(logging.INFO, logger="warpcache.engine.cpu.device"):
         device_with(monkeypatch, (7,)).share(1)
     assert "one core only" in caplog.text
 

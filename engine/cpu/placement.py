@@ -10,16 +10,16 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .bundle.bundle import Bundle
+from ..bundle.bundle import Bundle
+from ..errors import ClosedError, InputError
+from ..module import Module
+from ..outputs import OutputPool
+from ..placement import Lane, LoadedModule
+from ..policy import Policy
+from ..scheduler import Route
+from ..slots import SlotBuffers
+from ..spec import Array, TensorSpec
 from .device import CoreShare, CpuDevice, Event, Stream
-from .errors import ClosedError, InputError
-from .module import Module
-from .outputs import OutputPool
-from .placement import Lane, LoadedModule
-from .policy import Policy
-from .scheduler import Route
-from .slots import SlotBuffers
-from .spec import Array, TensorSpec
 
 __all__ = ["Backend", "CpuPlacement", "CpuWorkspace", "DirectLane"]
 
@@ -314,6 +314,6 @@ def _memory(specs: Iterable[TensorSpec]) -> dict[str, Array]:
 
 def _onnx_runtime() -> Backend:
     # ONNX Runtime itself is imported only when the first module is loaded.
-    from .onnxruntime_backend import OnnxRuntimeModule
+    from ..onnxruntime_backend import OnnxRuntimeModule
 
     return cast("Callable[..., Module]", OnnxRuntimeModule)
