@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.cpu.device import Event, Stream
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
+from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
 
 if TYPE_CHECKING:
-    from warpcache.engine.cuda_placement import ModuleFile
+    from warpcache.engine.cuda.placement import ModuleFile
     from warpcache.kernels.array import DeviceArray
 
 __all__ = ["INPUT", "EmptyCpuModule", "EmptyCudaBackend", "EmptyCudaModule", "write_empty_bundle"]
@@ -83,7 +83,7 @@ class EmptyCudaModule:
 
 
 class EmptyCudaBackend:
-    """A `warpcache.engine.cuda_placement.CudaBackend` of such modules."""
+    """A `warpcache.engine.cuda.placement.CudaBackend` of such modules."""
 
     name = "empty"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
+from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load

@@ -42,9 +42,9 @@ from benchmarks.streams import Streamed, as_clip, frames_for, on_device, stream
 from warpcache.demo import demo_bundle
 from warpcache.engine.backends import choose_backend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_device import CudaDevice
-from warpcache.engine.cuda_graph import CudaGraph
-from warpcache.engine.cuda_options import CUDA_BACKENDS, CudaOptions, parse_device
+from warpcache.engine.cuda.device import CudaDevice
+from warpcache.engine.cuda.graph import CudaGraph
+from warpcache.engine.cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, InputError, WarpcacheError
 from warpcache.engine.quality import measure_frames

@@ -26,8 +26,8 @@ from benchmarks.gpu_arrays import Gpu
 from benchmarks.kernel_checks import MAP_CHANNELS, check_change, check_image, check_raster, check_warp, smooth_grid
 from benchmarks.measuring import Figure
 from benchmarks.parts import Measured, device_record, device_title, finish, run_parts, show_parts, write_parts
-from warpcache.engine.cuda_graph import CudaGraph
-from warpcache.engine.cuda_options import parse_device
+from warpcache.engine.cuda.graph import CudaGraph
+from warpcache.engine.cuda.options import parse_device
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.change import ChangeMetric
 from warpcache.kernels.driver import check, load

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_options import CudaOptions, parse_device
+from warpcache.engine.cuda.options import CudaOptions, parse_device
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import InputError, WarpcacheError
 from warpcache.engine.policy import Policy

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_device import CudaDevice
+from warpcache.engine.cuda.device import CudaDevice
+from warpcache.engine.cuda.mesh_conditioner import MeshConditioner
 from warpcache.engine.errors import InputError
-from warpcache.engine.mesh_conditioner import MeshConditioner
 from warpcache.engine.session import Frame, Session
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load

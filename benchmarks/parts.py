@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import Figure
-from warpcache.engine.cuda_options import parse_device
+from warpcache.engine.cuda.options import parse_device
 from warpcache.engine.errors import WarpcacheError
 from warpcache.report import environment
 
@@ -135,7 +135,7 @@ def device_record(device: str) -> dict[str, Any]:
     ordinal = parse_device(device)
     if ordinal is None:
         return {"device": device, "name": environment()["cpu"]}
-    from warpcache.engine.gpu_facts import gpu_facts
+    from warpcache.engine.cuda.gpu_facts import gpu_facts
 
     try:
         facts = gpu_facts([ordinal])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from warpcache.engine.building import build_engines
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_device import CudaDevice
+from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError, DeviceError
 from warpcache.engine.tensorrt_flavour import Flavour

@@ -14,7 +14,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.session import Session
 
 if TYPE_CHECKING:
-    from warpcache.engine.cuda_device import CudaDevice
+    from warpcache.engine.cuda.device import CudaDevice
 
 __all__ = ["Streamed", "as_clip", "frames_for", "on_device", "stream"]
 

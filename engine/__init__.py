@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .bundle.bundle import Bundle, write_bundle
 from .bundle.manifest import Manifest
-from .cuda_options import CudaOptions
+from .cuda.options import CudaOptions
 from .engine import Engine
 from .errors import (
     BackendError,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from .building import build_engines
 from .bundle.bundle import Bundle
-from .cuda_device import CudaDevice, CudaStream
-from .cuda_options import CUDA_BACKENDS, CudaOptions
-from .cuda_placement import CudaBackend, ModuleFile
+from .cuda.device import CudaDevice, CudaStream
+from .cuda.options import CUDA_BACKENDS, CudaOptions
+from .cuda.placement import CudaBackend, ModuleFile
 from .engine_cache import EngineCache, default_folder
 from .errors import InputError
 from .module import CudaModule

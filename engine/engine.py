@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from .bundle.bundle import Bundle, Manifest
 from .cpu.placement import Backend, CpuPlacement
-from .cuda_options import CUDA_BACKENDS, CudaOptions, parse_device
+from .cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
 from .errors import ClosedError, InputError
 from .placement import Placement, Workspace
 from .policy import Policy
@@ -24,7 +24,7 @@ from .session import Clock, Session
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from .cuda_placement import CudaBackend
+    from .cuda.placement import CudaBackend
 
 __all__ = ["Backend", "Engine"]
 
@@ -247,7 +247,7 @@ class Engine:
             )
         # CUDA is imported only where it is asked for.
         from .backends import choose_backend
-        from .cuda_placement import CudaPlacement
+        from .cuda.placement import CudaPlacement
 
         return CudaPlacement(
             self._bundle,

@@ -10,7 +10,7 @@ from .cpu.device import Event, Stream
 from .spec import Array, TensorSpec
 
 if TYPE_CHECKING:
-    from .cuda_device import CudaStream
+    from .cuda.device import CudaStream
 
 __all__ = ["CudaModule", "Module"]
 

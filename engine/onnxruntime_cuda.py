@@ -22,7 +22,7 @@ from ..kernels.array import DeviceArray
 from ..kernels.driver import size_text
 from .bindings import DeviceBindings
 from .cpu.device import Event
-from .cuda_device import CudaDevice, CudaStream
+from .cuda.device import CudaDevice, CudaStream
 from .errors import BackendError, ClosedError, DeviceError, InputError
 from .onnxruntime_session import BoundBuffers, check_graph, create_session, first_line, import_onnxruntime
 from .spec import TensorSpec

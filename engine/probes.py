@@ -175,7 +175,7 @@ def _driver() -> dict[str, Any]:
         raise _Missing("cuda-python is not installed") from exc
     facts: dict[str, Any] = {"cuda": None, "driver": None, "error": None, "found": False, "gpus": []}
     with contextlib.suppress(Exception):
-        from .gpu_facts import driver_version
+        from .cuda.gpu_facts import driver_version
 
         facts["driver"] = driver_version()
     try:

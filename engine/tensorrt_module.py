@@ -12,7 +12,7 @@ from typing import Any
 from ..kernels.array import DeviceArray
 from .bindings import DeviceBindings, ports_of, refuse_overlap
 from .cpu.device import Event
-from .cuda_device import CudaDevice, CudaStream, DeviceMemory
+from .cuda.device import CudaDevice, CudaStream, DeviceMemory
 from .errors import BackendError, ClosedError
 from .runtime_cache import RuntimeCacheFile
 from .spec import TensorSpec

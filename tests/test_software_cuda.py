@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from software_cuda.raw import BYTES, COUNT, code, numbers, ok, raw_gpu
 
-from warpcache.engine.cuda_device import CudaDevice
+from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.errors import ClosedError, DeviceError, InputError
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels import driver
@@ -377,7 +377,7 @@ class Foreign:
 
 
 class TestCudaDevice:
-    """engine/cuda_device.py in full, both as work runs at once and as late as it may."""
+    """engine/cuda/device.py in full, both as work runs at once and as late as it may."""
 
     @pytest.mark.parametrize("lazy", [0, 1])
     def test_from_open_to_close(self, software_cuda: Any, lazy: int) -> None:

@@ -162,7 +162,7 @@ def add_runtime(folder: Path, out: Path, bundle: Bundle, *, flavour: Flavour, ta
     Raises:
         BackendError: If NVRTC, which compiles the kernels, is missing or does not know a target.
     """
-    from .engine.kernel_cubins import compile_kernels
+    from .engine.cuda.kernel_cubins import compile_kernels
 
     for name, source in deployed_sources().items():
         target = folder / RUNTIME / name

@@ -66,7 +66,7 @@ def checked_device(ctx: click.Context, param: click.Parameter, value: Any) -> An
     Raises:
         click.BadParameter: If a name is no device's.
     """
-    from .engine.cuda_options import parse_device
+    from .engine.cuda.options import parse_device
 
     return _checked(parse_device, ctx, param, value)
 

@@ -26,8 +26,8 @@ from benchmarks.streams import as_clip, frames_for
 from warpcache.demo import demo_bundle
 from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_device import CudaDevice
-from warpcache.engine.cuda_options import CudaOptions
+from warpcache.engine.cuda.device import CudaDevice
+from warpcache.engine.cuda.options import CudaOptions
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
 from warpcache.export.precision import PrecisionOptions, convert_bundle

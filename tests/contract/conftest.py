@@ -19,9 +19,9 @@ import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import CpuStream, InlineStream
-from warpcache.engine.cuda_device import CudaDevice
-from warpcache.engine.cuda_options import CudaOptions
-from warpcache.engine.cuda_placement import ModuleFile
+from warpcache.engine.cuda.device import CudaDevice
+from warpcache.engine.cuda.options import CudaOptions
+from warpcache.engine.cuda.placement import ModuleFile
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule

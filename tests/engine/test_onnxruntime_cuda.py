@@ -24,8 +24,8 @@ import pytest
 from warpcache.engine import onnxruntime_cuda
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import Event, InlineStream
-from warpcache.engine.cuda_device import CudaDevice
-from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda.device import CudaDevice
+from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaModule
 from warpcache.engine.spec import TensorSpec

@@ -16,8 +16,8 @@ from tests_software_tensorrt import IExecutionContext, failing, failures, softwa
 
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import InlineStream
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
-from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda.device import CudaDevice, CudaStream
+from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
 from warpcache.engine.spec import Array, TensorSpec

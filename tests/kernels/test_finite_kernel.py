@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load
 from warpcache.kernels.errors import InputError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.kernels.change import ChangeMetric
 from warpcache.kernels.image import ImageKernels
 from warpcache.kernels.reference.change import measure_change

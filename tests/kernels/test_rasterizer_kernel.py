@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
+from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.compiler import ARCHITECTURES, compile_cubin

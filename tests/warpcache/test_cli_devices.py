@@ -232,7 +232,7 @@ def test_facts_are_asked_of_gpus_only() -> None:
 
 
 def test_the_driver_s_version_is_read_where_linux_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from warpcache.engine import gpu_facts
+    from warpcache.engine.cuda import gpu_facts
 
     for text in (
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:15:08 UTC 2025\nGCC version: 12",

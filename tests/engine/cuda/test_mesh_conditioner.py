@@ -12,11 +12,11 @@ from tests_software_tensorrt import software_flavour  # type: ignore[import-not-
 
 from warpcache.demo import demo_bundle
 from warpcache.engine.backends import TensorRtBackend
-from warpcache.engine.cuda_device import CudaDevice
-from warpcache.engine.cuda_options import CudaOptions
+from warpcache.engine.cuda.device import CudaDevice
+from warpcache.engine.cuda.mesh_conditioner import MeshConditioner
+from warpcache.engine.cuda.options import CudaOptions
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import ClosedError, InputError
-from warpcache.engine.mesh_conditioner import MeshConditioner
 from warpcache.models.head import SyntheticHead
 from warpcache.models.rasterizer import SurfaceAtlas
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..kernels.driver import Context, check, load
+from ...kernels.driver import Context, check, load
 
 __all__ = ["driver_version", "gpu_facts"]
 

@@ -19,11 +19,11 @@ from tests_software_tensorrt import software_flavour  # type: ignore[import-not-
 
 from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
-from warpcache.engine.cuda_graph import CudaGraph
-from warpcache.engine.cuda_lane import HostInput, StaticInputs
-from warpcache.engine.cuda_options import CudaOptions, parse_device
-from warpcache.engine.cuda_placement import ModuleFile
+from warpcache.engine.cuda.device import CudaDevice, CudaStream
+from warpcache.engine.cuda.graph import CudaGraph
+from warpcache.engine.cuda.lane import HostInput, StaticInputs
+from warpcache.engine.cuda.options import CudaOptions, parse_device
+from warpcache.engine.cuda.placement import ModuleFile
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.spec import Array, TensorSpec
@@ -167,7 +167,7 @@ def test_without_a_graph_where_the_backend_cannot_be_captured(
     x = images(3)
     inner = TensorRtBackend(software_flavour(), engine_cache=engines)
     with (
-        caplog.at_level(logging.WARNING, "warpcache.engine.cuda_lane"),
+        caplog.at_level(logging.WARNING, "warpcache.engine.cuda.lane"),
         make_engine(policy="full", backend=Wrapping(inner, Waits), cuda={"graphs": "auto"}) as engine,
     ):
         session = engine.session()

@@ -6,8 +6,8 @@ import importlib.resources
 from collections.abc import Iterable
 from pathlib import Path
 
-from .. import kernels
-from ..kernels.compiler import cached_cubin
+from ... import kernels
+from ...kernels.compiler import cached_cubin
 
 __all__ = ["compile_kernels", "kernel_sources"]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.array import DeviceArray
-from ..kernels.driver import check, load
-from ..kernels.rasterizer import MeshRasterizer
-from ..kernels.reference.rasterizer import Mesh, SurfaceAtlas
-from .cuda_device import CudaDevice
-from .errors import InputError
-from .outputs import DevicePool, OutputPool
-from .spec import TensorSpec
+from ...kernels.array import DeviceArray
+from ...kernels.driver import check, load
+from ...kernels.rasterizer import MeshRasterizer
+from ...kernels.reference.rasterizer import Mesh, SurfaceAtlas
+from ..errors import InputError
+from ..outputs import DevicePool, OutputPool
+from ..spec import TensorSpec
+from .device import CudaDevice
 
 __all__ = ["MeshConditioner"]
 

@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.array import DeviceArray
-from ..kernels.finite import FiniteKernel
-from .bundle.bundle import Bundle
-from .bundle.manifest import Manifest
-from .cuda_audit import AuditMemory
-from .cuda_device import CudaDevice, CudaStream
-from .cuda_finite import FiniteCheck, finite_on_host
-from .cuda_lane import CudaLane, CudaSlots, HostInput, StaticInputs
-from .cuda_options import CudaOptions
-from .errors import ClosedError, InputError, WarpcacheError
-from .outputs import DevicePool, OutputPool
-from .placement import Lane, LoadedModule
-from .scheduler import Route
-from .spec import AGE_INPUT, AGE_SPEC, Array, TensorSpec
+from ...kernels.array import DeviceArray
+from ...kernels.finite import FiniteKernel
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import Manifest
+from ..errors import ClosedError, InputError, WarpcacheError
+from ..outputs import DevicePool, OutputPool
+from ..placement import Lane, LoadedModule
+from ..scheduler import Route
+from ..spec import AGE_INPUT, AGE_SPEC, Array, TensorSpec
+from .audit import AuditMemory
+from .device import CudaDevice, CudaStream
+from .finite import FiniteCheck, finite_on_host
+from .lane import CudaLane, CudaSlots, HostInput, StaticInputs
+from .options import CudaOptions
 
 __all__ = ["CudaModules", "CudaWorkspace"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.array import DeviceArray
-from ..kernels.driver import check, load
-from .cuda_device import CudaDevice, CudaEvent
-from .cuda_lane import HostInput, StaticInputs
-from .spec import Array, TensorSpec
+from ...kernels.array import DeviceArray
+from ...kernels.driver import check, load
+from ..spec import Array, TensorSpec
+from .device import CudaDevice, CudaEvent
+from .lane import HostInput, StaticInputs
 
 __all__ = ["AuditMemory"]
 

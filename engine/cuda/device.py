@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..kernels.array import DeviceArray
-from ..kernels.driver import Context, check, load, size_text
-from .cpu.device import CpuStream, Event
-from .errors import ClosedError, DeviceError
-from .spec import Array, TensorSpec
+from ...kernels.array import DeviceArray
+from ...kernels.driver import Context, check, load, size_text
+from ..cpu.device import CpuStream, Event
+from ..errors import ClosedError, DeviceError
+from ..spec import Array, TensorSpec
 
 __all__ = ["CudaDevice", "CudaEvent", "CudaStream", "CudaWorkerStream", "DeviceMemory", "PinnedMemory"]
 

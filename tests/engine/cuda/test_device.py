@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from warpcache.engine.cuda_device import CudaDevice
-from warpcache.engine.cuda_graph import CudaGraph
+from warpcache.engine.cuda.device import CudaDevice
+from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..kernels.array import DeviceArray
-from ..kernels.driver import check, load
-from .cpu.device import Event
-from .cuda_device import CudaDevice, CudaEvent, CudaStream, CudaWorkerStream
-from .cuda_graph import CudaGraph
-from .cuda_options import CudaOptions
-from .errors import BackendError, DeviceError
-from .module import CudaModule
-from .placement import LoadedModule
-from .spec import Array, TensorSpec
+from ...kernels.array import DeviceArray
+from ...kernels.driver import check, load
+from ..cpu.device import Event
+from ..errors import BackendError, DeviceError
+from ..module import CudaModule
+from ..placement import LoadedModule
+from ..spec import Array, TensorSpec
+from .device import CudaDevice, CudaEvent, CudaStream, CudaWorkerStream
+from .graph import CudaGraph
+from .options import CudaOptions
 
 __all__ = ["CudaLane", "CudaSlots", "HostInput", "StaticInputs"]
 

@@ -17,10 +17,10 @@ from tests_software_tensorrt import software_flavour  # type: ignore[import-not-
 from warpcache.engine import routing_plan
 from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
-from warpcache.engine.cuda_finite import FiniteCheck, finite_on_host
-from warpcache.engine.cuda_options import CudaOptions
-from warpcache.engine.cuda_placement import ModuleFile
+from warpcache.engine.cuda.device import CudaDevice, CudaStream
+from warpcache.engine.cuda.finite import FiniteCheck, finite_on_host
+from warpcache.engine.cuda.options import CudaOptions
+from warpcache.engine.cuda.placement import ModuleFile
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, WarpcacheError
 from warpcache.engine.exit_costs import ExitCosts

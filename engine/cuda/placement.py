@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..kernels.driver import check, load
-from ..kernels.finite import FiniteKernel
-from .bundle.bundle import Bundle
-from .cuda_device import CudaDevice, CudaStream, CudaWorkerStream
-from .cuda_options import CudaOptions
-from .cuda_workspace import CudaModules, CudaWorkspace
-from .errors import ClosedError, InputError
-from .module import CudaModule
-from .placement import LoadedModule
-from .policy import Policy
-from .scheduler import Route
-from .spec import TensorSpec
+from ...kernels.driver import check, load
+from ...kernels.finite import FiniteKernel
+from ..bundle.bundle import Bundle
+from ..errors import ClosedError, InputError
+from ..module import CudaModule
+from ..placement import LoadedModule
+from ..policy import Policy
+from ..scheduler import Route
+from ..spec import TensorSpec
+from .device import CudaDevice, CudaStream, CudaWorkerStream
+from .options import CudaOptions
+from .workspace import CudaModules, CudaWorkspace
 
 __all__ = ["CudaBackend", "CudaPlacement", "ModuleFile"]
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ..kernels.driver import Context, check, load
-from .cuda_device import CudaStream
-from .errors import DeviceError
+from ...kernels.driver import Context, check, load
+from ..errors import DeviceError
+from .device import CudaStream
 
 __all__ = ["CudaGraph"]
 

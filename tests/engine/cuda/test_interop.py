@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warpcache.engine.cuda_device import CudaDevice, CudaStream
-from warpcache.engine.cuda_options import CudaOptions
+from warpcache.engine.cuda.device import CudaDevice, CudaStream
+from warpcache.engine.cuda.options import CudaOptions
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import DeviceError, InputError
 from warpcache.engine.spec import Array

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .errors import InputError
+from ..errors import InputError
 
 __all__ = ["CUDA_BACKENDS", "CudaOptions", "parse_device"]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..kernels.array import DeviceArray
-from ..kernels.driver import check, load
-from ..kernels.finite import FiniteKernel
-from .cuda_device import CudaDevice
-from .spec import Array, TensorSpec
+from ...kernels.array import DeviceArray
+from ...kernels.driver import check, load
+from ...kernels.finite import FiniteKernel
+from ..spec import Array, TensorSpec
+from .device import CudaDevice
 
 __all__ = ["FiniteCheck", "finite_on_host"]
 
