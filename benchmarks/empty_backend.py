@@ -58,7 +58,7 @@ def write_empty_bundle(folder: Path) -> Bundle:
 
 
 class EmptyCudaModule:
-    """Issues one memset (a `warpcache.engine.module.CudaModule`)."""
+    """Issues one memset (a `warpcache.engine.device.module.CudaModule`)."""
 
     capturable = True
 
@@ -96,7 +96,7 @@ class EmptyCudaBackend:
 
 
 class EmptyCpuModule:
-    """Does nothing (a `warpcache.engine.module.Module`; the class is a backend of the CPU)."""
+    """Does nothing (a `warpcache.engine.device.module.Module`; the class is a backend of the CPU)."""
 
     def __init__(
         self,

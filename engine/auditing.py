@@ -19,8 +19,8 @@ from typing import Any
 
 from .audit import AuditLog
 from .cpu.device import Event
+from .device.placement import Workspace
 from .errors import BackendError
-from .placement import Workspace
 from .promise import Rule
 from .routing_plan import RoutingPlan
 from .spec import Array

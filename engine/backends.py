@@ -11,9 +11,9 @@ from .bundle.bundle import Bundle
 from .cuda.device import CudaDevice, CudaStream
 from .cuda.options import CUDA_BACKENDS, CudaOptions
 from .cuda.placement import CudaBackend, ModuleFile
+from .device.module import CudaModule
 from .engine_cache import EngineCache, default_folder
 from .errors import InputError
-from .module import CudaModule
 from .onnxruntime_cuda import OnnxRuntimeCudaModule
 from .tensorrt_flavour import CURRENT, Flavour
 from .tensorrt_module import TensorRtModule

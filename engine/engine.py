@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, cast
 from .bundle.bundle import Bundle, Manifest
 from .cpu.placement import Backend, CpuPlacement
 from .cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
+from .device.placement import Placement, Workspace
 from .errors import ClosedError, InputError
-from .placement import Placement, Workspace
 from .policy import Policy
 from .promise import Quality, Rule
 from .routing import Routing

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .bindings import names_error
 from .cpu.device import Event, Stream
+from .device.bindings import names_error
 from .errors import BackendError, ClosedError, InputError
 from .onnxruntime_session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime
 from .spec import Array, TensorSpec
@@ -24,7 +24,7 @@ _PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntimeModule:
-    """One ONNX graph, loaded on the CPU (a `warpcache.engine.module.Module`).
+    """One ONNX graph, loaded on the CPU (a `warpcache.engine.device.module.Module`).
 
     The executor's threads inherit cores and priority from the thread that makes the module, so make it through
     `Stream.call` of the stream it is going to run on.

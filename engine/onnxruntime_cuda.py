@@ -20,9 +20,9 @@ from typing import Any
 
 from ..kernels.array import DeviceArray
 from ..kernels.driver import size_text
-from .bindings import DeviceBindings
 from .cpu.device import Event
 from .cuda.device import CudaDevice, CudaStream
+from .device.bindings import DeviceBindings
 from .errors import BackendError, ClosedError, DeviceError, InputError
 from .onnxruntime_session import BoundBuffers, check_graph, create_session, first_line, import_onnxruntime
 from .spec import TensorSpec
@@ -40,7 +40,7 @@ _OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "ALLOC_FAILED")
 
 
 class OnnxRuntimeCudaModule:
-    """One ONNX graph on one stream of one GPU (a `warpcache.engine.module.CudaModule`).
+    """One ONNX graph on one stream of one GPU (a `warpcache.engine.device.module.CudaModule`).
 
     It is run twice on scratch memory when it is loaded: what can fail on this GPU fails then, and its memory is taken.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .bindings import Port, refuse_overlap
+from .device.bindings import Port, refuse_overlap
 from .errors import BackendError, InputError
 from .spec import TensorSpec
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from .auditing import Auditing
+from .device.placement import Workspace
 from .errors import BackendError, ClosedError
 from .exit_costs import ExitCosts
-from .placement import Workspace
 from .promise import Rule, score_value
 from .router import Decision, Degraded, Request, Router, Signals
 from .routing_plan import RoutingPlan

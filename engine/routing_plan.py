@@ -15,10 +15,10 @@ import numpy as np
 
 from .bundle.bundle import Bundle
 from .bundle.manifest import CACHE_PREFIX
+from .device.placement import Placement
 from .errors import InputError
 from .exit_costs import measure_exit_costs
 from .lpips import LPIPS_VARIABLE
-from .placement import Placement
 from .policy import Policy
 from .promise import Calibration, PromiseRecord, Quality, Rule, to_score
 from .quality import Lpips, measure

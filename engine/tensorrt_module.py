@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.array import DeviceArray
-from .bindings import DeviceBindings, ports_of, refuse_overlap
 from .cpu.device import Event
 from .cuda.device import CudaDevice, CudaStream, DeviceMemory
+from .device.bindings import DeviceBindings, ports_of, refuse_overlap
 from .errors import BackendError, ClosedError
 from .runtime_cache import RuntimeCacheFile
 from .spec import TensorSpec
@@ -30,7 +30,7 @@ _RTX_MAGIC = b"vtrt"
 
 
 class TensorRtModule:
-    """One engine, loaded on one GPU (a `warpcache.engine.module.CudaModule`).
+    """One engine, loaded on one GPU (a `warpcache.engine.device.module.CudaModule`).
 
     Runs on one stream at a time: activation memory belongs to the module. A run on another stream than the last is
     ordered after it on the GPU.

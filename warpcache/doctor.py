@@ -169,7 +169,7 @@ def _guarded(look: Callable[[], Seen], otherwise: Seen) -> Seen:
 
 
 def _cores() -> int:
-    from .engine.affinity import available_cores
+    from .engine.device.affinity import available_cores
 
     return len(available_cores())
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from ..affinity import available_cores, lower_priority, physical_core, pin, pinned
+from ..device.affinity import available_cores, lower_priority, physical_core, pin, pinned
 from ..errors import ClosedError, InputError
 
 __all__ = ["CoreShare", "CpuDevice", "CpuStream", "Event", "InlineStream", "Stream"]

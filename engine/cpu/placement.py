@@ -11,10 +11,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ..bundle.bundle import Bundle
+from ..device.module import Module
+from ..device.placement import Lane, LoadedModule
+from ..device.pools import OutputPool
 from ..errors import ClosedError, InputError
-from ..module import Module
-from ..outputs import OutputPool
-from ..placement import Lane, LoadedModule
 from ..policy import Policy
 from ..scheduler import Route
 from ..slots import SlotBuffers

@@ -15,9 +15,9 @@ from typing import Any, cast
 from ...kernels.array import DeviceArray
 from ...kernels.driver import check, load
 from ..cpu.device import Event
+from ..device.module import CudaModule
+from ..device.placement import LoadedModule
 from ..errors import BackendError, DeviceError
-from ..module import CudaModule
-from ..placement import LoadedModule
 from ..spec import Array, TensorSpec
 from .device import CudaDevice, CudaEvent, CudaStream, CudaWorkerStream
 from .graph import CudaGraph

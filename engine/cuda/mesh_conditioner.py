@@ -12,8 +12,8 @@ from ...kernels.array import DeviceArray
 from ...kernels.driver import check, load
 from ...kernels.rasterizer import MeshRasterizer
 from ...kernels.reference.rasterizer import Mesh, SurfaceAtlas
+from ..device.pools import DevicePool, OutputPool
 from ..errors import InputError
-from ..outputs import DevicePool, OutputPool
 from ..spec import TensorSpec
 from .device import CudaDevice
 

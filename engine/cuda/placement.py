@@ -12,9 +12,9 @@ from typing import Protocol
 from ...kernels.driver import check, load
 from ...kernels.finite import FiniteKernel
 from ..bundle.bundle import Bundle
+from ..device.module import CudaModule
+from ..device.placement import LoadedModule
 from ..errors import ClosedError, InputError
-from ..module import CudaModule
-from ..placement import LoadedModule
 from ..policy import Policy
 from ..scheduler import Route
 from ..spec import TensorSpec

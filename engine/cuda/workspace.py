@@ -14,9 +14,9 @@ from ...kernels.array import DeviceArray
 from ...kernels.finite import FiniteKernel
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
+from ..device.placement import Lane, LoadedModule
+from ..device.pools import DevicePool, OutputPool
 from ..errors import ClosedError, InputError, WarpcacheError
-from ..outputs import DevicePool, OutputPool
-from ..placement import Lane, LoadedModule
 from ..scheduler import Route
 from ..spec import AGE_INPUT, AGE_SPEC, Array, TensorSpec
 from .audit import AuditMemory

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warpcache.engine import affinity
 from warpcache.engine.cpu import device as device_module
 from warpcache.engine.cpu.device import CoreShare, CpuDevice, CpuStream, Event, InlineStream
+from warpcache.engine.device import affinity
 from warpcache.engine.errors import ClosedError, InputError
 
 LINUX = sys.platform.startswith("linux")
@@ -214,7 +214,7 @@ def test_a_background_stream_is_nicer_and_nobody_else_is():
 def test_a_system_that_cannot_pin_is_told_of_once(monkeypatch, caplog):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     monkeypatch.setattr(affinity, "_said", set())
-    with caplog.at_level(logging.INFO, logger="warpcache.engine.affinity"):
+    with caplog.at_level(logging.INFO, logger="warpcache.engine.device.affinity"):
         for index in range(2):
             with CpuStream(f"unpinned {index}", cores=(0,)) as stream:
                 assert stream.call(lambda: 5) == 5
@@ -224,7 +224,7 @@ def test_a_system_that_cannot_pin_is_told_of_once(monkeypatch, caplog):
 def test_cores_that_are_gone_do_not_stop_the_work(monkeypatch, caplog):
     monkeypatch.setattr(affinity, "_said", set())
     with (
-        caplog.at_level(logging.INFO, logger="warpcache.engine.affinity"),
+        caplog.at_level(logging.INFO, logger="warpcache.engine.device.affinity"),
         CpuStream("gone", cores=(100_000,)) as stream,
     ):
         assert stream.call(lambda: 5) == 5

@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ..kernels.array import DeviceArray
-from .spec import Array, TensorSpec
+from ...kernels.array import DeviceArray
+from ..spec import Array, TensorSpec
 
 __all__ = ["DevicePool", "OutputPool"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.array import DeviceArray
-from .errors import InputError
-from .spec import TensorSpec
+from ...kernels.array import DeviceArray
+from ..errors import InputError
+from ..spec import TensorSpec
 
 __all__ = ["DeviceBindings", "Port", "names_error", "ports_of", "refuse_overlap"]
 

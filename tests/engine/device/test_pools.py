@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-from warpcache.engine.outputs import OutputPool
+from warpcache.engine.device.pools import OutputPool
 from warpcache.engine.spec import Array, TensorSpec
 
 SPECS = (TensorSpec("image", "float32", (1, 3, 8, 8)), TensorSpec("score", "int64", (2,)))

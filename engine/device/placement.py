@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .bundle.manifest import Manifest
-from .cpu.device import Event, Stream
+from ..bundle.manifest import Manifest
+from ..cpu.device import Event, Stream
+from ..scheduler import Route
+from ..spec import Array, TensorSpec
 from .module import Module
-from .scheduler import Route
-from .spec import Array, TensorSpec
 
 __all__ = ["Lane", "LoadedModule", "Placement", "Workspace"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ..kernels.array import DeviceArray
-from .cpu.device import Event, Stream
-from .spec import Array, TensorSpec
+from ...kernels.array import DeviceArray
+from ..cpu.device import Event, Stream
+from ..spec import Array, TensorSpec
 
 if TYPE_CHECKING:
-    from .cuda.device import CudaStream
+    from ..cuda.device import CudaStream
 
 __all__ = ["CudaModule", "Module"]
 
