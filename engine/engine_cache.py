@@ -26,7 +26,7 @@ from typing import Any
 from ..kernels.compiler import cache_folder
 from .bundle.graph_digest import graph_digest
 from .errors import BackendError, InputError
-from .file_lock import FileLock
+from .files.lock import FileLock
 from .spec import TensorSpec
 
 __all__ = ["EngineCache", "EngineKey", "default_folder", "graph_digest"]

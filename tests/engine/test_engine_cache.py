@@ -403,7 +403,7 @@ def test_two_threads_at_once_build_once(tmp_path):
         def emit(self, record: logging.LogRecord) -> None:
             waiting.set()
 
-    logger, handler = logging.getLogger("warpcache.engine.file_lock"), Waiting()
+    logger, handler = logging.getLogger("warpcache.engine.files.lock"), Waiting()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
