@@ -30,7 +30,7 @@ from benchmarks.clips import TalkingHead, load_talking_head
 from benchmarks.talking_head import BUDGET, GENERATOR_STEPS, compile_clip, train_generator
 from warpcache.bench import ExitName, Recording, record, result_of
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.policy import Policy
 from warpcache.export.compile import split_model
 from warpcache.export.graph import load_model

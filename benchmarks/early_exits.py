@@ -30,7 +30,7 @@ from benchmarks.measuring import BareModule, Figure, interleaved_ms, print_figur
 from warpcache.engine import Engine
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import InputError
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise import Calibration, PromiseRecord, Quality, to_score
 from warpcache.engine.session import Frame
 from warpcache.engine.telemetry import SessionStatistics
@@ -357,7 +357,7 @@ def _shift(case: Case, other: Case, weights: Path) -> tuple[list[Figure], dict[s
     with Engine(bundle, policy="full", threads=2) as engine:
         whole = [next(iter(frame.outputs.values())) for frame in engine.session().render(arrays)]
     lpips = Lpips.load(weights)
-    from warpcache.engine.quality import measure_frames
+    from warpcache.engine.metrics.images import measure_frames
 
     records = {}
     figures: list[Figure] = []

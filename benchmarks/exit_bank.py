@@ -22,9 +22,9 @@ from benchmarks.early_exits import CASES, THRESHOLDS, load_case
 from benchmarks.exit_cases import Case
 from benchmarks.exit_tables import COLD, kept_table, within
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.images import measure_frames
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise import PromiseRecord
-from warpcache.engine.quality import measure_frames
 from warpcache.export.branches import Branch, BranchOptions, train_branches
 from warpcache.export.graph import load_model
 from warpcache.export.macs import count_macs

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from benchmarks.measuring import BareModule
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.images import measure_frames
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise import PromiseRecord
-from warpcache.engine.quality import measure_frames
 from warpcache.progress import Report
 
 __all__ = ["COLD", "ExitTable", "kept_table", "measure_table", "oracle_reuse", "within"]

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from warpcache.bench import ExitName, record
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.images import measure_frames
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.policy import Policy
-from warpcache.engine.quality import measure_frames
 
 __all__ = [
     "BareModule",

@@ -43,7 +43,7 @@ from benchmarks.measuring import (
 from benchmarks.talking_head_model import generator
 from warpcache.engine import Engine
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.policy import Policy
 from warpcache.export.graph import load_model
 from warpcache.export.run import open_session, run_session

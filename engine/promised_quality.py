@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import InputError
-from .quality import PSNR_CAP_DB
+from .metrics.images import PSNR_CAP_DB
 
 __all__ = [
     "PROMISABLE",

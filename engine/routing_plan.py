@@ -18,10 +18,10 @@ from .bundle.manifest import CACHE_PREFIX
 from .device.placement import Placement
 from .errors import InputError
 from .exit_costs import measure_exit_costs
-from .lpips import LPIPS_VARIABLE
+from .metrics.images import Lpips, measure
+from .metrics.lpips import LPIPS_VARIABLE
 from .policy import Policy
 from .promise import Calibration, PromiseRecord, Quality, Rule, to_score
-from .quality import Lpips, measure
 from .spec import Array
 
 __all__ = ["RoutingPlan", "checked_audit_every", "checked_deadline", "checked_quality"]

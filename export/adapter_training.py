@@ -15,7 +15,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from ..engine.lpips import SMALLEST_SIDE
+from ..engine.metrics.lpips import SMALLEST_SIDE
 from .adapter import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer
 from .adapter_graph import choose_configs, consumer_graph, producer_graph
 from .clip import Stream

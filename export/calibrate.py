@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from ..engine.lpips import Lpips
-from ..engine.quality import available_metrics, measure_frames
+from ..engine.metrics.images import available_metrics, measure_frames
+from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
 from .graph import GraphIndex
 from .recording import Progress, frames_of

@@ -19,7 +19,7 @@ from torch import nn
 from ..engine.bundle.bundle import Bundle
 from ..engine.bundle.manifest import ExitRecord
 from ..engine.errors import InputError
-from ..engine.lpips import Lpips
+from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
 from .adapter import AdapterLayout, Surface
 from .adapter_training import AdapterTraining, perceptual_loss

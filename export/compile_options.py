@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
-from ..engine.lpips import LPIPS_VARIABLE
+from ..engine.metrics.lpips import LPIPS_VARIABLE
 from ..engine.promise import canonical_metric
 from .adapter import AdapterConfig
 from .branches import BranchOptions

@@ -11,9 +11,9 @@ from onnx import ModelProto
 
 from ..engine.bundle.manifest import CACHE_PREFIX
 from ..engine.errors import ExportError, InputError
-from ..engine.lpips import Lpips
+from ..engine.metrics.images import available_metrics, measure_frames
+from ..engine.metrics.lpips import Lpips
 from ..engine.promise import canonical_metric, to_score
-from ..engine.quality import available_metrics, measure_frames
 from ..engine.spec import Array
 from .graph import GraphIndex
 from .recording import Progress

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 
 from ..engine.bundle.manifest import CACHE_PREFIX
-from ..engine.quality import PSNR_CAP_DB, measure_frames
+from ..engine.metrics.images import PSNR_CAP_DB, measure_frames
 from ..engine.spec import Array
 from .casting import elem_types, emulated
 from .run import frame_at, open_session, run_session

@@ -1,6 +1,6 @@
 """LPIPS as a training loss (Zhang et al., CVPR 2018), SqueezeNet backbone, weights by path.
 
-The runtime's metric is `warpcache.engine.lpips`, in NumPy; this one is differentiable. A test compares the two.
+The runtime's metric is `warpcache.engine.metrics.lpips`, in NumPy; this one is differentiable. A test compares the two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.lpips import FIRE_CHANNELS, POOLS, TAP_CHANNELS, TAPS, Lpips
+from ..engine.metrics.lpips import FIRE_CHANNELS, POOLS, TAP_CHANNELS, TAPS, Lpips
 
 __all__ = ["PerceptualLoss"]
 

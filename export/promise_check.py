@@ -6,9 +6,9 @@ import numpy as np
 
 from ..engine.conformal import allowed_losses
 from ..engine.errors import InputError
-from ..engine.lpips import Lpips
+from ..engine.metrics.images import METRICS, measure
+from ..engine.metrics.lpips import Lpips
 from ..engine.promise import metric_option
-from ..engine.quality import METRICS, measure
 from ..engine.spec import AGE_INPUT
 from .compile_options import CompileOptions
 from .graph import GraphIndex

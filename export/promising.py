@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from ..engine.errors import ExportError, InputError
-from ..engine.lpips import Lpips
+from ..engine.metrics.lpips import Lpips
 from ..engine.promise import Calibration, PromiseRecord, Quality, canonical_metric, evaluate
 from ..engine.spec import AGE_INPUT, Array
 from .adapter import CACHE_ATLAS, AdapterLayout

@@ -21,7 +21,7 @@ from .recording import CPU, ExitName, Recording, pace, record
 
 if TYPE_CHECKING:
     from .engine.bundle.manifest import Manifest
-    from .engine.lpips import Lpips
+    from .engine.metrics.lpips import Lpips
     from .engine.promise import Quality
     from .inputs import InputStream
     from .quality_choice import QualityChoice
@@ -129,7 +129,7 @@ def _compare(
     progress: Report,
 ) -> dict[str, Array]:
     """Every metric of every frame in `frames`, in that order: name -> float64 [len(frames)]."""
-    from .engine.quality import available_metrics, measure
+    from .engine.metrics.images import available_metrics, measure
 
     # MS-SSIM says little that SSIM does not and takes as long as all others together.
     wanted = None if asked is None else asked.metric
@@ -327,7 +327,7 @@ def load_lpips(path: Path | None) -> Lpips | None:
     """Load LPIPS where its weights are given."""
     if path is None:
         return None
-    from .engine.lpips import Lpips
+    from .engine.metrics.lpips import Lpips
 
     return Lpips.load(path)
 

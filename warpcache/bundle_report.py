@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engine.quality import METRICS
+from .engine.metrics.images import METRICS
 from .page import LegendEntry, Section, write_page
 from .pareto import age_words, points_of
 from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet

@@ -237,7 +237,7 @@ def _exits(manifest: Manifest) -> Sheet:
 
 def _calibration(manifest: Manifest) -> Sheet:
     """Mean quality by exit and age, and the 5th percentile of the frames beside it."""
-    from .engine.quality import METRICS
+    from .engine.metrics.images import METRICS
 
     calibration = manifest.calibration or {}
     names = list(calibration.get("metrics", ()))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .drawing import PAPER, SERIES, Chart, drawing
-from .engine.quality import METRICS, PSNR_CAP_DB
+from .engine.metrics.images import METRICS, PSNR_CAP_DB
 
 if TYPE_CHECKING:
     from .report import PolicyResult

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine.quality import METRICS
+from .engine.metrics.images import METRICS
 
 if TYPE_CHECKING:
     from .engine.bundle.manifest import Manifest

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .drawing import PAPER, SERIES, TEXT, Chart, drawing
-from .engine.quality import METRICS
+from .engine.metrics.images import METRICS
 from .pareto import Point, by_age, cost_ticks, mark_dominated
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .engine.errors import InputError
-from .engine.quality import METRICS
+from .engine.metrics.images import METRICS
 from .pareto import Point, by_age
 from .sheets import Sheet
 

@@ -31,7 +31,7 @@ class QualityChoice:
 
     def __str__(self) -> str:
         """As people read it: ``LPIPS at most 0.1 on 95 % of the frames``."""
-        from .engine.quality import METRICS
+        from .engine.metrics.images import METRICS
 
         metric = METRICS[self.quality.metric]
         bound = "at least" if metric.higher_is_better else "at most"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .engine.errors import InputError
-from .engine.quality import METRICS
+from .engine.metrics.images import METRICS
 from .records import SCHEMA, environment, write_json
 from .routed import routed_lines
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine.quality import METRICS
+from .engine.metrics.images import METRICS
 
 if TYPE_CHECKING:
     from .engine.promise import Quality

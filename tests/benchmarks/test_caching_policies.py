@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from benchmarks.caching_policies import SHOWN_AGAIN, compare_policies, frame_reuse, plain_bundle
 from warpcache.bench import Recording, record
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.metrics.images import measure
 from warpcache.engine.policy import Policy
-from warpcache.engine.quality import measure
 
 FRAMES = 7
 

@@ -20,6 +20,7 @@ from onnx import helper
 
 from warpcache.engine.bundle.bundle import Bundle, ExitRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.errors import BundleError, InputError
+from warpcache.engine.metrics.images import METRICS
 from warpcache.engine.promise import (
     LEAST_MARGIN,
     PROMISABLE,
@@ -33,7 +34,6 @@ from warpcache.engine.promise import (
     score_value,
     to_score,
 )
-from warpcache.engine.quality import METRICS
 from warpcache.engine.spec import TensorSpec
 
 EXITS = ("warp", "branch1", "branch2")

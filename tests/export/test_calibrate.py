@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from warpcache.engine.quality import flip, psnr, ssim
+from warpcache.engine.metrics.images import flip, psnr, ssim
 from warpcache.export.calibrate import FROZEN, MAX_FRAMES, calibrate
 from warpcache.export.graph import GraphIndex
 from warpcache.export.split import split

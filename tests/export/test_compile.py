@@ -22,7 +22,7 @@ from warpcache import Engine
 from warpcache.engine.bundle import bundle as bundle_module
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BundleError, ExportError, InputError, WarpcacheError
-from warpcache.engine.quality import psnr
+from warpcache.engine.metrics.images import psnr
 from warpcache.export import adapter_training, bundling
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig, AdapterLayout, Surface

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from warpcache.engine.quality import flip
+from warpcache.engine.metrics.images import flip
 from warpcache.export.casting import cast_model
 from warpcache.export.graph import normalise
 from warpcache.export.parity import ExitParity, Parity, fewest_kept

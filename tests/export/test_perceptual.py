@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from warpcache.engine.errors import InputError
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.export.perceptual import PerceptualLoss
 
 # in -> squeeze -> expand twice, by index among torchvision's `squeezenet1_1().features`

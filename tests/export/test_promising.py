@@ -15,9 +15,9 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.engine.lpips import Lpips
+from warpcache.engine.metrics.images import psnr
+from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise import Calibration, Quality, from_score, to_score
-from warpcache.engine.quality import psnr
 from warpcache.engine.spec import AGE_INPUT
 from warpcache.export.adapter import AdapterLayout, ImageInput, VectorInput
 from warpcache.export.exit_quality import Measured, measure_exits, reads_cache
@@ -403,7 +403,7 @@ def _model(
 
 def _random_lpips() -> dict[str, np.ndarray]:
     """Weights of the right shapes; distances of them are positive, and mean nothing."""
-    from warpcache.engine.lpips import _expected_shapes
+    from warpcache.engine.metrics.lpips import _expected_shapes
 
     rng = np.random.default_rng(7)
     made = {}

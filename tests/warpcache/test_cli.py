@@ -139,7 +139,7 @@ def test_run_writes_a_video(tiny_bundle: Path, inputs: Path, tmp_path: Path) -> 
 
 
 def test_bench_measures_every_policy(tiny_bundle: Path, tmp_path: Path, frames: np.ndarray) -> None:
-    from warpcache.engine.quality import psnr
+    from warpcache.engine.metrics.images import psnr
 
     image = whole(tiny_bundle, frames)
     inputs, out = tmp_path / "inputs.npz", tmp_path / "bench.json"

@@ -439,7 +439,9 @@ def test_audits_that_need_more_than_numpy_are_not_made_by_themselves(
     assert f"--quality {metric}=0.05" in page
     assert word in page
     # NumPy alone is what the metrics' modules need to be imported.
-    assert {"engine/quality.py", "engine/lpips.py", "engine/products.py"} <= set(deployed_sources())
+    assert {"engine/metrics/images.py", "engine/metrics/lpips.py", "engine/metrics/products.py"} <= set(
+        deployed_sources()
+    )
 
 
 def test_the_edge_folder_routes_on_a_gpu_in_software(

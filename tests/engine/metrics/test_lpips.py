@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from warpcache.engine import quality
 from warpcache.engine.errors import InputError
-from warpcache.engine.lpips import LPIPS_FILE, LPIPS_VARIABLE, Lpips
+from warpcache.engine.metrics import images as quality
+from warpcache.engine.metrics.lpips import LPIPS_FILE, LPIPS_VARIABLE, Lpips
 
 Images = NDArray[np.float32]
 Weights = dict[str, Images]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from warpcache.engine import lpips, products, quality
-from warpcache.engine.products import SINGLE_THREAD_LIMIT, product
+from warpcache.engine.metrics import images as quality
+from warpcache.engine.metrics import lpips, products
+from warpcache.engine.metrics.products import SINGLE_THREAD_LIMIT, product
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> NDArray[np.float32]:

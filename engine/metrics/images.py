@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BackendError, InputError
+from ..errors import BackendError, InputError
 from .lpips import LPIPS_VARIABLE, Lpips
 from .lpips import SMALLEST_SIDE as LPIPS_SMALLEST_SIDE
 from .products import SINGLE_THREAD_LIMIT

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pytorch_msssim import ms_ssim as reference_ms_ssim
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from warpcache.engine import quality
 from warpcache.engine.errors import InputError
-from warpcache.engine.quality import METRICS, PSNR_CAP_DB, available_metrics, measure, measure_frames
+from warpcache.engine.metrics import images as quality
+from warpcache.engine.metrics.images import METRICS, PSNR_CAP_DB, available_metrics, measure, measure_frames
 
 Images = NDArray[np.float32]
 
@@ -122,7 +122,9 @@ def test_flip_is_the_packages_mean_on_rgb_in_channel_last_order() -> None:
 
 
 def test_flip_is_not_paid_for_until_it_is_used() -> None:
-    code = "import sys, warpcache.engine.quality; print(any(m.startswith('flip_evaluator') for m in sys.modules))"
+    code = (
+        "import sys, warpcache.engine.metrics.images; print(any(m.startswith('flip_evaluator') for m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

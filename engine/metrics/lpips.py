@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from ..errors import InputError
 from .products import product
 
 __all__ = ["FIRE_CHANNELS", "LPIPS_VARIABLE", "POOLS", "SMALLEST_SIDE", "TAPS", "TAP_CHANNELS", "Lpips"]
