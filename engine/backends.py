@@ -14,7 +14,7 @@ from .cuda.placement import CudaBackend, ModuleFile
 from .device.module import CudaModule
 from .engine_cache import EngineCache, default_folder
 from .errors import InputError
-from .onnxruntime_cuda import OnnxRuntimeCudaModule
+from .onnxruntime.cuda import OnnxRuntimeCudaModule
 from .tensorrt_flavour import CURRENT, Flavour
 from .tensorrt_module import TensorRtModule
 

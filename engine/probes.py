@@ -141,7 +141,7 @@ class _Missing(Exception):
 
 
 def _onnxruntime() -> dict[str, Any]:
-    from .onnxruntime_session import import_onnxruntime
+    from .onnxruntime.session import import_onnxruntime
 
     if importlib.util.find_spec("onnxruntime") is None:
         raise _Missing("ONNX Runtime is not installed")

@@ -314,6 +314,6 @@ def _memory(specs: Iterable[TensorSpec]) -> dict[str, Array]:
 
 def _onnx_runtime() -> Backend:
     # ONNX Runtime itself is imported only when the first module is loaded.
-    from ..onnxruntime_backend import OnnxRuntimeModule
+    from ..onnxruntime.cpu import OnnxRuntimeModule
 
     return cast("Callable[..., Module]", OnnxRuntimeModule)

@@ -10,7 +10,7 @@ from onnx_cases import NodeCase
 
 from warpcache.engine.cpu.device import InlineStream
 from warpcache.engine.errors import BackendError
-from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
+from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import TensorSpec
 from warpcache.export.graph import tensor_spec
 from warpcache.export.run import run_model

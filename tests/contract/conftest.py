@@ -24,7 +24,7 @@ from warpcache.engine.cuda.options import CudaOptions
 from warpcache.engine.cuda.placement import ModuleFile
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
-from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
+from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import Array, TensorSpec
 
 RIGS = [

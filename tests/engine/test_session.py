@@ -18,7 +18,7 @@ from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, 
 from warpcache.engine.cpu.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeadlineError, InputError
-from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
+from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.session import Frame, Session
 from warpcache.engine.spec import Array, TensorSpec
 

@@ -19,7 +19,7 @@ from warpcache.engine.cpu.device import InlineStream
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
-from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
+from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import Array, TensorSpec
 from warpcache.engine.tensorrt_builder import BuildOptions, ShapeProfile, build_engine, build_engine_isolated
 from warpcache.engine.tensorrt_builder import BuildRequest as Request

@@ -16,7 +16,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import CpuStream, InlineStream
 from warpcache.engine.device.module import Module
 from warpcache.engine.errors import BackendError, ClosedError, InputError
-from warpcache.engine.onnxruntime_backend import OnnxRuntimeModule
+from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import TensorSpec
 
 INLINE = InlineStream()

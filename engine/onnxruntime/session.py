@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .device.bindings import Port, refuse_overlap
-from .errors import BackendError, InputError
-from .spec import TensorSpec
+from ..device.bindings import Port, refuse_overlap
+from ..errors import BackendError, InputError
+from ..spec import TensorSpec
 
 __all__ = ["BoundBuffers", "Slot", "check_graph", "create_session", "first_line", "import_onnxruntime"]
 

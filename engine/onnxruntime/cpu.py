@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .cpu.device import Event, Stream
-from .device.bindings import names_error
-from .errors import BackendError, ClosedError, InputError
-from .onnxruntime_session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime
-from .spec import Array, TensorSpec
+from ..cpu.device import Event, Stream
+from ..device.bindings import names_error
+from ..errors import BackendError, ClosedError, InputError
+from ..spec import Array, TensorSpec
+from .session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime
 
 __all__ = ["OnnxRuntimeModule"]
 

@@ -21,13 +21,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from warpcache.engine import onnxruntime_cuda
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import Event, InlineStream
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
-from warpcache.engine.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaModule
+from warpcache.engine.onnxruntime import cuda as onnxruntime_cuda
+from warpcache.engine.onnxruntime.cuda import PROVIDER, OnnxRuntimeCudaModule
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load

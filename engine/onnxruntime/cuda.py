@@ -18,14 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..kernels.array import DeviceArray
-from ..kernels.driver import size_text
-from .cpu.device import Event
-from .cuda.device import CudaDevice, CudaStream
-from .device.bindings import DeviceBindings
-from .errors import BackendError, ClosedError, DeviceError, InputError
-from .onnxruntime_session import BoundBuffers, check_graph, create_session, first_line, import_onnxruntime
-from .spec import TensorSpec
+from ...kernels.array import DeviceArray
+from ...kernels.driver import size_text
+from ..cpu.device import Event
+from ..cuda.device import CudaDevice, CudaStream
+from ..device.bindings import DeviceBindings
+from ..errors import BackendError, ClosedError, DeviceError, InputError
+from ..spec import TensorSpec
+from .session import BoundBuffers, check_graph, create_session, first_line, import_onnxruntime
 
 __all__ = ["PROVIDER", "OnnxRuntimeCudaModule", "provider_options"]
 
