@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks.exit_tables import COLD, ExitTable
 from warpcache.engine.errors import InputError
-from warpcache.engine.promise import Calibration, Quality
+from warpcache.engine.promise.calibration import Calibration, Quality
 
 __all__ = ["draw_front", "simulate"]
 

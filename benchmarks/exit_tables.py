@@ -15,7 +15,7 @@ from benchmarks.measuring import BareModule
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
-from warpcache.engine.promise import PromiseRecord
+from warpcache.engine.promise.calibration import PromiseRecord
 from warpcache.progress import Report
 
 __all__ = ["COLD", "ExitTable", "kept_table", "measure_table", "oracle_reuse", "within"]

@@ -17,7 +17,7 @@ from .errors import (
     WarpcacheError,
 )
 from .policy import Policy
-from .promise import Quality
+from .promise.calibration import Quality
 from .session import Frame, Session
 from .spec import Array, TensorSpec
 from .telemetry import LatencySummary, SessionStatistics

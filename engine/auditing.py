@@ -21,7 +21,7 @@ from .audit import AuditLog
 from .cpu.device import Event
 from .device.placement import Workspace
 from .errors import BackendError
-from .promise import Rule
+from .promise.calibration import Rule
 from .routing_plan import RoutingPlan
 from .spec import Array
 from .telemetry import Telemetry

@@ -16,7 +16,7 @@ from .cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
 from .device.placement import Placement, Workspace
 from .errors import ClosedError, InputError
 from .policy import Policy
-from .promise import Quality, Rule
+from .promise.calibration import Quality, Rule
 from .routing import Routing
 from .routing_plan import RoutingPlan, checked_audit_every, checked_deadline, checked_quality
 from .scheduler import OnStale, Route, Scheduler, SchedulerEvent

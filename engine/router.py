@@ -17,7 +17,7 @@ from typing import Literal
 
 from .errors import InputError
 from .exit_costs import ExitCosts
-from .promise import Rule, score_value
+from .promise.calibration import Rule, score_value
 
 __all__ = ["Decision", "Degraded", "Request", "Router", "Signals"]
 

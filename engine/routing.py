@@ -15,7 +15,7 @@ from .auditing import Auditing
 from .device.placement import Workspace
 from .errors import BackendError, ClosedError
 from .exit_costs import ExitCosts
-from .promise import Rule, score_value
+from .promise.calibration import Rule, score_value
 from .router import Decision, Degraded, Request, Router, Signals
 from .routing_plan import RoutingPlan
 from .scheduler import Invalidated, Route, SchedulerEvent, StartConsumer

@@ -21,7 +21,7 @@ from .exit_costs import measure_exit_costs
 from .metrics.images import Lpips, measure
 from .metrics.lpips import LPIPS_VARIABLE
 from .policy import Policy
-from .promise import Calibration, PromiseRecord, Quality, Rule, to_score
+from .promise.calibration import Calibration, PromiseRecord, Quality, Rule, to_score
 from .spec import Array
 
 __all__ = ["RoutingPlan", "checked_audit_every", "checked_deadline", "checked_quality"]

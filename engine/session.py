@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .cpu.device import Event
 from .errors import ClosedError, DeadlineError, InputError
-from .promise import Quality, Rule
+from .promise.calibration import Quality, Rule
 from .reader import Reader, Rendering, Submitted
 from .router import Degraded
 from .routing import RoutedAnswer

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.metrics.lpips import LPIPS_VARIABLE
-from ..engine.promise import canonical_metric
+from ..engine.promise.calibration import canonical_metric
 from .adapter import AdapterConfig
 from .branches import BranchOptions
 from .cut import AUTO

@@ -13,7 +13,7 @@ from ..engine.bundle.manifest import CACHE_PREFIX
 from ..engine.errors import ExportError, InputError
 from ..engine.metrics.images import available_metrics, measure_frames
 from ..engine.metrics.lpips import Lpips
-from ..engine.promise import canonical_metric, to_score
+from ..engine.promise.calibration import canonical_metric, to_score
 from ..engine.spec import Array
 from .graph import GraphIndex
 from .recording import Progress

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..engine.conformal import allowed_losses
 from ..engine.errors import InputError
 from ..engine.metrics.images import METRICS, measure
 from ..engine.metrics.lpips import Lpips
-from ..engine.promise import metric_option
+from ..engine.promise.calibration import metric_option
+from ..engine.promise.conformal import allowed_losses
 from ..engine.spec import AGE_INPUT
 from .compile_options import CompileOptions
 from .graph import GraphIndex

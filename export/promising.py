@@ -19,7 +19,7 @@ from onnx import ModelProto
 
 from ..engine.errors import ExportError, InputError
 from ..engine.metrics.lpips import Lpips
-from ..engine.promise import Calibration, PromiseRecord, Quality, canonical_metric, evaluate
+from ..engine.promise.calibration import Calibration, PromiseRecord, Quality, canonical_metric, evaluate
 from ..engine.spec import AGE_INPUT, Array
 from .adapter import CACHE_ATLAS, AdapterLayout
 from .exit_quality import Measured, measure_exits, reads_cache

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
 from warpcache.engine.bundle.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
-from warpcache.engine.promise import Calibration, PromiseRecord
+from warpcache.engine.promise.calibration import Calibration, PromiseRecord
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
 
 # The doubles of TensorRT's Python modules are imported by name, also by the process that builds engines.

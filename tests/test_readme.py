@@ -112,7 +112,7 @@ def test_the_python_example_streams(done: tuple[Path, dict[str, str]]) -> None:
 
 def test_a_quality_is_kept(done: tuple[Path, dict[str, str]]) -> None:
     from warpcache.engine.bundle.bundle import Bundle
-    from warpcache.engine.promise import PromiseRecord
+    from warpcache.engine.promise.calibration import PromiseRecord
 
     folder, printed = done
     record = PromiseRecord.of(Bundle.open(folder / "exits.warp").manifest)

@@ -22,7 +22,7 @@ from .recording import CPU, ExitName, Recording, pace, record
 if TYPE_CHECKING:
     from .engine.bundle.manifest import Manifest
     from .engine.metrics.lpips import Lpips
-    from .engine.promise import Quality
+    from .engine.promise.calibration import Quality
     from .inputs import InputStream
     from .quality_choice import QualityChoice
     from .report import PolicyResult

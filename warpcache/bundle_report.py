@@ -13,7 +13,7 @@ from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet
 
 if TYPE_CHECKING:
     from .engine.bundle.bundle import Bundle
-    from .engine.promise import PromiseRecord
+    from .engine.promise.calibration import PromiseRecord
 
 __all__ = ["NO_PROMISE", "promise_section", "write_bundle_report"]
 
@@ -26,7 +26,7 @@ def promise_section(bundle: Bundle) -> Section | None:
     Raises:
         BundleError: If the promise's record or its calibration is malformed.
     """
-    from .engine.promise import Calibration, PromiseRecord
+    from .engine.promise.calibration import Calibration, PromiseRecord
     from .promise_figures import promise_charts, shown_ages
 
     record = PromiseRecord.of(bundle.manifest)
@@ -56,7 +56,7 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
         InputError: If the file cannot be written.
     """
     from .describe import created_text, sheets_of
-    from .engine.promise import PromiseRecord
+    from .engine.promise.calibration import PromiseRecord
 
     section = promise_section(bundle)
     if section is None:

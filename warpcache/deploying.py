@@ -211,7 +211,7 @@ def deployed_sources() -> dict[str, Path]:
 
 def _promise(bundle: Bundle) -> dict[str, Any] | None:
     """What the example and the page say of a bundle that promises a quality; None of one that does not."""
-    from .engine.promise import PromiseRecord
+    from .engine.promise.calibration import PromiseRecord
 
     record = PromiseRecord.of(bundle.manifest)
     if record is None:

@@ -67,7 +67,7 @@ def sheets_of(manifest: Manifest) -> list[Sheet]:
 def _print_promise(bundle: Bundle, out: Console) -> None:
     """Print what the bundle promises: its rule, every exit's cost and quality, the Pareto front, the thresholds."""
     from .bundle_report import NO_PROMISE
-    from .engine.promise import Calibration, PromiseRecord
+    from .engine.promise.calibration import Calibration, PromiseRecord
     from .pareto import age_words, by_age, points_of, text_plot
     from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet
 
@@ -215,7 +215,7 @@ def _candidates(manifest: Manifest) -> Sheet:
 
 def _exits(manifest: Manifest) -> Sheet:
     """The exits and their cost; multiply-accumulates where they were counted."""
-    from .engine.promise import PromiseRecord
+    from .engine.promise.calibration import PromiseRecord
     from .promise_sheets import count_text
 
     rows: list[tuple[str, ...]] = [

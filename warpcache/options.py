@@ -79,7 +79,7 @@ def checked_metric(ctx: click.Context, param: click.Parameter, value: Any) -> An
     """
     if value is None:
         return None
-    from .engine.promise import canonical_metric
+    from .engine.promise.calibration import canonical_metric
 
     return _checked(canonical_metric, ctx, param, value)
 
@@ -276,7 +276,7 @@ def _promise(
     Raises:
         click.BadParameter: If the metric is unknown, or the threshold or the confidence is out of its range.
     """
-    from .engine.promise import Quality
+    from .engine.promise.calibration import Quality
     from .quality_choice import QualityChoice
 
     hint = "--quality"

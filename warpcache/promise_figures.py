@@ -13,7 +13,7 @@ from .pareto import Point, by_age, cost_ticks, mark_dominated
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .engine.promise import PromiseRecord
+    from .engine.promise.calibration import PromiseRecord
 
 __all__ = ["promise_charts", "shown_ages"]
 

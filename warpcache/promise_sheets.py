@@ -13,7 +13,7 @@ from .sheets import Sheet
 
 if TYPE_CHECKING:
     from .engine.bundle.manifest import Manifest
-    from .engine.promise import Calibration, PromiseRecord
+    from .engine.promise.calibration import Calibration, PromiseRecord
 
 __all__ = ["count_text", "quality_sheet", "rule_sentences", "thresholds_sheet"]
 

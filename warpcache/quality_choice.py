@@ -10,7 +10,7 @@ from .engine.errors import InputError
 
 if TYPE_CHECKING:
     from .engine.bundle.bundle import Bundle
-    from .engine.promise import Quality
+    from .engine.promise.calibration import Quality
 
 __all__ = ["QualityChoice"]
 
@@ -59,7 +59,7 @@ class QualityChoice:
             InputError: If it promises nothing, not in this metric, or not so much.
             BundleError: If its calibration is malformed.
         """
-        from .engine.promise import Calibration
+        from .engine.promise.calibration import Calibration
 
         Calibration.read(bundle).rule(self.quality)
 

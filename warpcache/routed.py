@@ -12,7 +12,7 @@ import numpy as np
 from .engine.metrics.images import METRICS
 
 if TYPE_CHECKING:
-    from .engine.promise import Quality
+    from .engine.promise.calibration import Quality
     from .engine.session import Frame
     from .engine.telemetry import LatencySummary, SessionStatistics
     from .quality_choice import QualityChoice

@@ -13,7 +13,7 @@ from benchmarks import exit_tables
 from benchmarks.early_exits import CASES, COVERAGE, Run, _figures
 from benchmarks.exit_figures import draw_front, simulate
 from benchmarks.exit_tables import COLD, ExitTable, kept_table, oracle_reuse, within
-from warpcache.engine.promise import Calibration
+from warpcache.engine.promise.calibration import Calibration
 
 MACS = {"whole": 1.0, "plain": 0.4, "warp": 0.1, "branch1": 0.3, "predictor": 0.0, "predictor_cold": 0.0}
 

@@ -19,7 +19,7 @@ from warpcache.engine import routing_plan
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
 from warpcache.engine.exit_costs import ExitCosts
-from warpcache.engine.promise import Quality
+from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.session import Frame
 from warpcache.engine.spec import Array
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from warpcache.engine.audit import AuditLog
 from warpcache.engine.errors import InputError, WarpcacheError
 from warpcache.engine.exit_costs import ExitCosts
-from warpcache.engine.promise import Calibration, Quality, Rule
+from warpcache.engine.promise.calibration import Calibration, Quality, Rule
 from warpcache.engine.router import Request, Router, Signals
 
 # Which frames

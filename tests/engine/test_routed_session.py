@@ -23,7 +23,7 @@ from warpcache.engine.cpu.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
-from warpcache.engine.promise import Quality
+from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.session import Frame, Session
 from warpcache.engine.spec import Array, TensorSpec
 

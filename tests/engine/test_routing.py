@@ -19,7 +19,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import Event
 from warpcache.engine.errors import BackendError, ClosedError
 from warpcache.engine.policy import Policy
-from warpcache.engine.promise import Quality
+from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing import RoutedAnswer, Routing
 from warpcache.engine.routing_plan import RoutingPlan
 from warpcache.engine.scheduler import Invalidated, SchedulerEvent, StartConsumer

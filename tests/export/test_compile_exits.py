@@ -18,7 +18,7 @@ from warpcache import Engine
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.engine.metrics.images import psnr
-from warpcache.engine.promise import Calibration, PromiseRecord, Quality, to_score
+from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality, to_score
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import AdapterConfig
 from warpcache.export.branches import BranchOptions

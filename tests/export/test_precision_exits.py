@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
-from warpcache.engine.promise import Calibration, PromiseRecord, Quality
+from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
 from warpcache.export import conversion as conversion_module
 from warpcache.export.branch_graph import lookup_graph

@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.engine.metrics.images import psnr
 from warpcache.engine.metrics.lpips import Lpips
-from warpcache.engine.promise import Calibration, Quality, from_score, to_score
+from warpcache.engine.promise.calibration import Calibration, Quality, from_score, to_score
 from warpcache.engine.spec import AGE_INPUT
 from warpcache.export.adapter import AdapterLayout, ImageInput, VectorInput
 from warpcache.export.exit_quality import Measured, measure_exits, reads_cache

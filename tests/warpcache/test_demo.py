@@ -19,7 +19,7 @@ from warpcache.demo import DEMO_MOTION_SEED, MEASURE_EVERY, demo_inputs, run_dem
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from warpcache.engine.errors import BundleError, InputError
-from warpcache.engine.promise import Calibration, PromiseRecord
+from warpcache.engine.promise.calibration import Calibration, PromiseRecord
 from warpcache.engine.spec import TensorSpec
 
 SIZE = 48

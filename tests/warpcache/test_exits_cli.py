@@ -20,7 +20,7 @@ from warpcache.cli import cli
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.exit_costs import ExitCosts
 from warpcache.engine.metrics.images import psnr
-from warpcache.engine.promise import Calibration, PromiseRecord, Quality
+from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.promise_sheets import rule_sentences
 from warpcache.quality_choice import QualityChoice

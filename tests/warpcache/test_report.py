@@ -17,7 +17,7 @@ from rich.console import Console
 
 from warpcache.drawing import Chart, drawing
 from warpcache.engine.errors import InputError
-from warpcache.engine.promise import Quality
+from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.page import LegendEntry, Section
 from warpcache.quality_choice import QualityChoice

@@ -24,7 +24,7 @@ from warpcache.engine.cuda.placement import ModuleFile
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, WarpcacheError
 from warpcache.engine.exit_costs import ExitCosts
-from warpcache.engine.promise import Quality
+from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.spec import AGE_SPEC, Array, TensorSpec
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load

@@ -23,20 +23,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle.bundle import Bundle
+from ..bundle.bundle import Bundle
+from ..errors import BundleError, InputError
 from .conformal import allowed_losses, risk_control_margin
-from .errors import BundleError, InputError
-from .promise_record import METHOD, PromiseRecord
-from .promised_quality import (
-    PROMISABLE,
-    Quality,
-    canonical_metric,
-    from_score,
-    in_range,
-    metric_option,
-    score_value,
-    to_score,
-)
+from .quality import PROMISABLE, Quality, canonical_metric, from_score, in_range, metric_option, score_value, to_score
+from .record import METHOD, PromiseRecord
 
 __all__ = [
     "LEAST_MARGIN",

@@ -10,8 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warpcache.engine.conformal import AdaptiveMargin, DriftTest, allowed_losses, binomial_tail, risk_control_margin
 from warpcache.engine.errors import InputError
+from warpcache.engine.promise.conformal import (
+    AdaptiveMargin,
+    DriftTest,
+    allowed_losses,
+    binomial_tail,
+    risk_control_margin,
+)
 
 # Few different values, so that ties are common; -inf: never lost, inf: lost at any margin.
 LOST_AT = st.lists(

@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import InputError
-from .metrics.images import PSNR_CAP_DB
+from ..errors import InputError
+from ..metrics.images import PSNR_CAP_DB
 
 __all__ = [
     "PROMISABLE",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .bundle.manifest import CACHE_PREFIX, PREDICTORS, Manifest
-from .bundle.strict_json import (
+from ..bundle.manifest import CACHE_PREFIX, PREDICTORS, Manifest
+from ..bundle.strict_json import (
     Fields,
     a_name,
     a_number,
@@ -19,8 +19,8 @@ from .bundle.strict_json import (
     refuse_duplicates,
     tuple_of,
 )
-from .errors import BundleError
-from .promised_quality import PROMISABLE
+from ..errors import BundleError
+from .quality import PROMISABLE
 
 __all__ = ["METHOD", "PromiseRecord"]
 

@@ -21,7 +21,7 @@ from onnx import helper
 from warpcache.engine.bundle.bundle import Bundle, ExitRecord, Manifest, ModuleRecord, write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.metrics.images import METRICS
-from warpcache.engine.promise import (
+from warpcache.engine.promise.calibration import (
     LEAST_MARGIN,
     PROMISABLE,
     Calibration,

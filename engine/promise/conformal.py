@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .errors import InputError
+from ..errors import InputError
 
 __all__ = ["AdaptiveMargin", "DriftTest", "allowed_losses", "binomial_tail", "risk_control_margin"]
 
