@@ -17,8 +17,8 @@ from .device.placement import Placement, Workspace
 from .errors import ClosedError, InputError
 from .policy import Policy
 from .promise.calibration import Quality, Rule
-from .routing import Routing
-from .routing_plan import RoutingPlan, checked_audit_every, checked_deadline, checked_quality
+from .routing.plan import RoutingPlan, checked_audit_every, checked_deadline, checked_quality
+from .routing.runner import Routing
 from .scheduler import OnStale, Route, Scheduler, SchedulerEvent
 from .session import Clock, Session
 from .telemetry import Telemetry

@@ -25,8 +25,8 @@ from .cpu.device import Event
 from .errors import ClosedError, DeadlineError, InputError
 from .promise.calibration import Quality, Rule
 from .reader import Reader, Rendering, Submitted
-from .router import Degraded
-from .routing import RoutedAnswer
+from .routing.router import Degraded
+from .routing.runner import RoutedAnswer
 from .scheduler import (
     ConsumerDone,
     ConsumerFailed,

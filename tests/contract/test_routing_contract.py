@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warpcache.engine import routing_plan
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
-from warpcache.engine.exit_costs import ExitCosts
 from warpcache.engine.promise.calibration import Quality
+from warpcache.engine.routing import plan as routing_plan
+from warpcache.engine.routing.exit_costs import ExitCosts
 from warpcache.engine.session import Frame
 from warpcache.engine.spec import Array
 

@@ -15,12 +15,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import warpcache.compiling
-import warpcache.engine.routing_plan
+import warpcache.engine.routing.plan
 from warpcache.cli import cli
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
-from warpcache.engine.exit_costs import ExitCosts
 from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
+from warpcache.engine.routing.exit_costs import ExitCosts
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.promise_sheets import rule_sentences
 from warpcache.quality_choice import QualityChoice
@@ -71,7 +71,7 @@ def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(run: Callable[[str], None], exits: tuple[str, ...], clock: Callable[[], float]) -> dict[str, float]:
         return {name: costs[name] for name in exits}
 
-    monkeypatch.setattr(warpcache.engine.routing_plan, "measure_exit_costs", measured)
+    monkeypatch.setattr(warpcache.engine.routing.runner.plan, "measure_exit_costs", measured)
     monkeypatch.setattr(ExitCosts, "observe", lambda self, name, ms: None)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warpcache.engine.errors import InputError
-from warpcache.engine.exit_costs import ExitCosts, measure_exit_costs
+from warpcache.engine.routing.exit_costs import ExitCosts, measure_exit_costs
 
 MEASURED = {"whole": 30.0, "plain": 12.0, "warp": 3.0, "warp2": 1.5}
 

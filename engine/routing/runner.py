@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from .auditing import Auditing
-from .device.placement import Workspace
-from .errors import BackendError, ClosedError
+from ..device.placement import Workspace
+from ..errors import BackendError, ClosedError
+from ..promise.calibration import Rule, score_value
+from ..scheduler import Invalidated, Route, SchedulerEvent, StartConsumer
+from ..spec import AGE_INPUT, AGE_SPEC
+from ..telemetry import Telemetry
+from .audits import Auditing
 from .exit_costs import ExitCosts
-from .promise.calibration import Rule, score_value
+from .plan import RoutingPlan
 from .router import Decision, Degraded, Request, Router, Signals
-from .routing_plan import RoutingPlan
-from .scheduler import Invalidated, Route, SchedulerEvent, StartConsumer
-from .spec import AGE_INPUT, AGE_SPEC
-from .telemetry import Telemetry
 
 __all__ = ["RoutedAnswer", "Routing"]
 

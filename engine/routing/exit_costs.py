@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from .errors import InputError
+from ..errors import InputError
 
 __all__ = ["ExitCosts", "measure_exit_costs"]
 

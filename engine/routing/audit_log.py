@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import InputError, WarpcacheError
-from .promise.conformal import AdaptiveMargin, DriftTest, binomial_tail
+from ..errors import InputError, WarpcacheError
+from ..promise.conformal import AdaptiveMargin, DriftTest, binomial_tail
 
 __all__ = ["AuditLog"]
 

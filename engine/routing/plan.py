@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle.bundle import Bundle
-from .bundle.manifest import CACHE_PREFIX
-from .device.placement import Placement
-from .errors import InputError
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import CACHE_PREFIX
+from ..device.placement import Placement
+from ..errors import InputError
+from ..metrics.images import Lpips, measure
+from ..metrics.lpips import LPIPS_VARIABLE
+from ..policy import Policy
+from ..promise.calibration import Calibration, PromiseRecord, Quality, Rule, to_score
+from ..spec import Array
 from .exit_costs import measure_exit_costs
-from .metrics.images import Lpips, measure
-from .metrics.lpips import LPIPS_VARIABLE
-from .policy import Policy
-from .promise.calibration import Calibration, PromiseRecord, Quality, Rule, to_score
-from .spec import Array
 
 __all__ = ["RoutingPlan", "checked_audit_every", "checked_deadline", "checked_quality"]
 

@@ -20,8 +20,8 @@ from warpcache.engine.cpu.device import Event
 from warpcache.engine.errors import BackendError, ClosedError
 from warpcache.engine.policy import Policy
 from warpcache.engine.promise.calibration import Quality
-from warpcache.engine.routing import RoutedAnswer, Routing
-from warpcache.engine.routing_plan import RoutingPlan
+from warpcache.engine.routing.plan import RoutingPlan
+from warpcache.engine.routing.runner import RoutedAnswer, Routing
 from warpcache.engine.scheduler import Invalidated, SchedulerEvent, StartConsumer
 from warpcache.engine.telemetry import Telemetry
 
@@ -305,7 +305,7 @@ def test_an_answer_that_is_not_finite_is_replaced_by_the_next_exit(
     client: Client, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.gives = {"warp2": np.nan}
-    with caplog.at_level(logging.WARNING, "warpcache.engine.routing"):
+    with caplog.at_level(logging.WARNING, "warpcache.engine.routing.runner"):
         answers = [client.answer(frame) for frame in range(2)]
     assert [name for name, _ in world.ran[:3]] == ["predictor", "warp2", "warp"]
     for answer in answers:
@@ -359,7 +359,7 @@ def test_without_the_predictor_exact_exits_answer(
     else:
         given = world.take_prediction
         monkeypatch.setattr(world, "take_prediction", lambda cold: given(cold) | {"spread": np.zeros((1, 3))})
-    with caplog.at_level(logging.WARNING, "warpcache.engine.routing"):
+    with caplog.at_level(logging.WARNING, "warpcache.engine.routing.runner"):
         assert [client.answer(frame).exit for frame in range(3)] == ["whole"] * 3
     statistics = client.telemetry.snapshot()
     assert (statistics.predictor_failures, statistics.predictor.count, statistics.router.count) == (3, 3, 3)

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from warpcache.engine.audit import AuditLog
 from warpcache.engine.errors import InputError, WarpcacheError
-from warpcache.engine.exit_costs import ExitCosts
 from warpcache.engine.promise.calibration import Calibration, Quality, Rule
-from warpcache.engine.router import Request, Router, Signals
+from warpcache.engine.routing.audit_log import AuditLog
+from warpcache.engine.routing.exit_costs import ExitCosts
+from warpcache.engine.routing.router import Request, Router, Signals
 
 # Which frames
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warpcache.engine.errors import InputError
-from warpcache.engine.exit_costs import ExitCosts
 from warpcache.engine.promise.calibration import Quality, Rule
-from warpcache.engine.router import Decision, Request, Router, Signals
+from warpcache.engine.routing.exit_costs import ExitCosts
+from warpcache.engine.routing.router import Decision, Request, Router, Signals
 
 MS = {"warp2": 1.5, "warp": 3.0, "branch2": 6.0, "plain": 11.0, "branch1": 12.0, "whole": 30.0}
 CONSUMERS = frozenset({"warp", "warp2"})

@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .audit import AuditLog
-from .cpu.device import Event
-from .device.placement import Workspace
-from .errors import BackendError
-from .promise.calibration import Rule
-from .routing_plan import RoutingPlan
-from .spec import Array
-from .telemetry import Telemetry
+from ..cpu.device import Event
+from ..device.placement import Workspace
+from ..errors import BackendError
+from ..promise.calibration import Rule
+from ..spec import Array
+from ..telemetry import Telemetry
+from .audit_log import AuditLog
+from .plan import RoutingPlan
 
 __all__ = ["Auditing"]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
-from .errors import InputError
+from ..errors import InputError
+from ..promise.calibration import Rule, score_value
 from .exit_costs import ExitCosts
-from .promise.calibration import Rule, score_value
 
 __all__ = ["Decision", "Degraded", "Request", "Router", "Signals"]
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warpcache.engine import routing_plan
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.promise.calibration import Quality
+from warpcache.engine.routing import plan as routing_plan
 from warpcache.engine.session import Frame, Session
 from warpcache.engine.spec import Array, TensorSpec
 
@@ -630,7 +630,7 @@ def test_an_auditor_that_fails_is_counted_and_costs_no_frame(
 
     backend = Backend(auditor=fail)
     with (
-        caplog.at_level(logging.WARNING, "warpcache.engine.auditing"),
+        caplog.at_level(logging.WARNING, "warpcache.engine.routing.runner.audits"),
         engine_of(routed_bundle, backend, age=1, audit_every=3) as engine,
     ):
         session = engine.session(clock=backend.clock)
