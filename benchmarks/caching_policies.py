@@ -31,7 +31,7 @@ from benchmarks.talking_head import BUDGET, GENERATOR_STEPS, compile_clip, train
 from warpcache.bench import ExitName, Recording, record, result_of
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.lpips import Lpips
-from warpcache.engine.policy import Policy
+from warpcache.engine.schedule.policy import Policy
 from warpcache.export.compile import split_model
 from warpcache.export.graph import load_model
 from warpcache.inputs import InputStream

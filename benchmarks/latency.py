@@ -32,7 +32,7 @@ from warpcache.engine.cuda.options import CudaOptions, parse_device
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import InputError, WarpcacheError
 from warpcache.engine.metrics.images import measure_frames
-from warpcache.engine.policy import Policy
+from warpcache.engine.schedule.policy import Policy
 from warpcache.engine.session import Frame
 from warpcache.report import environment
 

@@ -16,7 +16,7 @@ from warpcache.bench import ExitName, record
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
-from warpcache.engine.policy import Policy
+from warpcache.engine.schedule.policy import Policy
 
 __all__ = [
     "BareModule",

@@ -44,7 +44,7 @@ from benchmarks.talking_head_model import generator
 from warpcache.engine import Engine
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.lpips import Lpips
-from warpcache.engine.policy import Policy
+from warpcache.engine.schedule.policy import Policy
 from warpcache.export.graph import load_model
 from warpcache.export.run import open_session, run_session
 from warpcache.export.split import split

@@ -16,8 +16,8 @@ from .errors import (
     InputError,
     WarpcacheError,
 )
-from .policy import Policy
 from .promise.calibration import Quality
+from .schedule.policy import Policy
 from .session import Frame, Session
 from .spec import Array, TensorSpec
 from .telemetry import LatencySummary, SessionStatistics

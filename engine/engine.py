@@ -15,11 +15,11 @@ from .cpu.placement import Backend, CpuPlacement
 from .cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
 from .device.placement import Placement, Workspace
 from .errors import ClosedError, InputError
-from .policy import Policy
 from .promise.calibration import Quality, Rule
 from .routing.plan import RoutingPlan, checked_audit_every, checked_deadline, checked_quality
 from .routing.runner import Routing
-from .scheduler import OnStale, Route, Scheduler, SchedulerEvent
+from .schedule.policy import Policy
+from .schedule.scheduler import OnStale, Route, Scheduler, SchedulerEvent
 from .session import Clock, Session
 from .telemetry import Telemetry
 

@@ -27,7 +27,7 @@ from .promise.calibration import Quality, Rule
 from .reader import Reader, Rendering, Submitted
 from .routing.router import Degraded
 from .routing.runner import RoutedAnswer
-from .scheduler import (
+from .schedule.scheduler import (
     ConsumerDone,
     ConsumerFailed,
     DropFrame,

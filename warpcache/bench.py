@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .device_choice import DeviceChoice
-from .engine.policy import Policy
+from .engine.schedule.policy import Policy
 from .engine.spec import Array
 from .progress import Report, silent
 from .recording import CPU, ExitName, Recording, pace, record

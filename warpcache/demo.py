@@ -21,7 +21,7 @@ from .bench import CPU, Measured, Recording, load_lpips, record, result_of
 from .device_choice import DeviceChoice
 from .engine.bundle.bundle import Bundle
 from .engine.errors import BundleError, InputError
-from .engine.policy import Policy
+from .engine.schedule.policy import Policy
 from .engine.session import Frame
 from .engine.spec import Array
 from .progress import Report, silent

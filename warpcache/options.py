@@ -55,7 +55,7 @@ def checked_policy(ctx: click.Context, param: click.Parameter, value: Any) -> An
     Raises:
         click.BadParameter: If a name is no policy.
     """
-    from .engine.policy import Policy
+    from .engine.schedule.policy import Policy
 
     return _checked(Policy.parse, ctx, param, value)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .device_choice import DeviceChoice
-from .engine.policy import Policy
+from .engine.schedule.policy import Policy
 from .engine.spec import Array
 from .progress import Report, silent
 

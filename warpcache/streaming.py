@@ -108,7 +108,7 @@ def run(
     was predicted, and what audits found. LPIPS is needed for the audits of a quality in LPIPS alone.
     """
     from .bench import run_bundle
-    from .engine.policy import Policy
+    from .engine.schedule.policy import Policy
     from .progress import ProgressBar
 
     if policy is not None and age is not None:
@@ -176,7 +176,7 @@ def bench(
     that keep the quality.
     """
     from .bench import bench_bundle
-    from .engine.policy import Policy
+    from .engine.schedule.policy import Policy
     from .progress import ProgressBar
 
     names = policies or (() if ages else ("full", "every:4", "async"))

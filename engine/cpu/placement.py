@@ -15,9 +15,9 @@ from ..device.module import Module
 from ..device.placement import Lane, LoadedModule
 from ..device.pools import OutputPool
 from ..errors import ClosedError, InputError
-from ..policy import Policy
-from ..scheduler import Route
-from ..slots import SlotBuffers
+from ..schedule.policy import Policy
+from ..schedule.scheduler import Route
+from ..schedule.slots import SlotBuffers
 from ..spec import Array, TensorSpec
 from .device import CoreShare, CpuDevice, Event, Stream
 

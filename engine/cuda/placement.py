@@ -15,8 +15,8 @@ from ..bundle.bundle import Bundle
 from ..device.module import CudaModule
 from ..device.placement import LoadedModule
 from ..errors import ClosedError, InputError
-from ..policy import Policy
-from ..scheduler import Route
+from ..schedule.policy import Policy
+from ..schedule.scheduler import Route
 from ..spec import TensorSpec
 from .device import CudaDevice, CudaStream, CudaWorkerStream
 from .options import CudaOptions

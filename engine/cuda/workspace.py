@@ -17,7 +17,7 @@ from ..bundle.manifest import Manifest
 from ..device.placement import Lane, LoadedModule
 from ..device.pools import DevicePool, OutputPool
 from ..errors import ClosedError, InputError, WarpcacheError
-from ..scheduler import Route
+from ..schedule.scheduler import Route
 from ..spec import AGE_INPUT, AGE_SPEC, Array, TensorSpec
 from .audit import AuditMemory
 from .device import CudaDevice, CudaStream

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ..bundle.manifest import Manifest
 from ..cpu.device import Event, Stream
-from ..scheduler import Route
+from ..schedule.scheduler import Route
 from ..spec import Array, TensorSpec
 from .module import Module
 

@@ -19,8 +19,8 @@ from ..device.placement import Placement
 from ..errors import InputError
 from ..metrics.images import Lpips, measure
 from ..metrics.lpips import LPIPS_VARIABLE
-from ..policy import Policy
 from ..promise.calibration import Calibration, PromiseRecord, Quality, Rule, to_score
+from ..schedule.policy import Policy
 from ..spec import Array
 from .exit_costs import measure_exit_costs
 

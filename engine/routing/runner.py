@@ -14,7 +14,7 @@ import numpy as np
 from ..device.placement import Workspace
 from ..errors import BackendError, ClosedError
 from ..promise.calibration import Rule, score_value
-from ..scheduler import Invalidated, Route, SchedulerEvent, StartConsumer
+from ..schedule.scheduler import Invalidated, Route, SchedulerEvent, StartConsumer
 from ..spec import AGE_INPUT, AGE_SPEC
 from ..telemetry import Telemetry
 from .audits import Auditing

@@ -14,7 +14,7 @@ from benchmarks.caching_policies import SHOWN_AGAIN, compare_policies, frame_reu
 from warpcache.bench import Recording, record
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure
-from warpcache.engine.policy import Policy
+from warpcache.engine.schedule.policy import Policy
 
 FRAMES = 7
 

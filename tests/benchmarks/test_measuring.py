@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.measuring import BareModule, Figure, answers, interleaved_ms, means, print_figures, ratio_of_medians
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import psnr
-from warpcache.engine.policy import Policy
+from warpcache.engine.schedule.policy import Policy
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ import pytest
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cpu.device import Event
 from warpcache.engine.errors import BackendError, ClosedError
-from warpcache.engine.policy import Policy
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing.plan import RoutingPlan
 from warpcache.engine.routing.runner import RoutedAnswer, Routing
-from warpcache.engine.scheduler import Invalidated, SchedulerEvent, StartConsumer
+from warpcache.engine.schedule.policy import Policy
+from warpcache.engine.schedule.scheduler import Invalidated, SchedulerEvent, StartConsumer
 from warpcache.engine.telemetry import Telemetry
 
 COSTS = {"warp2": 0.5, "warp": 1.0, "branch1": 3.0, "plain": 5.0, "whole": 10.0}

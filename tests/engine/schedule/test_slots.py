@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from warpcache.engine.errors import WarpcacheError
-from warpcache.engine.slots import CachedFrame, SlotBuffers, SlotRing, SlotState
+from warpcache.engine.schedule.slots import CachedFrame, SlotBuffers, SlotRing, SlotState
 from warpcache.engine.spec import TensorSpec
 
 

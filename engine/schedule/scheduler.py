@@ -24,7 +24,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import InputError, WarpcacheError
+from ..errors import InputError, WarpcacheError
 from .policy import Policy
 from .slots import CachedFrame, SlotRing
 

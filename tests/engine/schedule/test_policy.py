@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from warpcache.engine.errors import InputError
-from warpcache.engine.policy import Policy
+from warpcache.engine.schedule.policy import Policy
 
 
 @pytest.mark.parametrize(

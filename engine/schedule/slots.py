@@ -11,8 +11,8 @@ from enum import Enum
 
 import numpy as np
 
-from .errors import WarpcacheError
-from .spec import Array, TensorSpec
+from ..errors import WarpcacheError
+from ..spec import Array, TensorSpec
 
 __all__ = ["CachedFrame", "SlotBuffers", "SlotRing", "SlotState"]
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from warpcache.engine.errors import InputError, WarpcacheError
-from warpcache.engine.policy import Policy
-from warpcache.engine.scheduler import (
+from warpcache.engine.schedule.policy import Policy
+from warpcache.engine.schedule.scheduler import (
     Action,
     ConsumerDone,
     ConsumerFailed,
