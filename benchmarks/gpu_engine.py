@@ -48,7 +48,7 @@ from warpcache.engine.cuda.options import CUDA_BACKENDS, CudaOptions, parse_devi
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, InputError, WarpcacheError
 from warpcache.engine.metrics.images import measure_frames
-from warpcache.engine.session import Session
+from warpcache.engine.session.session import Session
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
 

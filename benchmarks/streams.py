@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.session import Session
+from warpcache.engine.session.session import Session
 
 if TYPE_CHECKING:
     from warpcache.engine.cuda.device import CudaDevice

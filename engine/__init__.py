@@ -18,7 +18,7 @@ from .errors import (
 )
 from .promise.calibration import Quality
 from .schedule.policy import Policy
-from .session import Frame, Session
+from .session.session import Frame, Session
 from .spec import Array, TensorSpec
 from .telemetry import LatencySummary, SessionStatistics
 

@@ -20,7 +20,7 @@ from .routing.plan import RoutingPlan, checked_audit_every, checked_deadline, ch
 from .routing.runner import Routing
 from .schedule.policy import Policy
 from .schedule.scheduler import OnStale, Route, Scheduler, SchedulerEvent
-from .session import Clock, Session
+from .session.session import Clock, Session
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:

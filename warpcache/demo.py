@@ -22,7 +22,7 @@ from .device_choice import DeviceChoice
 from .engine.bundle.bundle import Bundle
 from .engine.errors import BundleError, InputError
 from .engine.schedule.policy import Policy
-from .engine.session import Frame
+from .engine.session.session import Frame
 from .engine.spec import Array
 from .progress import Report, silent
 from .recording import pace

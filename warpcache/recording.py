@@ -15,7 +15,7 @@ from .progress import Report, silent
 
 if TYPE_CHECKING:
     from .engine.bundle.bundle import Bundle
-    from .engine.session import Frame
+    from .engine.session.session import Frame
     from .quality_choice import QualityChoice
     from .routed import Routed
 

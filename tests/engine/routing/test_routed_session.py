@@ -24,7 +24,7 @@ from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing import plan as routing_plan
-from warpcache.engine.session import Frame, Session
+from warpcache.engine.session.session import Frame, Session
 from warpcache.engine.spec import Array, TensorSpec
 
 PATIENCE = 30.0

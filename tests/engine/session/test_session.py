@@ -19,7 +19,7 @@ from warpcache.engine.cpu.device import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeadlineError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
-from warpcache.engine.session import Frame, Session
+from warpcache.engine.session.session import Frame, Session
 from warpcache.engine.spec import Array, TensorSpec
 
 PATIENCE = 30.0
@@ -496,7 +496,7 @@ def test_a_producer_that_fails_is_counted_and_the_last_cache_serves_on(
             action()
 
     with (
-        caplog.at_level(logging.WARNING, "warpcache.engine.session"),
+        caplog.at_level(logging.WARNING, "warpcache.engine.session.session"),
         Engine(tiny_bundle, max_age=2, backend=Hooks(producer=sometimes)) as engine,
     ):
         session = engine.session()

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .cpu.device import Event
-from .errors import ClosedError, DeadlineError, InputError
-from .promise.calibration import Quality, Rule
-from .reader import Reader, Rendering, Submitted
-from .routing.router import Degraded
-from .routing.runner import RoutedAnswer
-from .schedule.scheduler import (
+from ..cpu.device import Event
+from ..errors import ClosedError, DeadlineError, InputError
+from ..promise.calibration import Quality, Rule
+from ..routing.router import Degraded
+from ..routing.runner import RoutedAnswer
+from ..schedule.scheduler import (
     ConsumerDone,
     ConsumerFailed,
     DropFrame,
@@ -40,11 +39,12 @@ from .schedule.scheduler import (
     StartConsumer,
     StartProducer,
 )
-from .spec import Array, TensorSpec
-from .telemetry import SessionStatistics, Telemetry
+from ..spec import Array, TensorSpec
+from ..telemetry import SessionStatistics, Telemetry
+from .reader import Reader, Rendering, Submitted
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from ..engine import Engine
 
 __all__ = ["Clock", "Frame", "MonotonicClock", "Session"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from .errors import ClosedError, InputError
-from .spec import Array
+from ..errors import ClosedError, InputError
+from ..spec import Array
 
 if TYPE_CHECKING:
     from .session import Frame, Session
