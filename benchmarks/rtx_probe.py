@@ -7,13 +7,13 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from warpcache.engine.building import build_engines
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.device import CudaDevice
-from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError, DeviceError
-from warpcache.engine.tensorrt_flavour import Flavour
-from warpcache.engine.tensorrt_module import TensorRtModule
+from warpcache.engine.tensorrt.engine_cache import EngineCache
+from warpcache.engine.tensorrt.engines import build_engines
+from warpcache.engine.tensorrt.flavour import Flavour
+from warpcache.engine.tensorrt.module import TensorRtModule
 
 __all__ = ["probe_rtx"]
 

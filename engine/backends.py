@@ -6,17 +6,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from .building import build_engines
 from .bundle.bundle import Bundle
 from .cuda.device import CudaDevice, CudaStream
 from .cuda.options import CUDA_BACKENDS, CudaOptions
 from .cuda.placement import CudaBackend, ModuleFile
 from .device.module import CudaModule
-from .engine_cache import EngineCache, default_folder
 from .errors import InputError
 from .onnxruntime.cuda import OnnxRuntimeCudaModule
-from .tensorrt_flavour import CURRENT, Flavour
-from .tensorrt_module import TensorRtModule
+from .tensorrt.engine_cache import EngineCache, default_folder
+from .tensorrt.engines import build_engines
+from .tensorrt.flavour import CURRENT, Flavour
+from .tensorrt.module import TensorRtModule
 
 __all__ = ["OnnxRuntimeCudaBackend", "TensorRtBackend", "choose_backend"]
 

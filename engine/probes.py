@@ -224,7 +224,7 @@ def _tensorrt_rtx() -> dict[str, Any]:
 
 
 def _flavour(name: Any) -> dict[str, Any]:
-    from .tensorrt_flavour import Flavour
+    from .tensorrt.flavour import Flavour
 
     if importlib.util.find_spec(name.replace("-", "_")) is None:
         raise _Missing("it is not installed")

@@ -141,8 +141,8 @@ def test_the_python_example_runs_without_torch(done: tuple[Path, dict[str, str]]
 
 
 def test_the_bundle_is_converted_and_carried_away(done: tuple[Path, dict[str, str]]) -> None:
-    from warpcache.engine.building import precision_of
     from warpcache.engine.bundle.bundle import Bundle
+    from warpcache.engine.tensorrt.engines import precision_of
 
     folder, _ = done
     for path in (folder / "mine.fp16.warp", folder / "edge" / "mine.fp16.warp"):

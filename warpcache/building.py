@@ -22,9 +22,9 @@ from .progress import Report, silent
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .engine.building import BuiltEngine
     from .engine.bundle.bundle import Bundle
-    from .engine.tensorrt_flavour import Flavour, FlavourName
+    from .engine.tensorrt.engines import BuiltEngine
+    from .engine.tensorrt.flavour import Flavour, FlavourName
 
 __all__ = [
     "CONSUMER_GPUS",
@@ -172,10 +172,10 @@ def build_bundle(
         InputError: If what was asked for does not fit together, or something is in the way.
         ModuleNotFoundError: If a conversion needs the ``export`` extra and it is not installed.
     """
-    from .engine.building import check_targets, precision_of
     from .engine.bundle.bundle import Bundle
-    from .engine.engine_cache import default_folder
-    from .engine.tensorrt_flavour import Flavour
+    from .engine.tensorrt.engine_cache import default_folder
+    from .engine.tensorrt.engines import check_targets, precision_of
+    from .engine.tensorrt.flavour import Flavour
 
     started = time.perf_counter()
     conversion = conversion or Conversion()
@@ -246,7 +246,7 @@ def choose_targets(flavour: Flavour, asked: Sequence[str] | None) -> tuple[tuple
         BackendError: If the library does not know a target; the message lists those it knows.
         DeviceError: If a GPU is needed and there is none.
     """
-    from .engine.tensorrt_flavour import CURRENT
+    from .engine.tensorrt.flavour import CURRENT
 
     if asked is not None:
         return flavour.resolve(tuple(asked)), ""
@@ -294,7 +294,7 @@ def _wanted_precision(
 
 def _fitting(precision: str, targets: tuple[str, ...], why: str) -> tuple[tuple[str, ...], str]:
     """The targets that were chosen for the user, and why, without GPUs that do not compute in the precision."""
-    from .engine.building import without_kernels
+    from .engine.tensorrt.engines import without_kernels
 
     lacking = without_kernels(precision, targets)
     if not lacking or len(lacking) == len(targets):
@@ -307,8 +307,8 @@ def _engines(
     bundle: Bundle, flavour: Flavour, targets: tuple[str, ...], folder: Path, progress: Report, *, home: Path
 ) -> list[BuiltEngine]:
     """Build the engines into `folder`, which is going to be `home`; here one that cannot be kept is a failure."""
-    from .engine.building import build_engines
-    from .engine.engine_cache import EngineCache
+    from .engine.tensorrt.engine_cache import EngineCache
+    from .engine.tensorrt.engines import build_engines
 
     engines = build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(folder), progress=progress)
     lost = [engine.module for engine in engines if engine.path is None and not engine.reused]

@@ -24,7 +24,7 @@ from .files import explain_write_error
 
 if TYPE_CHECKING:
     from .engine.bundle.bundle import Bundle
-    from .engine.tensorrt_flavour import Flavour
+    from .engine.tensorrt.flavour import Flavour
 
 __all__ = ["Dependency", "Deployment", "add_bundle", "add_runtime", "check_place", "deployed_sources", "written_folder"]
 

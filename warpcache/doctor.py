@@ -197,7 +197,7 @@ def _torch_cuda() -> str | None:
 
 
 def _cache() -> dict[str, Any]:
-    from .engine.engine_cache import default_folder
+    from .engine.tensorrt.engine_cache import default_folder
 
     folder = default_folder()
     sizes = [path.stat().st_size for path in folder.glob("*.engine")] if folder.is_dir() else []

@@ -16,7 +16,7 @@ from .options import COUNT, PATH, RATE, checked_metric, cut_option, json_option,
 if TYPE_CHECKING:
     from .building import Precision
     from .engine.bundle.bundle import Bundle
-    from .engine.tensorrt_flavour import FlavourName
+    from .engine.tensorrt.flavour import FlavourName
 
 __all__ = ["build", "compile_command", "split"]
 

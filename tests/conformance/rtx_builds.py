@@ -10,13 +10,13 @@ from pathlib import Path
 import onnx
 
 from warpcache.engine.spec import TensorSpec
-from warpcache.engine.tensorrt_builder import BuildRequest, build_engines_isolated
-from warpcache.engine.tensorrt_flavour import Flavour
+from warpcache.engine.tensorrt.builder import BuildRequest, build_engines_isolated
+from warpcache.engine.tensorrt.flavour import Flavour
 from warpcache.export.graph import input_names, tensor_spec
 
 __all__ = ["TARGETS", "build_all", "crashed"]
 
-_builder_log = logging.getLogger("warpcache.engine.tensorrt_builder")
+_builder_log = logging.getLogger("warpcache.engine.tensorrt.builder")
 
 # Named, so that the same is built where there is a GPU; one of each generation that is sold.
 TARGETS = ("sm_86", "sm_89", "sm_120")

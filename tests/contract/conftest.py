@@ -208,7 +208,7 @@ def _hardware_rig(name: str, folder: Path) -> CudaRig:
     except BackendError as exc:
         pytest.skip(f"{backend}: {exc}")
     if backend == "tensorrt-rtx":
-        from warpcache.engine.tensorrt_flavour import Flavour
+        from warpcache.engine.tensorrt.flavour import Flavour
 
         if context.architecture not in Flavour.load("tensorrt-rtx").targets:
             pytest.skip(f"TensorRT-RTX has no code for {context.name} ({context.architecture})")

@@ -52,9 +52,9 @@ def casts(model: ModelProto) -> list[tuple[str, str, int]]:
 def rtx(model: ModelProto, folder: Path, targets: tuple[str, ...] = ("sm_86", "sm_89", "sm_120")) -> int:
     """Bytes of the TensorRT-RTX engine that is made of a model."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from warpcache.engine.tensorrt_flavour import Flavour
-    from warpcache.engine.tensorrt_network import build_engine
-    from warpcache.engine.tensorrt_options import BuildOptions
+    from warpcache.engine.tensorrt.flavour import Flavour
+    from warpcache.engine.tensorrt.network import build_engine
+    from warpcache.engine.tensorrt.options import BuildOptions
 
     path = folder / "model.onnx"
     onnx.save(model, path)

@@ -202,9 +202,9 @@ def test_each_precision_converts_answers_and_builds(
     three: Bundle, tmp_path: Path, precision: str, floor_db: float, targets: tuple[str, ...]
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from warpcache.engine.building import build_engines
-    from warpcache.engine.engine_cache import EngineCache
-    from warpcache.engine.tensorrt_flavour import Flavour
+    from warpcache.engine.tensorrt.engine_cache import EngineCache
+    from warpcache.engine.tensorrt.engines import build_engines
+    from warpcache.engine.tensorrt.flavour import Flavour
 
     before = content(three)
     bundle = convert(three, tmp_path / "low.warp", precision, min_psnr_db=floor_db)

@@ -431,9 +431,9 @@ def test_a_calibration_that_is_measured_again_keeps_the_promise(tmp_path: Path) 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_module_builds(exits: Bundle, half: Bundle, tmp_path: Path, precision: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from warpcache.engine.building import build_engines
-    from warpcache.engine.engine_cache import EngineCache
-    from warpcache.engine.tensorrt_flavour import Flavour
+    from warpcache.engine.tensorrt.engine_cache import EngineCache
+    from warpcache.engine.tensorrt.engines import build_engines
+    from warpcache.engine.tensorrt.flavour import Flavour
 
     bundle = exits if precision == "fp32" else half
     flavour, cache = Flavour.load("tensorrt-rtx"), EngineCache(tmp_path / "engines")

@@ -145,9 +145,9 @@ def test_every_node_with_a_weight_is_quantised_per_output_channel(kind: str) -> 
 def test_it_answers_like_the_original_and_tensorrt_takes_it(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from warpcache.engine.spec import TensorSpec
-    from warpcache.engine.tensorrt_flavour import Flavour
-    from warpcache.engine.tensorrt_network import build_engine
-    from warpcache.engine.tensorrt_options import BuildOptions
+    from warpcache.engine.tensorrt.flavour import Flavour
+    from warpcache.engine.tensorrt.network import build_engine
+    from warpcache.engine.tensorrt.options import BuildOptions
     from warpcache.export.parity import open_answering
     from warpcache.export.run import run_session
 

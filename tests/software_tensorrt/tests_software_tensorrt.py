@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from warpcache.engine.tensorrt_flavour import Flavour, FlavourName
+from warpcache.engine.tensorrt.flavour import Flavour, FlavourName
 
 __version__ = "1.7.0.0"
 MAGIC = b"vtrt"

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-import warpcache.engine.building
-import warpcache.engine.tensorrt_flavour
+import warpcache.engine.tensorrt.engines
+import warpcache.engine.tensorrt.flavour
 from warpcache.building import CONSUMER_GPUS, Built, build_bundle, choose_targets, converted_path
 from warpcache.cli import cli
-from warpcache.engine.building import precision_of
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.engine_cache import EngineCache, default_folder
 from warpcache.engine.errors import BackendError, DeviceError
-from warpcache.engine.tensorrt_flavour import Flavour
+from warpcache.engine.tensorrt.engine_cache import EngineCache, default_folder
+from warpcache.engine.tensorrt.engines import precision_of
+from warpcache.engine.tensorrt.flavour import Flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -63,7 +63,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             def __str__(self) -> str:
                 return "cuda:0"
 
-        monkeypatch.setattr(warpcache.engine.tensorrt_flavour, "Context", Context)
+        monkeypatch.setattr(warpcache.engine.tensorrt.flavour, "Context", Context)
 
     return set_
 
@@ -228,7 +228,7 @@ def test_what_fails_leaves_no_bundle(
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(warpcache.engine.building, "build_engines", fail)
+    monkeypatch.setattr(warpcache.engine.tensorrt.engines, "build_engines", fail)
     bundle = make_bundle()
     place = ["--out", tmp_path / "edge"] if out else []
     result = call(bundle, "--backend", "tensorrt-rtx", "--target", "sm_89", "--precision", "fp16", *place)
@@ -242,14 +242,14 @@ def test_a_bundle_that_somebody_else_made_meanwhile_stays(
 ) -> None:
     pytest.importorskip("torch", reason="the export extra is not installed")
     bundle, theirs = make_bundle(), tmp_path / "tiny.fp16.warp"
-    real = warpcache.engine.building.build_engines
+    real = warpcache.engine.tensorrt.engines.build_engines
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         theirs.mkdir()
         (theirs / "manifest.json").write_text("theirs")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(warpcache.engine.building, "build_engines", meanwhile)
+    monkeypatch.setattr(warpcache.engine.tensorrt.engines, "build_engines", meanwhile)
     result = call(bundle, "--backend", "tensorrt-rtx", "--target", "sm_89", "--precision", "fp16")
     assert_failed(result, f"'{theirs}' was made by somebody else meanwhile; build that one")
     assert (theirs / "manifest.json").read_text() == "theirs"
@@ -295,7 +295,7 @@ def test_a_job_that_is_ended_from_outside_leaves_nothing(make_bundle: Any, tmp_p
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal did nothing")
 
-    warpcache.engine.building.build_engines = build_engines
+    warpcache.engine.tensorrt.engines.build_engines = build_engines
     main()
     """
     command = ["build", bundle, "--backend", "tensorrt-rtx", "--target", "sm_89", "--out", tmp_path / "edge"]
@@ -380,12 +380,12 @@ def test_a_folder_of_engines_beside_the_bundle_is_the_cache(make_bundle: Any, tm
     assert built.folder == default_folder(bundle) == tmp_path / "engines"
     assert not cache.exists()
     keys = [
-        warpcache.engine.building.engine_key(
+        warpcache.engine.tensorrt.engines.engine_key(
             Bundle.open(bundle),
             engine.module,
             flavour=built.flavour,
             targets=("sm_89",),
-            options=warpcache.engine.building.BuildOptions(),
+            options=warpcache.engine.tensorrt.engines.BuildOptions(),
         )
         for engine in built.engines
     ]

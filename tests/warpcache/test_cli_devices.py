@@ -188,12 +188,12 @@ def test_engines_built_ahead_are_the_ones_that_run(
     assert built.exit_code == 0, built.output
     assert "for sm_89 (the GPU that is here)" in built.stdout
 
-    import warpcache.engine.building
+    import warpcache.engine.tensorrt.engines
 
     def must_not(*arguments: Any, **options: Any) -> None:
         raise AssertionError("an engine was built that should have been found")
 
-    monkeypatch.setattr(warpcache.engine.building, "build_engines_isolated", must_not)
+    monkeypatch.setattr(warpcache.engine.tensorrt.engines, "build_engines_isolated", must_not)
     result = call("run", tiny_bundle, inputs, "--out", tmp_path / "out.npz", "--age", "1", *ON_GPU)
     assert result.exit_code == 0, result.output
 

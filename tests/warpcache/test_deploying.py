@@ -36,7 +36,7 @@ from warpcache.deploying import (
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError, InputError
 from warpcache.engine.promise.calibration import Calibration, Quality
-from warpcache.engine.tensorrt_flavour import Flavour
+from warpcache.engine.tensorrt.flavour import Flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

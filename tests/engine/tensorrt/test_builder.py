@@ -21,11 +21,13 @@ from onnx import TensorProto, helper
 from tests_software_tensorrt import failing, software_flavour
 
 import warpcache
-from warpcache.engine import tensorrt_builder, tensorrt_flavour, tensorrt_network
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError, DeviceError, InputError
 from warpcache.engine.spec import TensorSpec
-from warpcache.engine.tensorrt_builder import (
+from warpcache.engine.tensorrt import builder as tensorrt_builder
+from warpcache.engine.tensorrt import flavour as tensorrt_flavour
+from warpcache.engine.tensorrt import network as tensorrt_network
+from warpcache.engine.tensorrt.builder import (
     BuildOptions,
     BuildRequest,
     ShapeProfile,
@@ -33,7 +35,7 @@ from warpcache.engine.tensorrt_builder import (
     build_engine_isolated,
     build_engines_isolated,
 )
-from warpcache.engine.tensorrt_flavour import Flavour
+from warpcache.engine.tensorrt.flavour import Flavour
 
 TARGETS = ("sm_86", "sm_89", "sm_120")
 X = TensorSpec("x", "float32", (1, 3))

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..kernels.array import DeviceArray
-from .cpu.device import Event
-from .cuda.device import CudaDevice, CudaStream, DeviceMemory
-from .device.bindings import DeviceBindings, ports_of, refuse_overlap
-from .errors import BackendError, ClosedError
+from ...kernels.array import DeviceArray
+from ..cpu.device import Event
+from ..cuda.device import CudaDevice, CudaStream, DeviceMemory
+from ..device.bindings import DeviceBindings, ports_of, refuse_overlap
+from ..errors import BackendError, ClosedError
+from ..spec import TensorSpec
+from .flavour import Flavour, deferred_interrupt
+from .io import IoTensor, check_io, dtype_name
 from .runtime_cache import RuntimeCacheFile
-from .spec import TensorSpec
-from .tensorrt_flavour import Flavour, deferred_interrupt
-from .tensorrt_io import IoTensor, check_io, dtype_name
 
 __all__ = ["TensorRtModule"]
 

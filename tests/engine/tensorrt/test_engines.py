@@ -13,13 +13,13 @@ from typing import Any
 import onnx
 import pytest
 
-from warpcache.engine import tensorrt_builder
-from warpcache.engine.building import build_engines, engine_key, precision_of, without_kernels
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
-from warpcache.engine.engine_cache import EngineCache
 from warpcache.engine.errors import BackendError
-from warpcache.engine.tensorrt_flavour import Flavour
-from warpcache.engine.tensorrt_options import BuildOptions
+from warpcache.engine.tensorrt import builder as tensorrt_builder
+from warpcache.engine.tensorrt.engine_cache import EngineCache
+from warpcache.engine.tensorrt.engines import build_engines, engine_key, precision_of, without_kernels
+from warpcache.engine.tensorrt.flavour import Flavour
+from warpcache.engine.tensorrt.options import BuildOptions
 from warpcache.kernels.driver import Context
 
 TARGETS = ("sm_89", "sm_86")
@@ -145,7 +145,9 @@ def test_what_another_process_built_meanwhile_is_taken(
 
     ours = Late(tmp_path / "ours")
     ours.folder.mkdir()
-    monkeypatch.setattr("warpcache.engine.building.build_engines_isolated", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr(
+        "warpcache.engine.tensorrt.engines.build_engines_isolated", lambda *_, **__: pytest.fail("built again")
+    )
     found = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=ours)
     assert all(built.reused for built in found)
     assert [built.engine for built in found] == [built.engine for built in theirs]
@@ -177,7 +179,9 @@ def test_gpus_that_do_not_compute_in_a_precision_are_refused(
     bundle = Bundle.open(make_bundle())
     created = {**bundle.manifest.created, "precision": {"precision": precision}}
     bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, created=created))
-    monkeypatch.setattr("warpcache.engine.building.build_engines_isolated", lambda *_, **__: pytest.fail("built"))
+    monkeypatch.setattr(
+        "warpcache.engine.tensorrt.engines.build_engines_isolated", lambda *_, **__: pytest.fail("built")
+    )
     with pytest.raises(BackendError, match=rf"^{precision} does not run on {', '.join(lacking)}: it takes sm_8"):
         build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(tmp_path / "engines"))
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import BackendError
-from .spec import TensorSpec
+from ..errors import BackendError
+from ..spec import TensorSpec
 
 __all__ = ["IoTensor", "check_io", "dtype_name"]
 

@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError, DeviceError, InputError, WarpcacheError
-from .spec import TensorSpec
-from .tensorrt_flavour import Flavour
-from .tensorrt_network import build_engine
-from .tensorrt_options import BuildOptions, ShapeProfile
+from ..errors import BackendError, DeviceError, InputError, WarpcacheError
+from ..spec import TensorSpec
+from .flavour import Flavour
+from .network import build_engine
+from .options import BuildOptions, ShapeProfile
 
 __all__ = [
     "BuildOptions",

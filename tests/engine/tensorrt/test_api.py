@@ -25,7 +25,7 @@ import pytest
 import tests_software_tensorrt
 import tests_software_tensorrt_full
 
-from warpcache.engine.tensorrt_flavour import Flavour
+from warpcache.engine.tensorrt.flavour import Flavour
 
 # What prints the surface of a bindings module as JSON: class -> attribute -> its docstring, which holds the signature.
 DUMP = """

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..kernels.driver import Context
-from .bundle.external_data import GraphNode, graph_nodes
-from .errors import BackendError, BundleError
-from .spec import TensorSpec
-from .tensorrt_flavour import Flavour, deferred_interrupt
-from .tensorrt_io import IoTensor, check_io, dtype_name
-from .tensorrt_options import BuildOptions, ShapeProfile
+from ...kernels.driver import Context
+from ..bundle.external_data import GraphNode, graph_nodes
+from ..errors import BackendError, BundleError
+from ..spec import TensorSpec
+from .flavour import Flavour, deferred_interrupt
+from .io import IoTensor, check_io, dtype_name
+from .options import BuildOptions, ShapeProfile
 
 __all__ = ["build_engine"]
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..kernels.driver import Context
-from .bundle.bundle import Bundle
+from ...kernels.driver import Context
+from ..bundle.bundle import Bundle
+from ..errors import BackendError, InputError, WarpcacheError
+from .builder import BuildRequest, build_engines_isolated
 from .engine_cache import EngineCache, EngineKey
-from .errors import BackendError, InputError, WarpcacheError
-from .tensorrt_builder import BuildRequest, build_engines_isolated
-from .tensorrt_flavour import Flavour
-from .tensorrt_options import BuildOptions
+from .flavour import Flavour
+from .options import BuildOptions
 
 __all__ = ["BuiltEngine", "Progress", "build_engines", "check_targets", "engine_key", "precision_of", "without_kernels"]
 

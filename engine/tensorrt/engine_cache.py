@@ -23,11 +23,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..kernels.compiler import cache_folder
-from .bundle.graph_digest import graph_digest
-from .errors import BackendError, InputError
-from .files.lock import FileLock
-from .spec import TensorSpec
+from ...kernels.compiler import cache_folder
+from ..bundle.graph_digest import graph_digest
+from ..errors import BackendError, InputError
+from ..files.lock import FileLock
+from ..spec import TensorSpec
 
 __all__ = ["EngineCache", "EngineKey", "default_folder", "graph_digest"]
 

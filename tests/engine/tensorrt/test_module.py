@@ -21,10 +21,10 @@ from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import Array, TensorSpec
-from warpcache.engine.tensorrt_builder import BuildOptions, ShapeProfile, build_engine, build_engine_isolated
-from warpcache.engine.tensorrt_builder import BuildRequest as Request
-from warpcache.engine.tensorrt_flavour import CURRENT, Flavour
-from warpcache.engine.tensorrt_module import TensorRtModule
+from warpcache.engine.tensorrt.builder import BuildOptions, ShapeProfile, build_engine, build_engine_isolated
+from warpcache.engine.tensorrt.builder import BuildRequest as Request
+from warpcache.engine.tensorrt.flavour import CURRENT, Flavour
+from warpcache.engine.tensorrt.module import TensorRtModule
 from warpcache.kernels.array import DeviceArray
 
 X = TensorSpec("x", "float32", (1, 3, 16, 16))

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tests_software_tensorrt import software_flavour
 
-from warpcache.engine import tensorrt_flavour
 from warpcache.engine.errors import BackendError, DeviceError
-from warpcache.engine.tensorrt_flavour import CURRENT, Flavour
+from warpcache.engine.tensorrt import flavour as tensorrt_flavour
+from warpcache.engine.tensorrt.flavour import CURRENT, Flavour
 
 
 def fake(version: str = "10.13.0", **names: Any) -> Any:
@@ -31,7 +31,7 @@ def test_tensorrt_rtx_builds_for_the_gpus_that_it_names():
 
 def test_importing_the_package_imports_no_tensorrt():
     code = (
-        "import sys, warpcache.engine.tensorrt_module, warpcache.engine.tensorrt_builder; "
+        "import sys, warpcache.engine.tensorrt.module, warpcache.engine.tensorrt.builder; "
         "sys.exit(any(name.startswith('tensorrt') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from warpcache.engine.runtime_cache import RuntimeCacheFile
+from warpcache.engine.tensorrt.runtime_cache import RuntimeCacheFile
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from ..kernels.driver import Context
-from .errors import BackendError, DeviceError
+from ...kernels.driver import Context
+from ..errors import BackendError, DeviceError
 
 __all__ = ["CURRENT", "Flavour", "FlavourName", "Log", "deferred_interrupt"]
 

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from warpcache.engine import engine_cache
-from warpcache.engine.engine_cache import EngineCache, EngineKey, default_folder
 from warpcache.engine.errors import BackendError, InputError
 from warpcache.engine.spec import TensorSpec
+from warpcache.engine.tensorrt import engine_cache
+from warpcache.engine.tensorrt.engine_cache import EngineCache, EngineKey, default_folder
 
-LOGGER = "warpcache.engine.engine_cache"
+LOGGER = "warpcache.engine.tensorrt.engine_cache"
 ENGINE = bytes(range(256)) * 2
 
 
