@@ -19,9 +19,9 @@ from ..engine.metrics.lpips import SMALLEST_SIDE
 from .adapter import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer
 from .adapter_graph import choose_configs, consumer_graph, producer_graph
 from .clip import Stream
-from .compile_options import CompileOptions
 from .cut import CutCandidate
 from .distill import Distillation, DistillOptions
+from .options import CompileOptions
 from .perceptual import PerceptualLoss
 from .recording import Progress, record
 from .split import SplitModels

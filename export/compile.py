@@ -27,11 +27,11 @@ from .branches import train_branches
 from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
 from .clip import Clip, Stream, training_and_held
-from .compile_options import DEFAULT_STEPS, CompileOptions
 from .cut import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from .distill import read_plan
 from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
 from .manifest_draft import WHOLE, draft_manifest, measure_costs
+from .options import DEFAULT_STEPS, CompileOptions
 from .predictor import thumbnail_graph
 from .profile import profile_nodes
 from .promise_check import check_promise

@@ -10,8 +10,8 @@ from ..engine.metrics.lpips import Lpips
 from ..engine.promise.calibration import metric_option
 from ..engine.promise.conformal import allowed_losses
 from ..engine.spec import AGE_INPUT
-from .compile_options import CompileOptions
 from .graph import GraphIndex
+from .options import CompileOptions
 from .promising import split_blocks
 from .subject import Subject
 
