@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from warpcache.export.adapter import AdapterConfig, Surface
+from warpcache.export.adapter.network import AdapterConfig, Surface
 from warpcache.export.compile import CompileOptions, compile_generator
 from warpcache.inputs import InputStream
 from warpcache.models.head import SyntheticHead

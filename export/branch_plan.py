@@ -12,11 +12,11 @@ from onnx import ModelProto
 
 from ..engine.errors import ExportError
 from ..engine.spec import Array
+from .adapter.recording import Progress, frames_of
 from .branch_graph import branch_graph, lookup_graph, prefix_graph
 from .graph import GraphIndex, extract
 from .guide_bank import GuideBank, GuideLookup, fit_keys, guide_value, k_centres, make_bank, pool_features
 from .profile import profile_nodes, time_model
-from .recording import Progress, frames_of
 from .run import frame_at, open_session, run_session
 from .slim import depths, slim
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array
+from .adapter.recording import Progress
 from .branch_graph import branch_graph, lookup_graph, prefix_graph
 from .branch_plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
 from .branch_training import BranchNetwork, BranchTraining, TrainOptions
@@ -29,7 +30,6 @@ from .checkpoint import checkpoint_plan
 from .graph import GraphIndex
 from .graph_module import GraphModule
 from .profile import time_model
-from .recording import Progress
 
 __all__ = ["Branch", "BranchOptions", "default_costs", "train_branches"]
 

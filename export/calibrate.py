@@ -11,8 +11,8 @@ from onnx import ModelProto
 from ..engine.metrics.images import available_metrics, measure_frames
 from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
+from .adapter.recording import Progress, frames_of
 from .graph import GraphIndex
-from .recording import Progress, frames_of
 from .run import open_session, run_session
 
 __all__ = ["FROZEN", "calibrate"]

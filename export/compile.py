@@ -21,14 +21,15 @@ from ..engine.bundle.manifest import ExitRecord
 from ..engine.errors import InputError
 from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
-from .adapter import AdapterLayout, Surface
-from .adapter_training import AdapterTraining, perceptual_loss
+from .adapter.distill import read_plan
+from .adapter.network import AdapterLayout, Surface
+from .adapter.recording import Progress
+from .adapter.training import AdapterTraining, perceptual_loss
 from .branches import train_branches
 from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
 from .clip import Clip, Stream, training_and_held
 from .cut import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
-from .distill import read_plan
 from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
 from .manifest_draft import WHOLE, draft_manifest, measure_costs
 from .options import DEFAULT_STEPS, CompileOptions
@@ -36,7 +37,6 @@ from .predictor import thumbnail_graph
 from .profile import profile_nodes
 from .promise_check import check_promise
 from .promising import CALIBRATION_FILE, PromiseOptions, make_promise
-from .recording import Progress
 from .run import frame_at
 from .split import check_exact, split
 from .subject import Subject

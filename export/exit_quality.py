@@ -15,8 +15,8 @@ from ..engine.metrics.images import available_metrics, measure_frames
 from ..engine.metrics.lpips import Lpips
 from ..engine.promise.calibration import canonical_metric, to_score
 from ..engine.spec import Array
+from .adapter.recording import Progress
 from .graph import GraphIndex
-from .recording import Progress
 from .run import frame_at, open_session, run_session
 
 __all__ = ["Measured", "measure_exits", "reads_cache"]

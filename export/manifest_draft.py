@@ -12,10 +12,10 @@ from onnx import ModelProto
 from .. import __version__
 from ..engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from ..engine.spec import Array, TensorSpec
+from .adapter.recording import spec_of
 from .cut import CutCandidate
 from .graph import GraphIndex
 from .profile import time_model
-from .recording import spec_of
 from .run import open_session, run_session
 from .split import SplitModels
 from .subject import Subject

@@ -11,7 +11,7 @@ from typing import Any
 from ..engine.errors import InputError
 from ..engine.metrics.lpips import LPIPS_VARIABLE
 from ..engine.promise.calibration import canonical_metric
-from .adapter import AdapterConfig
+from .adapter.network import AdapterConfig
 from .branches import BranchOptions
 from .cut import AUTO
 from .promising import PromiseOptions

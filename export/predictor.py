@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine.spec import AGE_INPUT
-from .adapter import CACHE_ATLAS, AdapterLayout, ImageInput, Surface, _sample
+from .adapter.network import CACHE_ATLAS, AdapterLayout, ImageInput, Surface, _sample
 from .trace import export_module
 
 __all__ = [

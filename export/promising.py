@@ -21,12 +21,12 @@ from ..engine.errors import ExportError, InputError
 from ..engine.metrics.lpips import Lpips
 from ..engine.promise.calibration import Calibration, PromiseRecord, Quality, canonical_metric, evaluate
 from ..engine.spec import AGE_INPUT, Array
-from .adapter import CACHE_ATLAS, AdapterLayout
+from .adapter.network import CACHE_ATLAS, AdapterLayout
+from .adapter.recording import Progress
 from .exit_quality import Measured, measure_exits, reads_cache
 from .macs import count_macs
 from .predictor import cold_graph, thumbnail_graph, warm_graph
 from .predictor_fit import fit_predictor
-from .recording import Progress
 from .run import frame_at, open_session, run_session
 
 __all__ = [

@@ -11,10 +11,10 @@ from onnx import ModelProto
 
 from ..engine.errors import InputError
 from ..engine.spec import Array
-from .adapter import AdapterLayout, Surface
+from .adapter.network import AdapterLayout, Surface
+from .adapter.recording import layout_of
 from .clip import Stream
 from .graph import GraphIndex
-from .recording import layout_of
 
 __all__ = ["Subject"]
 

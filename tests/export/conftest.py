@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from warpcache.export.adapter import Surface
+from warpcache.export.adapter.network import Surface
 from warpcache.export.graph import GraphIndex
 from warpcache.export.trace import trace_generator
 from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, rasterize

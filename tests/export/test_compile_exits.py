@@ -20,7 +20,7 @@ from warpcache.engine.errors import ExportError, InputError
 from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality, to_score
 from warpcache.export import compile as compile_module
-from warpcache.export.adapter import AdapterConfig
+from warpcache.export.adapter.network import AdapterConfig
 from warpcache.export.branches import BranchOptions
 from warpcache.export.compile import CompileOptions, compile_generator
 from warpcache.export.graph import load_model

@@ -14,7 +14,7 @@ from onnx import ModelProto
 
 from warpcache.engine.errors import ExportError
 from warpcache.engine.spec import AGE_INPUT
-from warpcache.export.adapter import AdapterLayout, ImageInput, Surface, VectorInput
+from warpcache.export.adapter.network import AdapterLayout, ImageInput, Surface, VectorInput
 from warpcache.export.exit_quality import Measured
 from warpcache.export.graph import GraphIndex
 from warpcache.export.predictor import (

@@ -19,7 +19,7 @@ from warpcache.engine.metrics.images import psnr
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import Calibration, Quality, from_score, to_score
 from warpcache.engine.spec import AGE_INPUT
-from warpcache.export.adapter import AdapterLayout, ImageInput, VectorInput
+from warpcache.export.adapter.network import AdapterLayout, ImageInput, VectorInput
 from warpcache.export.exit_quality import Measured, measure_exits, reads_cache
 from warpcache.export.macs import count_macs
 from warpcache.export.predictor import CACHE_THUMBNAIL, thumbnail_graph

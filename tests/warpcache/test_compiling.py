@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from warpcache.cli import cli
 from warpcache.compiling import compile_files
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.export import adapter_training
 from warpcache.export import compile as compile_module
-from warpcache.export.adapter import AdapterConfig
+from warpcache.export.adapter import training as adapter_training
+from warpcache.export.adapter.distill import Distillation
+from warpcache.export.adapter.network import AdapterConfig
 from warpcache.export.compile import CompileOptions
-from warpcache.export.distill import Distillation
 from warpcache.export.trace import trace_generator
 
 MODEL = '''

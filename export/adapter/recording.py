@@ -10,11 +10,11 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array, TensorSpec
-from .adapter import AdapterConfig, AdapterLayout, ImageInput, Surface, VectorInput, at_working_grid
-from .graph import GraphIndex, give_out
-from .run import frame_at, open_session, run_session
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array, TensorSpec
+from ..graph import GraphIndex, give_out
+from ..run import frame_at, open_session, run_session
+from .network import AdapterConfig, AdapterLayout, ImageInput, Surface, VectorInput, at_working_grid
 
 __all__ = ["Progress", "Recording", "frames_of", "layout_of", "record"]
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from warpcache.engine.errors import ExportError
-from warpcache.export import adapter_graph
-from warpcache.export.adapter import (
+from warpcache.export.adapter import graphs as adapter_graph
+from warpcache.export.adapter.graphs import LADDER, choose_config, consumer_graph, producer_graph
+from warpcache.export.adapter.network import (
     AdapterConfig,
     AdapterLayout,
     CacheEncoder,
@@ -27,10 +28,9 @@ from warpcache.export.adapter import (
     _sample_cubic,
     image_planes,
 )
-from warpcache.export.adapter_graph import LADDER, choose_config, consumer_graph, producer_graph
+from warpcache.export.adapter.recording import layout_of, working_tap
 from warpcache.export.graph import GraphIndex
 from warpcache.export.profile import Timing
-from warpcache.export.recording import layout_of, working_tap
 from warpcache.export.run import run_model
 from warpcache.export.split import split
 from warpcache.export.trace import export_module

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.errors import ExportError
+from ...engine.errors import ExportError
 
 __all__ = ["AdapterConfig", "AdapterLayout", "CacheEncoder", "ImageInput", "Surface", "VectorInput", "WarpConsumer"]
 

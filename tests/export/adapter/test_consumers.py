@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from warpcache.engine.errors import ExportError
-from warpcache.export import adapter_graph
-from warpcache.export.adapter import AdapterConfig, AdapterLayout, CacheEncoder, ImageInput, WarpConsumer
-from warpcache.export.adapter_graph import CHEAPER, LADDER, choose_config, choose_configs, smaller_configs
-from warpcache.export.distill import Distillation, DistillOptions
+from warpcache.export.adapter import graphs as adapter_graph
+from warpcache.export.adapter.distill import Distillation, DistillOptions
+from warpcache.export.adapter.graphs import CHEAPER, LADDER, choose_config, choose_configs, smaller_configs
+from warpcache.export.adapter.network import AdapterConfig, AdapterLayout, CacheEncoder, ImageInput, WarpConsumer
+from warpcache.export.adapter.recording import Recording
 from warpcache.export.profile import Timing
-from warpcache.export.recording import Recording
 
 SIZE = 32
 LARGE = AdapterConfig(stride=4, width=16, blocks=1, features=8, encoder_width=8)

@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.errors import ExportError
-from .adapter import CacheEncoder, WarpConsumer, image_planes
-from .checkpoint import load_checkpoint, save_checkpoint
-from .losses import detail_loss, same_crops
+from ...engine.errors import ExportError
+from ..checkpoint import load_checkpoint, save_checkpoint
+from ..losses import detail_loss, same_crops
+from .network import CacheEncoder, WarpConsumer, image_planes
 from .recording import Recording
 
 __all__ = ["DistillOptions", "Distillation", "read_plan"]

@@ -15,17 +15,17 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from ..engine.metrics.lpips import SMALLEST_SIDE
-from .adapter import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer
-from .adapter_graph import choose_configs, consumer_graph, producer_graph
-from .clip import Stream
-from .cut import CutCandidate
+from ...engine.metrics.lpips import SMALLEST_SIDE
+from ..clip import Stream
+from ..cut import CutCandidate
+from ..options import CompileOptions
+from ..perceptual import PerceptualLoss
+from ..split import SplitModels
+from ..subject import Subject
 from .distill import Distillation, DistillOptions
-from .options import CompileOptions
-from .perceptual import PerceptualLoss
+from .graphs import choose_configs, consumer_graph, producer_graph
+from .network import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer
 from .recording import Progress, record
-from .split import SplitModels
-from .subject import Subject
 
 __all__ = ["AdapterTraining", "TrainedAdapter", "perceptual_loss"]
 

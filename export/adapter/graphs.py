@@ -11,9 +11,13 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from ..engine.errors import ExportError
-from ..engine.spec import Array
-from .adapter import (
+from ...engine.errors import ExportError
+from ...engine.spec import Array
+from ..graph import GraphIndex, give_out, merge, rename_values
+from ..profile import time_model
+from ..split import SplitModels
+from ..trace import export_module
+from .network import (
     CACHE_ATLAS,
     CACHE_FEATURES,
     CACHE_IMAGE,
@@ -23,11 +27,7 @@ from .adapter import (
     WarpConsumer,
     image_planes,
 )
-from .graph import GraphIndex, give_out, merge, rename_values
-from .profile import time_model
 from .recording import Progress, working_tap
-from .split import SplitModels
-from .trace import export_module
 
 __all__ = [
     "CHEAPER",

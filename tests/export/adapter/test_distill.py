@@ -17,9 +17,16 @@ from torch import Tensor
 
 from warpcache.engine.errors import ExportError
 from warpcache.export import checkpoint as checkpoint_module
-from warpcache.export.adapter import AdapterConfig, AdapterLayout, CacheEncoder, ImageInput, VectorInput, WarpConsumer
-from warpcache.export.distill import Distillation, DistillOptions, read_plan
-from warpcache.export.recording import Recording
+from warpcache.export.adapter.distill import Distillation, DistillOptions, read_plan
+from warpcache.export.adapter.network import (
+    AdapterConfig,
+    AdapterLayout,
+    CacheEncoder,
+    ImageInput,
+    VectorInput,
+    WarpConsumer,
+)
+from warpcache.export.adapter.recording import Recording
 
 SIZE = 32
 CONFIG = AdapterConfig(stride=4, width=8, blocks=1, features=8, encoder_width=8)
