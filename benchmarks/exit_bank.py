@@ -25,7 +25,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import PromiseRecord
-from warpcache.export.branches import Branch, BranchOptions, train_branches
+from warpcache.export.branches.branches import Branch, BranchOptions, train_branches
 from warpcache.export.graph import load_model
 from warpcache.export.macs import count_macs
 from warpcache.export.perceptual import PerceptualLoss

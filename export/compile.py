@@ -25,7 +25,7 @@ from .adapter.distill import read_plan
 from .adapter.network import AdapterLayout, Surface
 from .adapter.recording import Progress
 from .adapter.training import AdapterTraining, perceptual_loss
-from .branches import train_branches
+from .branches.branches import train_branches
 from .bundling import bundle_models, refuse_out
 from .calibrate import calibrate
 from .clip import Clip, Stream, training_and_held

@@ -12,7 +12,7 @@ from ..engine.errors import InputError
 from ..engine.metrics.lpips import LPIPS_VARIABLE
 from ..engine.promise.calibration import canonical_metric
 from .adapter.network import AdapterConfig
-from .branches import BranchOptions
+from .branches.branches import BranchOptions
 from .cut import AUTO
 from .promising import PromiseOptions
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..engine.errors import ExportError
 from ..engine.spec import Array
 from .adapter.network import AdapterLayout
+from .branches.guide_bank import k_centres
 from .exit_quality import Measured
-from .guide_bank import k_centres
 from .predictor import BRANCH_DRIFT, LEAST_SPREAD, Features, Head, Predictor, Thumbnail, ThumbnailScale
 
 __all__ = ["fit_predictor"]

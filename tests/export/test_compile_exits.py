@@ -21,7 +21,7 @@ from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality, to_score
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter.network import AdapterConfig
-from warpcache.export.branches import BranchOptions
+from warpcache.export.branches.branches import BranchOptions
 from warpcache.export.compile import CompileOptions, compile_generator
 from warpcache.export.graph import load_model
 from warpcache.export.macs import count_macs

@@ -15,12 +15,12 @@ from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord,
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
 from warpcache.export import conversion as conversion_module
-from warpcache.export.branch_graph import lookup_graph
+from warpcache.export.branches.graphs import lookup_graph
+from warpcache.export.branches.guide_bank import GuideBank, GuideLookup
 from warpcache.export.bundling import bundle_models
 from warpcache.export.calibrate import calibrate
 from warpcache.export.casting import elem_types, emulated
 from warpcache.export.graph import SCOPES_KEY, GraphIndex, load_model, normalise
-from warpcache.export.guide_bank import GuideBank, GuideLookup
 from warpcache.export.lookups import lookup_nodes
 from warpcache.export.precision import PrecisionOptions, convert_bundle
 from warpcache.export.run import run_model

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from warpcache.engine.errors import InputError
-from warpcache.export.branch_training import BranchNetwork, BranchTraining, TrainOptions, _placements
-from warpcache.export.branches import BranchOptions
+from warpcache.export.branches.branches import BranchOptions
+from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions, _placements
 from warpcache.export.graph import GraphIndex
 from warpcache.export.graph_module import GraphModule
 from warpcache.export.run import frame_at, open_session, run_session

@@ -20,16 +20,16 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array
-from .adapter.recording import Progress
-from .branch_graph import branch_graph, lookup_graph, prefix_graph
-from .branch_plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
-from .branch_training import BranchNetwork, BranchTraining, TrainOptions
-from .checkpoint import checkpoint_plan
-from .graph import GraphIndex
-from .graph_module import GraphModule
-from .profile import time_model
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array
+from ..adapter.recording import Progress
+from ..checkpoint import checkpoint_plan
+from ..graph import GraphIndex
+from ..graph_module import GraphModule
+from ..profile import time_model
+from .graphs import branch_graph, lookup_graph, prefix_graph
+from .plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
+from .training import BranchNetwork, BranchTraining, TrainOptions
 
 __all__ = ["Branch", "BranchOptions", "default_costs", "train_branches"]
 

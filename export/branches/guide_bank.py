@@ -19,8 +19,8 @@ from onnx import ModelProto
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.errors import ExportError
-from .graph import GraphIndex
+from ...engine.errors import ExportError
+from ..graph import GraphIndex
 
 __all__ = [
     "NEAREST",

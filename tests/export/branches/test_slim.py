@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
 import random_graphs
 
 from warpcache.engine.errors import ExportError, InputError
+from warpcache.export.branches.slim import GroupWidth, depths, join, slim
 from warpcache.export.graph import GraphIndex, normalise
 from warpcache.export.macs import count_macs
 from warpcache.export.run import run_model
-from warpcache.export.slim import GroupWidth, depths, join, slim
 from warpcache.export.trace import trace_generator
 from warpcache.models.renderer import DeferredNeuralRenderer
 

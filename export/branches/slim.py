@@ -15,11 +15,11 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array
+from ..graph import GraphIndex, copy_model, extract, merge
 from .channel_rules import channel_slice, find_channels
 from .channels import Atoms, Channels, Edit
-from .graph import GraphIndex, copy_model, extract, merge
 
 __all__ = ["Depth", "GroupWidth", "SlimBranch", "depths", "join", "slim"]
 

@@ -15,19 +15,19 @@ import torch
 from onnx import numpy_helper
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export import branch_plan
-from warpcache.export.branch_graph import lookup_graph
-from warpcache.export.branch_plan import BranchPlan, choose_depths, choose_widths, make_guides, untrained_graph
-from warpcache.export.branch_training import BranchNetwork, BranchTraining, TrainOptions
-from warpcache.export.branches import Branch, BranchOptions, default_costs, train_branches
+from warpcache.export.branches import plan as branch_plan
+from warpcache.export.branches.branches import Branch, BranchOptions, default_costs, train_branches
+from warpcache.export.branches.graphs import lookup_graph
+from warpcache.export.branches.guide_bank import guide_value, pool_features
+from warpcache.export.branches.plan import BranchPlan, choose_depths, choose_widths, make_guides, untrained_graph
+from warpcache.export.branches.slim import slim
+from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions
 from warpcache.export.checkpoint import checkpoint_plan
 from warpcache.export.graph import GraphIndex, give_out
 from warpcache.export.graph_module import GraphModule
-from warpcache.export.guide_bank import guide_value, pool_features
 from warpcache.export.macs import count_macs
 from warpcache.export.profile import Timing
 from warpcache.export.run import frame_at, open_session, run_session
-from warpcache.export.slim import slim
 from warpcache.export.weights import shared_weights
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from onnx import ModelProto, helper, numpy_helper
 
-from .graph import GraphIndex, extract, merge, rename_values
+from ..graph import GraphIndex, extract, merge, rename_values
+from ..trace import export_module
 from .guide_bank import GuideLookup
-from .trace import export_module
 
 __all__ = ["branch_graph", "lookup_graph", "prefix_graph"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
-from ..engine.spec import Array
+from ...engine.spec import Array
+from ..graph_batch import ELEMENTWISE
 from .channels import Channels, Label
-from .graph_batch import ELEMENTWISE
 
 __all__ = ["channel_slice", "find_channels"]
 

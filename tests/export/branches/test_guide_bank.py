@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from warpcache.engine.errors import ExportError
-from warpcache.export.graph import GraphIndex
-from warpcache.export.guide_bank import (
+from warpcache.export.branches.guide_bank import (
     NEAREST,
     GuideBank,
     GuideLookup,
@@ -26,6 +25,7 @@ from warpcache.export.guide_bank import (
     make_bank,
     pool_features,
 )
+from warpcache.export.graph import GraphIndex
 from warpcache.export.run import run_model
 from warpcache.export.trace import export_module
 

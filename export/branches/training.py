@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.errors import ExportError
-from .checkpoint import load_checkpoint, one_cycle, save_checkpoint
-from .graph_module import GraphModule
+from ...engine.errors import ExportError
+from ..checkpoint import load_checkpoint, one_cycle, save_checkpoint
+from ..graph_module import GraphModule
+from ..losses import detail_loss, same_crops
 from .guide_bank import GuideBank, GuideLookup, pool_features
-from .losses import detail_loss, same_crops
 
 __all__ = ["BranchNetwork", "BranchTraining", "TrainOptions"]
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from ..engine.errors import ExportError
-from ..engine.spec import Array
-from .graph import GraphIndex
+from ...engine.errors import ExportError
+from ...engine.spec import Array
+from ..graph import GraphIndex
 
 __all__ = ["Atoms", "Channels", "Edit", "Label"]
 
