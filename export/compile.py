@@ -26,12 +26,12 @@ from .adapter.network import AdapterLayout, Surface
 from .adapter.recording import Progress
 from .adapter.training import AdapterTraining, perceptual_loss
 from .branches.branches import train_branches
-from .bundling import bundle_models, refuse_out
+from .bundle.manifest import WHOLE, draft_manifest, measure_costs
+from .bundle.write import bundle_models, refuse_out
 from .calibrate import calibrate
 from .clip import Clip, Stream, training_and_held
 from .cut import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
-from .manifest_draft import WHOLE, draft_manifest, measure_costs
 from .options import DEFAULT_STEPS, CompileOptions
 from .predictor import thumbnail_graph
 from .profile import profile_nodes

@@ -19,7 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import TensorSpec
-from .weights import shared_weights
+from .bundle.weights import shared_weights
 
 __all__ = [
     "SCOPES_KEY",

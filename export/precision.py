@@ -25,14 +25,14 @@ from ..engine.bundle.manifest import Manifest
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array, TensorSpec
 from .adapter.recording import Progress
-from .bundling import bundle_models, refuse_out
+from .bundle.weights import WEIGHTS_FILE
+from .bundle.write import bundle_models, refuse_out
 from .calibrate import calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
 from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept, reads_cache
 from .quantize import METHODS, QuantType, RangeCollector
 from .run import frame_at, open_session, run_session
-from .weights import WEIGHTS_FILE
 
 __all__ = ["Precision", "PrecisionOptions", "convert_bundle"]
 

@@ -23,11 +23,11 @@ from warpcache.engine.bundle import bundle as bundle_module
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BundleError, ExportError, InputError, WarpcacheError
 from warpcache.engine.metrics.images import psnr
-from warpcache.export import bundling
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import training as adapter_training
 from warpcache.export.adapter.graphs import LADDER, choose_configs
 from warpcache.export.adapter.network import AdapterConfig, AdapterLayout, Surface
+from warpcache.export.bundle import write as bundling
 from warpcache.export.compile import CompileOptions, compile_generator, split_model
 from warpcache.export.run import run_model
 from warpcache.inputs import InputStream

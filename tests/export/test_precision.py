@@ -18,7 +18,7 @@ from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BundleError, ExportError, InputError
 from warpcache.engine.spec import TensorSpec
 from warpcache.export import precision as precision_module
-from warpcache.export.bundling import bundle_models
+from warpcache.export.bundle.write import bundle_models
 from warpcache.export.calibrate import calibrate
 from warpcache.export.casting import elem_types, emulated
 from warpcache.export.graph import SCOPES_KEY, GraphIndex, load_model, normalise

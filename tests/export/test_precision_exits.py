@@ -17,7 +17,7 @@ from warpcache.engine.spec import AGE_SPEC, TensorSpec
 from warpcache.export import conversion as conversion_module
 from warpcache.export.branches.graphs import lookup_graph
 from warpcache.export.branches.guide_bank import GuideBank, GuideLookup
-from warpcache.export.bundling import bundle_models
+from warpcache.export.bundle.write import bundle_models
 from warpcache.export.calibrate import calibrate
 from warpcache.export.casting import elem_types, emulated
 from warpcache.export.graph import SCOPES_KEY, GraphIndex, load_model, normalise

@@ -22,13 +22,13 @@ from warpcache.export.branches.guide_bank import guide_value, pool_features
 from warpcache.export.branches.plan import BranchPlan, choose_depths, choose_widths, make_guides, untrained_graph
 from warpcache.export.branches.slim import slim
 from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions
+from warpcache.export.bundle.weights import shared_weights
 from warpcache.export.checkpoint import checkpoint_plan
 from warpcache.export.graph import GraphIndex, give_out
 from warpcache.export.graph_module import GraphModule
 from warpcache.export.macs import count_macs
 from warpcache.export.profile import Timing
 from warpcache.export.run import frame_at, open_session, run_session
-from warpcache.export.weights import shared_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from ..engine.bundle.bundle import Bundle, write_bundle
-from ..engine.bundle.manifest import Manifest
-from ..engine.errors import BundleError
+from ...engine.bundle.bundle import Bundle, write_bundle
+from ...engine.bundle.manifest import Manifest
+from ...engine.errors import BundleError
 from .weights import WEIGHTS_FILE, shared_weights
 
 __all__ = ["bundle_models", "refuse_out"]
