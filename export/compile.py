@@ -30,7 +30,8 @@ from .bundle.manifest import WHOLE, draft_manifest, measure_costs
 from .bundle.write import bundle_models, refuse_out
 from .calibrate import calibrate
 from .clip import Clip, Stream, training_and_held
-from .cut import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
+from .cut.rank import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
+from .cut.split import check_exact, split
 from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
 from .options import DEFAULT_STEPS, CompileOptions
 from .predictor import thumbnail_graph
@@ -38,7 +39,6 @@ from .profile import profile_nodes
 from .promise_check import check_promise
 from .promising import CALIBRATION_FILE, PromiseOptions, make_promise
 from .run import frame_at
-from .split import check_exact, split
 from .subject import Subject
 from .trace import input_names_of, trace_generator
 

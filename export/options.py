@@ -13,7 +13,7 @@ from ..engine.metrics.lpips import LPIPS_VARIABLE
 from ..engine.promise.calibration import canonical_metric
 from .adapter.network import AdapterConfig
 from .branches.branches import BranchOptions
-from .cut import AUTO
+from .cut.rank import AUTO
 from .promising import PromiseOptions
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions"]

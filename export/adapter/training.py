@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ...engine.metrics.lpips import SMALLEST_SIDE
 from ..clip import Stream
-from ..cut import CutCandidate
+from ..cut.rank import CutCandidate
+from ..cut.split import SplitModels
 from ..options import CompileOptions
 from ..perceptual import PerceptualLoss
-from ..split import SplitModels
 from ..subject import Subject
 from .distill import Distillation, DistillOptions
 from .graphs import choose_configs, consumer_graph, producer_graph

@@ -13,11 +13,11 @@ from ... import __version__
 from ...engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from ...engine.spec import Array, TensorSpec
 from ..adapter.recording import spec_of
-from ..cut import CutCandidate
+from ..cut.rank import CutCandidate
+from ..cut.split import SplitModels
 from ..graph import GraphIndex
 from ..profile import time_model
 from ..run import open_session, run_session
-from ..split import SplitModels
 from ..subject import Subject
 
 __all__ = ["WHOLE", "draft_manifest", "measure_costs"]

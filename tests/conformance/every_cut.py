@@ -16,10 +16,10 @@ from onnx.backend.test.loader import load_model_tests
 from onnx_cases import all_node_cases, array_of, lowered
 
 from warpcache.engine.errors import ExportError
-from warpcache.export.cut import CutCandidate, _Finder
+from warpcache.export.cut.rank import CutCandidate, _Finder
+from warpcache.export.cut.split import check_exact, split
 from warpcache.export.graph import node_names, normalise
 from warpcache.export.run import open_session, run_session
-from warpcache.export.split import check_exact, split
 
 # The newest that ONNX Runtime takes, and the oldest that it has all kernels for.
 _NEWEST, _OLDEST = 26, 7

@@ -9,10 +9,10 @@ import pytest
 from onnx import numpy_helper
 
 from warpcache.engine.errors import ExportError
-from warpcache.export.cut import enumerate_cuts
+from warpcache.export.cut.rank import enumerate_cuts
+from warpcache.export.cut.split import check_exact, split
 from warpcache.export.fusion import block_channels, find_fusions
 from warpcache.export.graph import GraphIndex, normalise
-from warpcache.export.split import check_exact, split
 
 BLOCK = block_channels()
 needs_blocks = pytest.mark.skipif(BLOCK is None, reason="this processor's ONNX Runtime has no blocked layout")

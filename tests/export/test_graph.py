@@ -15,7 +15,8 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export.cut import enumerate_cuts
+from warpcache.export.cut.rank import enumerate_cuts
+from warpcache.export.cut.split import split
 from warpcache.export.graph import (
     GraphIndex,
     extract,
@@ -28,7 +29,6 @@ from warpcache.export.graph import (
     shared_weights,
 )
 from warpcache.export.run import open_session, run_model, run_session
-from warpcache.export.split import split
 
 Trace = Callable[[str], Any]
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'

@@ -29,10 +29,10 @@ from warpcache.export.adapter.network import (
     image_planes,
 )
 from warpcache.export.adapter.recording import layout_of, working_tap
+from warpcache.export.cut.split import split
 from warpcache.export.graph import GraphIndex
 from warpcache.export.profile import Timing
 from warpcache.export.run import run_model
-from warpcache.export.split import split
 from warpcache.export.trace import export_module
 from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, rasterize
 

@@ -12,10 +12,10 @@ import onnx.parser
 import pytest
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export.cut import enumerate_cuts
+from warpcache.export.cut.rank import enumerate_cuts
+from warpcache.export.cut.split import SplitModels, check_exact, split
 from warpcache.export.graph import GraphIndex, normalise, rename_values
 from warpcache.export.run import open_session, run_model, run_session
-from warpcache.export.split import SplitModels, check_exact, split
 
 Trace = Callable[[str], Any]
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
-from ..engine.bundle.manifest import CACHE_PREFIX
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array, TensorSpec
-from .graph import GraphIndex, extract, rename_values
-from .run import open_session, run_session
+from ...engine.bundle.manifest import CACHE_PREFIX
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array, TensorSpec
+from ..graph import GraphIndex, extract, rename_values
+from ..run import open_session, run_session
 
 if TYPE_CHECKING:
-    from .cut import CutCandidate
+    from .rank import CutCandidate
 
 __all__ = ["SplitModels", "check_exact", "split"]
 

@@ -14,11 +14,11 @@ import onnx.utils
 import pytest
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export import cut as cut_module
-from warpcache.export.cut import CutCandidate, choose_cut, enumerate_cuts, rank_cuts
+from warpcache.export.cut import rank as cut_module
+from warpcache.export.cut.rank import CutCandidate, choose_cut, enumerate_cuts, rank_cuts
+from warpcache.export.cut.split import check_exact, split
 from warpcache.export.graph import GraphIndex, normalise
 from warpcache.export.profile import profile_nodes
-from warpcache.export.split import check_exact, split
 
 Trace = Callable[[str], Any]
 
