@@ -29,9 +29,10 @@ from .branches.branches import train_branches
 from .bundle.manifest import WHOLE, draft_manifest, measure_costs
 from .bundle.write import bundle_models, refuse_out
 from .calibrate import calibrate
-from .clip import Clip, Stream, training_and_held
 from .cut.rank import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from .cut.split import check_exact, split
+from .frames.clip import Clip, Stream, training_and_held
+from .frames.subject import Subject
 from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
 from .options import DEFAULT_STEPS, CompileOptions
 from .predictor import thumbnail_graph
@@ -39,7 +40,6 @@ from .profile import profile_nodes
 from .promise_check import check_promise
 from .promising import CALIBRATION_FILE, PromiseOptions, make_promise
 from .run import frame_at
-from .subject import Subject
 from .trace import input_names_of, trace_generator
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "split_model"]

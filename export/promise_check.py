@@ -10,10 +10,10 @@ from ..engine.metrics.lpips import Lpips
 from ..engine.promise.calibration import metric_option
 from ..engine.promise.conformal import allowed_losses
 from ..engine.spec import AGE_INPUT
+from .frames.subject import Subject
 from .graph import GraphIndex
 from .options import CompileOptions
 from .promising import split_blocks
-from .subject import Subject
 
 __all__ = ["check_promise", "least_held_frames"]
 

@@ -16,12 +16,12 @@ from onnx import ModelProto
 from torch import Tensor
 
 from ...engine.metrics.lpips import SMALLEST_SIDE
-from ..clip import Stream
 from ..cut.rank import CutCandidate
 from ..cut.split import SplitModels
+from ..frames.clip import Stream
+from ..frames.subject import Subject
 from ..options import CompileOptions
 from ..perceptual import PerceptualLoss
-from ..subject import Subject
 from .distill import Distillation, DistillOptions
 from .graphs import choose_configs, consumer_graph, producer_graph
 from .network import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer

@@ -15,10 +15,10 @@ from ...engine.spec import Array, TensorSpec
 from ..adapter.recording import spec_of
 from ..cut.rank import CutCandidate
 from ..cut.split import SplitModels
+from ..frames.subject import Subject
 from ..graph import GraphIndex
 from ..profile import time_model
 from ..run import open_session, run_session
-from ..subject import Subject
 
 __all__ = ["WHOLE", "draft_manifest", "measure_costs"]
 

@@ -9,12 +9,12 @@ from functools import cached_property
 import numpy as np
 from onnx import ModelProto
 
-from ..engine.errors import InputError
-from ..engine.spec import Array
-from .adapter.network import AdapterLayout, Surface
-from .adapter.recording import layout_of
+from ...engine.errors import InputError
+from ...engine.spec import Array
+from ..adapter.network import AdapterLayout, Surface
+from ..adapter.recording import layout_of
+from ..graph import GraphIndex
 from .clip import Stream
-from .graph import GraphIndex
 
 __all__ = ["Subject"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..engine.errors import InputError
-from ..engine.spec import Array
+from ...engine.errors import InputError
+from ...engine.spec import Array
 
 __all__ = ["HOLDOUT_SHARE", "Clip", "Stream", "training_and_held"]
 
