@@ -26,10 +26,10 @@ from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import PromiseRecord
 from warpcache.export.branches.branches import Branch, BranchOptions, train_branches
-from warpcache.export.graph import load_model
-from warpcache.export.macs import count_macs
+from warpcache.export.graph.macs import count_macs
+from warpcache.export.graph.run import open_session, run_session
+from warpcache.export.graph.surgery import load_model
 from warpcache.export.perceptual import PerceptualLoss
-from warpcache.export.run import open_session, run_session
 from warpcache.progress import ProgressBar
 from warpcache.report import environment
 

@@ -268,7 +268,7 @@ def _make(
     if not name.startswith("torch"):
         whole = stack.enter_context(_engine(bundle, Policy.parse("full"), device, name, threads))
         return WarpcacheContender(name, whole, _image(bundle))
-    from warpcache.export.trace import input_names_of, load_factory, load_weights
+    from warpcache.export.graph.trace import input_names_of, load_factory, load_weights
 
     assert generator is not None
     module = load_factory(generator)

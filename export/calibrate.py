@@ -12,8 +12,8 @@ from ..engine.metrics.images import available_metrics, measure_frames
 from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
 from .adapter.recording import Progress, frames_of
-from .graph import GraphIndex
-from .run import open_session, run_session
+from .graph.run import open_session, run_session
+from .graph.surgery import GraphIndex
 
 __all__ = ["FROZEN", "calibrate"]
 

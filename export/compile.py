@@ -33,14 +33,14 @@ from .cut.rank import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from .cut.split import check_exact, split
 from .frames.clip import Clip, Stream, training_and_held
 from .frames.subject import Subject
-from .graph import GraphIndex, fix_input_shapes, input_names, merge, normalise
+from .graph.profile import profile_nodes
+from .graph.run import frame_at
+from .graph.surgery import GraphIndex, fix_input_shapes, input_names, merge, normalise
+from .graph.trace import input_names_of, trace_generator
 from .options import DEFAULT_STEPS, CompileOptions
 from .predictor import thumbnail_graph
-from .profile import profile_nodes
 from .promise_check import check_promise
 from .promising import CALIBRATION_FILE, PromiseOptions, make_promise
-from .run import frame_at
-from .trace import input_names_of, trace_generator
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "split_model"]
 

@@ -13,8 +13,8 @@ from ..engine.bundle.bundle import Bundle
 from ..engine.bundle.manifest import CACHE_PREFIX, PREDICTORS
 from ..engine.errors import InputError
 from .casting import Casting, HalfType, Reason, cast_model, coordinate_values
-from .graph import GraphIndex, load_model, normalise
-from .lookups import lookup_nodes
+from .graph.lookups import lookup_nodes
+from .graph.surgery import GraphIndex, load_model, normalise
 from .parity import PRODUCER
 from .quantize import Histogram, QuantType, quantisable, quantise, scales
 

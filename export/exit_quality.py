@@ -16,8 +16,8 @@ from ..engine.metrics.lpips import Lpips
 from ..engine.promise.calibration import canonical_metric, to_score
 from ..engine.spec import Array
 from .adapter.recording import Progress
-from .graph import GraphIndex
-from .run import frame_at, open_session, run_session
+from .graph.run import frame_at, open_session, run_session
+from .graph.surgery import GraphIndex
 
 __all__ = ["Measured", "measure_exits", "reads_cache"]
 

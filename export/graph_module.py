@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..engine.errors import ExportError, InputError
 from ..engine.spec import Array
-from .graph import GraphIndex, copy_model, extract
+from .graph.run import run_model
+from .graph.surgery import GraphIndex, copy_model, extract
 from .graph_batch import mixes_frames
 from .graph_calls import Call, Run
 from .graph_fuse import find_chains
 from .graph_ops import OPERATORS, SETTINGS
-from .run import run_model
 
 __all__ = ["GraphModule"]
 

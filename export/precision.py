@@ -30,9 +30,9 @@ from .bundle.write import bundle_models, refuse_out
 from .calibrate import calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
+from .graph.run import frame_at, open_session, run_session
 from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept, reads_cache
 from .quantize import METHODS, QuantType, RangeCollector
-from .run import frame_at, open_session, run_session
 
 __all__ = ["Precision", "PrecisionOptions", "convert_bundle"]
 

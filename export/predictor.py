@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ..engine.spec import AGE_INPUT
 from .adapter.network import CACHE_ATLAS, AdapterLayout, ImageInput, Surface, _sample
-from .trace import export_module
+from .graph.trace import export_module
 
 __all__ = [
     "BRANCH_DRIFT",

@@ -24,10 +24,10 @@ from ..engine.spec import AGE_INPUT, Array
 from .adapter.network import CACHE_ATLAS, AdapterLayout
 from .adapter.recording import Progress
 from .exit_quality import Measured, measure_exits, reads_cache
-from .macs import count_macs
+from .graph.macs import count_macs
+from .graph.run import frame_at, open_session, run_session
 from .predictor import cold_graph, thumbnail_graph, warm_graph
 from .predictor_fit import fit_predictor
-from .run import frame_at, open_session, run_session
 
 __all__ = [
     "CALIBRATION_FILE",

@@ -21,8 +21,8 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from ..engine.errors import ExportError
 from ..engine.spec import Array
 from .casting import elem_types
-from .graph import SCOPES_KEY, GraphIndex, copy_model, give_out
-from .run import open_session, run_session
+from .graph.run import open_session, run_session
+from .graph.surgery import SCOPES_KEY, GraphIndex, copy_model, give_out
 
 __all__ = ["METHODS", "Histogram", "QuantType", "RangeCollector", "quantisable", "quantise", "scales"]
 

@@ -62,7 +62,7 @@ def compile_files(
         ModuleNotFoundError: If the ``export`` extra is not installed.
     """
     from .export.compile import DEFAULT_STEPS, CompileOptions, compile_generator
-    from .export.trace import input_names_of, load_factory, load_weights
+    from .export.graph.trace import input_names_of, load_factory, load_weights
 
     # First: wrong options are found before anything is loaded.
     options = CompileOptions(
@@ -118,7 +118,7 @@ def split_files(model: Path, *, inputs: Path, cut: str, out: Path, progress: Rep
         ModuleNotFoundError: If the ``export`` extra is not installed.
     """
     from .export.compile import split_model
-    from .export.graph import input_names, load_model
+    from .export.graph.surgery import input_names, load_model
 
     proto = load_model(model)
     return split_model(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ...engine.errors import ExportError
 from ...engine.spec import Array
 from ..cut.split import SplitModels
-from ..graph import GraphIndex, give_out, merge, rename_values
-from ..profile import time_model
-from ..trace import export_module
+from ..graph.profile import time_model
+from ..graph.surgery import GraphIndex, give_out, merge, rename_values
+from ..graph.trace import export_module
 from .network import (
     CACHE_ATLAS,
     CACHE_FEATURES,

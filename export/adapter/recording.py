@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
-from ..graph import GraphIndex, give_out
-from ..run import frame_at, open_session, run_session
+from ..graph.run import frame_at, open_session, run_session
+from ..graph.surgery import GraphIndex, give_out
 from .network import AdapterConfig, AdapterLayout, ImageInput, Surface, VectorInput, at_working_grid
 
 __all__ = ["Progress", "Recording", "frames_of", "layout_of", "record"]

@@ -24,9 +24,9 @@ from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
 from ..adapter.recording import Progress
 from ..checkpoint import checkpoint_plan
-from ..graph import GraphIndex
+from ..graph.profile import time_model
+from ..graph.surgery import GraphIndex
 from ..graph_module import GraphModule
-from ..profile import time_model
 from .graphs import branch_graph, lookup_graph, prefix_graph
 from .plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
 from .training import BranchNetwork, BranchTraining, TrainOptions

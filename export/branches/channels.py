@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
-from ..graph import GraphIndex
+from ..graph.surgery import GraphIndex
 
 __all__ = ["Atoms", "Channels", "Edit", "Label"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from onnx import ModelProto, helper, numpy_helper
 
-from ..graph import GraphIndex, extract, merge, rename_values
-from ..trace import export_module
+from ..graph.surgery import GraphIndex, extract, merge, rename_values
+from ..graph.trace import export_module
 from .guide_bank import GuideLookup
 
 __all__ = ["branch_graph", "lookup_graph", "prefix_graph"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...engine.errors import ExportError
-from ..graph import GraphIndex
+from ..graph.surgery import GraphIndex
 
 __all__ = [
     "NEAREST",

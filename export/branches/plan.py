@@ -13,9 +13,9 @@ from onnx import ModelProto
 from ...engine.errors import ExportError
 from ...engine.spec import Array
 from ..adapter.recording import Progress, frames_of
-from ..graph import GraphIndex, extract
-from ..profile import profile_nodes, time_model
-from ..run import frame_at, open_session, run_session
+from ..graph.profile import profile_nodes, time_model
+from ..graph.run import frame_at, open_session, run_session
+from ..graph.surgery import GraphIndex, extract
 from .graphs import branch_graph, lookup_graph, prefix_graph
 from .guide_bank import GuideBank, GuideLookup, fit_keys, guide_value, k_centres, make_bank, pool_features
 from .slim import depths, slim

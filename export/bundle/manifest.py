@@ -16,9 +16,9 @@ from ..adapter.recording import spec_of
 from ..cut.rank import CutCandidate
 from ..cut.split import SplitModels
 from ..frames.subject import Subject
-from ..graph import GraphIndex
-from ..profile import time_model
-from ..run import open_session, run_session
+from ..graph.profile import time_model
+from ..graph.run import open_session, run_session
+from ..graph.surgery import GraphIndex
 
 __all__ = ["WHOLE", "draft_manifest", "measure_costs"]
 

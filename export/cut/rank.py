@@ -24,10 +24,10 @@ from onnx import ModelProto
 
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
-from ..fusion import find_fusions
-from ..graph import GraphIndex, give_out
-from ..profile import profile_nodes, time_model
-from ..run import frame_at, open_session, run_session
+from ..graph.fusion import find_fusions
+from ..graph.profile import profile_nodes, time_model
+from ..graph.run import frame_at, open_session, run_session
+from ..graph.surgery import GraphIndex, give_out
 from .split import SplitModels, check_exact, split
 
 __all__ = ["AUTO", "CutCandidate", "choose_cut", "enumerate_cuts", "rank_cuts"]

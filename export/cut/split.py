@@ -17,8 +17,8 @@ from onnx import ModelProto, NodeProto, helper
 from ...engine.bundle.manifest import CACHE_PREFIX
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
-from ..graph import GraphIndex, extract, rename_values
-from ..run import open_session, run_session
+from ..graph.run import open_session, run_session
+from ..graph.surgery import GraphIndex, extract, rename_values
 
 if TYPE_CHECKING:
     from .rank import CutCandidate

@@ -13,7 +13,7 @@ from ...engine.errors import InputError
 from ...engine.spec import Array
 from ..adapter.network import AdapterLayout, Surface
 from ..adapter.recording import layout_of
-from ..graph import GraphIndex
+from ..graph.surgery import GraphIndex
 from .clip import Stream
 
 __all__ = ["Subject"]

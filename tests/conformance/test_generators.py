@@ -17,8 +17,8 @@ from torch import nn
 
 from warpcache.export.casting import cast_model, emulated
 from warpcache.export.cut.split import SplitModels, split
-from warpcache.export.run import open_session, run_model, run_session
-from warpcache.export.trace import OPSET, trace_generator
+from warpcache.export.graph.run import open_session, run_model, run_session
+from warpcache.export.graph.trace import OPSET, trace_generator
 
 KINDS = tuple(generators.examples())
 

@@ -11,8 +11,8 @@ import onnx
 import operator_table
 import pytest
 
-from warpcache.export.graph import normalise
-from warpcache.export.run import open_session, run_session
+from warpcache.export.graph.run import open_session, run_session
+from warpcache.export.graph.surgery import normalise
 
 
 @pytest.fixture(scope="module")

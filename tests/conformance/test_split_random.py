@@ -8,8 +8,8 @@ import random_graphs
 from hypothesis import HealthCheck, event, given, settings
 from onnx import ModelProto
 
-from warpcache.export.graph import normalise
-from warpcache.export.run import open_session, run_session
+from warpcache.export.graph.run import open_session, run_session
+from warpcache.export.graph.surgery import normalise
 
 
 # The same graphs every time: the executor's fusions are without number, and which of them a run meets should not be a

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from warpcache.export.adapter.network import Surface
-from warpcache.export.graph import GraphIndex
-from warpcache.export.trace import trace_generator
+from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.graph.trace import trace_generator
 from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, rasterize
 
 FRAMES = 6

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from warpcache.engine.metrics.images import flip, psnr, ssim
 from warpcache.export.calibrate import FROZEN, MAX_FRAMES, calibrate
 from warpcache.export.cut.split import split
-from warpcache.export.graph import GraphIndex
+from warpcache.export.graph.surgery import GraphIndex
 
 FRAMES = 6
 AGES = (1, 2, 3)

@@ -14,8 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from warpcache.engine.spec import TensorSpec
 from warpcache.export.casting import cast_model, coordinate_values, elem_types, emulated
-from warpcache.export.graph import SCOPES_KEY, GraphIndex, normalise
-from warpcache.export.run import run_model
+from warpcache.export.graph.run import run_model
+from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, normalise
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 RNG = np.random.default_rng(5)

@@ -29,7 +29,7 @@ from warpcache.export.adapter.graphs import LADDER, choose_configs
 from warpcache.export.adapter.network import AdapterConfig, AdapterLayout, Surface
 from warpcache.export.bundle import write as bundling
 from warpcache.export.compile import CompileOptions, compile_generator, split_model
-from warpcache.export.run import run_model
+from warpcache.export.graph.run import run_model
 from warpcache.inputs import InputStream
 from warpcache.models.renderer import DeferredNeuralRenderer
 

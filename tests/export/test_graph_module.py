@@ -21,11 +21,11 @@ import onnx_cases
 import random_graphs
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export.graph import normalise
+from warpcache.export.graph.run import open_session, run_model, run_session
+from warpcache.export.graph.surgery import normalise
+from warpcache.export.graph.trace import trace_generator
 from warpcache.export.graph_module import GraphModule
 from warpcache.export.graph_ops import OPERATORS
-from warpcache.export.run import open_session, run_model, run_session
-from warpcache.export.trace import trace_generator
 from warpcache.models.renderer import DeferredNeuralRenderer
 
 Trace = Callable[[str], Any]

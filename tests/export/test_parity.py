@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from warpcache.engine.metrics.images import flip
 from warpcache.export.casting import cast_model
-from warpcache.export.graph import normalise
+from warpcache.export.graph.surgery import normalise
 from warpcache.export.parity import ExitParity, Parity, fewest_kept
 
 RNG = np.random.default_rng(2)

@@ -21,10 +21,10 @@ from warpcache.export import precision as precision_module
 from warpcache.export.bundle.write import bundle_models
 from warpcache.export.calibrate import calibrate
 from warpcache.export.casting import elem_types, emulated
-from warpcache.export.graph import SCOPES_KEY, GraphIndex, load_model, normalise
+from warpcache.export.graph.run import run_model
+from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, load_model, normalise
 from warpcache.export.parity import fewest_kept
 from warpcache.export.precision import PrecisionOptions, convert_bundle
-from warpcache.export.run import run_model
 
 SIZE = 16
 TARGETS = ("sm_86", "sm_89", "sm_120")

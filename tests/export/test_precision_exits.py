@@ -20,10 +20,10 @@ from warpcache.export.branches.guide_bank import GuideBank, GuideLookup
 from warpcache.export.bundle.write import bundle_models
 from warpcache.export.calibrate import calibrate
 from warpcache.export.casting import elem_types, emulated
-from warpcache.export.graph import SCOPES_KEY, GraphIndex, load_model, normalise
-from warpcache.export.lookups import lookup_nodes
+from warpcache.export.graph.lookups import lookup_nodes
+from warpcache.export.graph.run import run_model
+from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, load_model, normalise
 from warpcache.export.precision import PrecisionOptions, convert_bundle
-from warpcache.export.run import run_model
 
 SIZE, WIDTH, KEY, ENTRIES = 16, 8, 16, 12
 POOLED = 3 * 4 * 4  # an image's 4x4 cells, flattened

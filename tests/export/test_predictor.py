@@ -16,7 +16,8 @@ from warpcache.engine.errors import ExportError
 from warpcache.engine.spec import AGE_INPUT
 from warpcache.export.adapter.network import AdapterLayout, ImageInput, Surface, VectorInput
 from warpcache.export.exit_quality import Measured
-from warpcache.export.graph import GraphIndex
+from warpcache.export.graph.run import open_session, run_model, run_session
+from warpcache.export.graph.surgery import GraphIndex
 from warpcache.export.predictor import (
     BRANCH_DRIFT,
     CACHE_THUMBNAIL,
@@ -31,7 +32,6 @@ from warpcache.export.predictor import (
     warm_graph,
 )
 from warpcache.export.predictor_fit import _ridge, fit_predictor
-from warpcache.export.run import open_session, run_model, run_session
 
 SURFACE = Surface("atlas", ("condition", 0, 2), ("condition", 5))
 LAYOUT = AdapterLayout(

@@ -21,10 +21,10 @@ from warpcache.engine.promise.calibration import Calibration, Quality, from_scor
 from warpcache.engine.spec import AGE_INPUT
 from warpcache.export.adapter.network import AdapterLayout, ImageInput, VectorInput
 from warpcache.export.exit_quality import Measured, measure_exits, reads_cache
-from warpcache.export.macs import count_macs
+from warpcache.export.graph.macs import count_macs
+from warpcache.export.graph.run import frame_at, run_model
 from warpcache.export.predictor import CACHE_THUMBNAIL, thumbnail_graph
 from warpcache.export.promising import Promise, PromiseOptions, cross_validated, make_promise, split_blocks
-from warpcache.export.run import frame_at, run_model
 
 SIDE = 20
 LAYOUT = AdapterLayout(

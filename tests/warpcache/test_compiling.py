@@ -25,7 +25,7 @@ from warpcache.export.adapter import training as adapter_training
 from warpcache.export.adapter.distill import Distillation
 from warpcache.export.adapter.network import AdapterConfig
 from warpcache.export.compile import CompileOptions
-from warpcache.export.trace import trace_generator
+from warpcache.export.graph.trace import trace_generator
 
 MODEL = '''
 import torch

@@ -20,7 +20,7 @@ from warpcache.export.adapter.distill import Distillation, DistillOptions
 from warpcache.export.adapter.graphs import CHEAPER, LADDER, choose_config, choose_configs, smaller_configs
 from warpcache.export.adapter.network import AdapterConfig, AdapterLayout, CacheEncoder, ImageInput, WarpConsumer
 from warpcache.export.adapter.recording import Recording
-from warpcache.export.profile import Timing
+from warpcache.export.graph.profile import Timing
 
 SIZE = 32
 LARGE = AdapterConfig(stride=4, width=16, blocks=1, features=8, encoder_width=8)

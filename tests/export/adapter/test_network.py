@@ -30,10 +30,10 @@ from warpcache.export.adapter.network import (
 )
 from warpcache.export.adapter.recording import layout_of, working_tap
 from warpcache.export.cut.split import split
-from warpcache.export.graph import GraphIndex
-from warpcache.export.profile import Timing
-from warpcache.export.run import run_model
-from warpcache.export.trace import export_module
+from warpcache.export.graph.profile import Timing
+from warpcache.export.graph.run import run_model
+from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.graph.trace import export_module
 from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, rasterize
 
 SMALL = AdapterConfig(stride=4, width=8, blocks=1, features=8, encoder_width=12)

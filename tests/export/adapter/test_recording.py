@@ -14,7 +14,7 @@ from torch.nn import functional
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.adapter.network import AdapterConfig, ImageInput, Surface, VectorInput
 from warpcache.export.adapter.recording import Recording, frames_of, layout_of, record, spec_of
-from warpcache.export.graph import GraphIndex
+from warpcache.export.graph.surgery import GraphIndex
 
 CONFIG = AdapterConfig(stride=4, width=8, blocks=0, features=8)
 FRAMES = 6

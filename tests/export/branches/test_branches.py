@@ -24,11 +24,11 @@ from warpcache.export.branches.slim import slim
 from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions
 from warpcache.export.bundle.weights import shared_weights
 from warpcache.export.checkpoint import checkpoint_plan
-from warpcache.export.graph import GraphIndex, give_out
+from warpcache.export.graph.macs import count_macs
+from warpcache.export.graph.profile import Timing
+from warpcache.export.graph.run import frame_at, open_session, run_session
+from warpcache.export.graph.surgery import GraphIndex, give_out
 from warpcache.export.graph_module import GraphModule
-from warpcache.export.macs import count_macs
-from warpcache.export.profile import Timing
-from warpcache.export.run import frame_at, open_session, run_session
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,9 @@ from warpcache.export.branches.guide_bank import (
     make_bank,
     pool_features,
 )
-from warpcache.export.graph import GraphIndex
-from warpcache.export.run import run_model
-from warpcache.export.trace import export_module
+from warpcache.export.graph.run import run_model
+from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.graph.trace import export_module
 
 
 def least_radius(points: np.ndarray, count: int) -> float:

@@ -12,9 +12,9 @@ import torch
 from warpcache.engine.errors import InputError
 from warpcache.export.branches.branches import BranchOptions
 from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions, _placements
-from warpcache.export.graph import GraphIndex
+from warpcache.export.graph.run import frame_at, open_session, run_session
+from warpcache.export.graph.surgery import GraphIndex
 from warpcache.export.graph_module import GraphModule
-from warpcache.export.run import frame_at, open_session, run_session
 
 
 def training_of(traced: Any, *, moved: float, whole: bool = True) -> tuple[BranchTraining, Any]:

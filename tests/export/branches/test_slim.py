@@ -22,10 +22,10 @@ import random_graphs
 
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.branches.slim import GroupWidth, depths, join, slim
-from warpcache.export.graph import GraphIndex, normalise
-from warpcache.export.macs import count_macs
-from warpcache.export.run import run_model
-from warpcache.export.trace import trace_generator
+from warpcache.export.graph.macs import count_macs
+from warpcache.export.graph.run import run_model
+from warpcache.export.graph.surgery import GraphIndex, normalise
+from warpcache.export.graph.trace import trace_generator
 from warpcache.models.renderer import DeferredNeuralRenderer
 
 Trace = Callable[[str], Any]

@@ -17,8 +17,8 @@ from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.cut import rank as cut_module
 from warpcache.export.cut.rank import CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from warpcache.export.cut.split import check_exact, split
-from warpcache.export.graph import GraphIndex, normalise
-from warpcache.export.profile import profile_nodes
+from warpcache.export.graph.profile import profile_nodes
+from warpcache.export.graph.surgery import GraphIndex, normalise
 
 Trace = Callable[[str], Any]
 

@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array
-from .graph import normalise, rename_values
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array
 from .run import run_model
+from .surgery import normalise, rename_values
 
 __all__ = ["OPSET", "load_factory", "load_weights", "trace_generator"]
 

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from warpcache.engine.errors import ExportError
-from warpcache.export.macs import count_macs
-from warpcache.export.trace import trace_generator
+from warpcache.export.graph.macs import count_macs
+from warpcache.export.graph.trace import trace_generator
 
 
 def one_node(

@@ -10,8 +10,8 @@ from typing import Any
 import onnxruntime as ort
 from onnx import ModelProto
 
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array
 
 __all__ = ["frame_at", "open_session", "run_model", "run_session"]
 

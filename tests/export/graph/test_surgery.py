@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.cut.rank import enumerate_cuts
 from warpcache.export.cut.split import split
-from warpcache.export.graph import (
+from warpcache.export.graph.run import open_session, run_model, run_session
+from warpcache.export.graph.surgery import (
     GraphIndex,
     extract,
     fix_input_shapes,
@@ -28,7 +29,6 @@ from warpcache.export.graph import (
     rename_values,
     shared_weights,
 )
-from warpcache.export.run import open_session, run_model, run_session
 
 Trace = Callable[[str], Any]
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'

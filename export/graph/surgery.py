@@ -17,9 +17,9 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import TensorSpec
-from .bundle.weights import shared_weights
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import TensorSpec
+from ..bundle.weights import shared_weights
 
 __all__ = [
     "SCOPES_KEY",

@@ -11,8 +11,8 @@ import math
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
-from ..engine.errors import ExportError
-from .graph import GraphIndex
+from ...engine.errors import ExportError
+from .surgery import GraphIndex
 
 __all__ = ["count_macs"]
 

@@ -11,8 +11,8 @@ from onnx import numpy_helper
 from warpcache.engine.errors import ExportError
 from warpcache.export.cut.rank import enumerate_cuts
 from warpcache.export.cut.split import check_exact, split
-from warpcache.export.fusion import block_channels, find_fusions
-from warpcache.export.graph import GraphIndex, normalise
+from warpcache.export.graph.fusion import block_channels, find_fusions
+from warpcache.export.graph.surgery import GraphIndex, normalise
 
 BLOCK = block_channels()
 needs_blocks = pytest.mark.skipif(BLOCK is None, reason="this processor's ONNX Runtime has no blocked layout")
