@@ -140,7 +140,7 @@ def main(
 
 
 def _converted(bundle: Bundle, out: Path) -> Bundle:
-    from warpcache.export.precision import PrecisionOptions, convert_bundle
+    from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 
     # Without frames: what is timed are the engines, and parity is measured elsewhere.
     return convert_bundle(bundle, out, options=PrecisionOptions("fp16"), frames=None)

@@ -379,7 +379,7 @@ def _opened(setup: Setup, bundle: Bundle, found: Measured, *, outputs: Any, **op
 def _fp16_bundle(setup: Setup, bundle: Bundle, stack: ExitStack) -> Bundle:
     if setup.fp16 is not None:
         return Bundle.open(setup.fp16)
-    from warpcache.export.precision import PrecisionOptions, convert_bundle
+    from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     # Without frames: parity is what is measured here, on this GPU.

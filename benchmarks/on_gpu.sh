@@ -133,7 +133,7 @@ if [ -z "${DEMO_FP16:-}" ]; then
 import sys
 from pathlib import Path
 from warpcache.demo import demo_bundle
-from warpcache.export.precision import PrecisionOptions, convert_bundle
+from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 convert_bundle(demo_bundle(), Path(sys.argv[1]), options=PrecisionOptions("fp16"), frames=None)
 ' "$DEMO_FP16"
     fi

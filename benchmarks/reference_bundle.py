@@ -91,7 +91,7 @@ def make_reference_bundle(
     """
     from warpcache.export.adapter.network import AdapterConfig
     from warpcache.export.compile import CompileOptions, compile_generator
-    from warpcache.export.precision import PrecisionOptions, convert_bundle
+    from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
     from warpcache.inputs import InputStream
 
     stream = InputStream.from_arrays(_noise(size, _FRAMES), fps=_FPS)

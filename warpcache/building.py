@@ -321,7 +321,7 @@ def _engines(
 
 
 def _convert(bundle: Bundle, out: Path, precision: LowPrecision, conversion: Conversion, progress: Report) -> Bundle:
-    from .export.precision import PrecisionOptions, convert_bundle
+    from .export.precision.convert import PrecisionOptions, convert_bundle
     from .inputs import load_inputs
 
     given: dict[str, Any] = {"min_psnr_db": conversion.min_psnr_db, "cache_precision": conversion.cache_precision}

@@ -30,7 +30,7 @@ from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.options import CudaOptions
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
-from warpcache.export.precision import PrecisionOptions, convert_bundle
+from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 from warpcache.models.head import SyntheticHead
 
 TINY = "--frames 8 --host-frames 12 --warmup 3 --fps 500 --drawn 3 --empty-frames 50 --demo-frames 10 --parity-frames 6"

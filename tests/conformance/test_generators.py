@@ -15,10 +15,10 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
-from warpcache.export.casting import cast_model, emulated
 from warpcache.export.cut.split import SplitModels, split
 from warpcache.export.graph.run import open_session, run_model, run_session
 from warpcache.export.graph.trace import OPSET, trace_generator
+from warpcache.export.precision.casting import cast_model, emulated
 
 KINDS = tuple(generators.examples())
 

@@ -9,12 +9,12 @@ from typing import Literal
 
 from onnx import ModelProto
 
-from ..engine.bundle.bundle import Bundle
-from ..engine.bundle.manifest import CACHE_PREFIX, PREDICTORS
-from ..engine.errors import InputError
+from ...engine.bundle.bundle import Bundle
+from ...engine.bundle.manifest import CACHE_PREFIX, PREDICTORS
+from ...engine.errors import InputError
+from ..graph.lookups import lookup_nodes
+from ..graph.surgery import GraphIndex, load_model, normalise
 from .casting import Casting, HalfType, Reason, cast_model, coordinate_values
-from .graph.lookups import lookup_nodes
-from .graph.surgery import GraphIndex, load_model, normalise
 from .parity import PRODUCER
 from .quantize import Histogram, QuantType, quantisable, quantise, scales
 

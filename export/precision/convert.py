@@ -20,17 +20,17 @@ from typing import Any, Literal, get_args
 import numpy as np
 from onnx import ModelProto
 
-from ..engine.bundle.bundle import Bundle
-from ..engine.bundle.manifest import Manifest
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array, TensorSpec
-from .adapter.recording import Progress
-from .bundle.weights import WEIGHTS_FILE
-from .bundle.write import bundle_models, refuse_out
-from .calibrate import calibrate
+from ...engine.bundle.bundle import Bundle
+from ...engine.bundle.manifest import Manifest
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array, TensorSpec
+from ..adapter.recording import Progress
+from ..bundle.weights import WEIGHTS_FILE
+from ..bundle.write import bundle_models, refuse_out
+from ..calibrate import calibrate
+from ..graph.run import frame_at, open_session, run_session
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
-from .graph.run import frame_at, open_session, run_session
 from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept, reads_cache
 from .quantize import METHODS, QuantType, RangeCollector
 

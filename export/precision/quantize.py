@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from ..engine.errors import ExportError
-from ..engine.spec import Array
+from ...engine.errors import ExportError
+from ...engine.spec import Array
+from ..graph.run import open_session, run_session
+from ..graph.surgery import SCOPES_KEY, GraphIndex, copy_model, give_out
 from .casting import elem_types
-from .graph.run import open_session, run_session
-from .graph.surgery import SCOPES_KEY, GraphIndex, copy_model, give_out
 
 __all__ = ["METHODS", "Histogram", "QuantType", "RangeCollector", "quantisable", "quantise", "scales"]
 

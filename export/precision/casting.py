@@ -29,9 +29,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, defs, helper, numpy_helper, version_converter
 
-from ..engine.errors import ExportError
-from ..engine.spec import Array
-from .graph.surgery import SCOPES_KEY, GraphIndex, copy_model, has_subgraphs, rename_reads
+from ...engine.errors import ExportError
+from ...engine.spec import Array
+from ..graph.surgery import SCOPES_KEY, GraphIndex, copy_model, has_subgraphs, rename_reads
 
 __all__ = ["Casting", "HalfType", "Reason", "cast_model", "coordinate_values", "elem_types", "emulated"]
 

@@ -13,9 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from warpcache.engine.spec import TensorSpec
-from warpcache.export.casting import cast_model, coordinate_values, elem_types, emulated
 from warpcache.export.graph.run import run_model
 from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, normalise
+from warpcache.export.precision.casting import cast_model, coordinate_values, elem_types, emulated
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 RNG = np.random.default_rng(5)

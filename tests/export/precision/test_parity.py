@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from warpcache.engine.metrics.images import flip
-from warpcache.export.casting import cast_model
 from warpcache.export.graph.surgery import normalise
-from warpcache.export.parity import ExitParity, Parity, fewest_kept
+from warpcache.export.precision.casting import cast_model
+from warpcache.export.precision.parity import ExitParity, Parity, fewest_kept
 
 RNG = np.random.default_rng(2)
 FRAMES = RNG.uniform(-1, 1, (7, 3, 8, 8)).astype(np.float32)

@@ -10,10 +10,10 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from warpcache.engine.errors import ExportError
-from warpcache.export.casting import cast_model, elem_types, emulated
 from warpcache.export.graph.run import run_model
 from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, normalise
-from warpcache.export.quantize import METHODS, Histogram, RangeCollector, quantisable, quantise, scales
+from warpcache.export.precision.casting import cast_model, elem_types, emulated
+from warpcache.export.precision.quantize import METHODS, Histogram, RangeCollector, quantisable, quantise, scales
 
 RNG = np.random.default_rng(11)
 
@@ -149,7 +149,7 @@ def test_it_answers_like_the_original_and_tensorrt_takes_it(kind: str, tmp_path:
     from warpcache.engine.tensorrt.network import build_engine
     from warpcache.engine.tensorrt.options import BuildOptions
     from warpcache.export.graph.run import run_session
-    from warpcache.export.parity import open_answering
+    from warpcache.export.precision.parity import open_answering
 
     model, feeds = network(), frames()
     result = quantise(model, kind, scales(collected(model, feeds), kind, "minmax"), quantisable(model))
