@@ -28,7 +28,6 @@ from .adapter.training import AdapterTraining, perceptual_loss
 from .branches.branches import train_branches
 from .bundle.manifest import WHOLE, draft_manifest, measure_costs
 from .bundle.write import bundle_models, refuse_out
-from .calibrate import calibrate
 from .cut.rank import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
 from .cut.split import check_exact, split
 from .frames.clip import Clip, Stream, training_and_held
@@ -38,9 +37,10 @@ from .graph.run import frame_at
 from .graph.surgery import GraphIndex, fix_input_shapes, input_names, merge, normalise
 from .graph.trace import input_names_of, trace_generator
 from .options import DEFAULT_STEPS, CompileOptions
-from .predictor import thumbnail_graph
-from .promise_check import check_promise
-from .promising import CALIBRATION_FILE, PromiseOptions, make_promise
+from .promise.calibrate import calibrate
+from .promise.check import check_promise
+from .promise.predictor import thumbnail_graph
+from .promise.promise import CALIBRATION_FILE, PromiseOptions, make_promise
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "split_model"]
 

@@ -14,7 +14,7 @@ from ..engine.promise.calibration import canonical_metric
 from .adapter.network import AdapterConfig
 from .branches.branches import BranchOptions
 from .cut.rank import AUTO
-from .promising import PromiseOptions
+from .promise.promise import PromiseOptions
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions"]
 

@@ -27,8 +27,8 @@ from ...engine.spec import Array, TensorSpec
 from ..adapter.recording import Progress
 from ..bundle.weights import WEIGHTS_FILE
 from ..bundle.write import bundle_models, refuse_out
-from ..calibrate import calibrate
 from ..graph.run import frame_at, open_session, run_session
+from ..promise.calibrate import calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
 from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept, reads_cache

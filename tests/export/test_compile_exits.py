@@ -27,8 +27,8 @@ from warpcache.export.frames.subject import Subject
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.graph.surgery import load_model
-from warpcache.export.promise_check import check_promise, least_held_frames
-from warpcache.export.promising import Promise, PromiseOptions, split_blocks
+from warpcache.export.promise.check import check_promise, least_held_frames
+from warpcache.export.promise.promise import Promise, PromiseOptions, split_blocks
 from warpcache.inputs import InputStream
 
 LARGE = AdapterConfig(stride=4, width=16, blocks=0, features=8, encoder_width=8)

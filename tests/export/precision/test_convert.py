@@ -18,13 +18,13 @@ from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BundleError, ExportError, InputError
 from warpcache.engine.spec import TensorSpec
 from warpcache.export.bundle.write import bundle_models
-from warpcache.export.calibrate import calibrate
 from warpcache.export.graph.run import run_model
 from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, load_model, normalise
 from warpcache.export.precision import convert as precision_module
 from warpcache.export.precision.casting import elem_types, emulated
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 from warpcache.export.precision.parity import fewest_kept
+from warpcache.export.promise.calibrate import calibrate
 
 SIZE = 16
 TARGETS = ("sm_86", "sm_89", "sm_120")

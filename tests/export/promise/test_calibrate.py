@@ -11,9 +11,9 @@ import torch
 from onnx import TensorProto, helper
 
 from warpcache.engine.metrics.images import flip, psnr, ssim
-from warpcache.export.calibrate import FROZEN, MAX_FRAMES, calibrate
 from warpcache.export.cut.split import split
 from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.promise.calibrate import FROZEN, MAX_FRAMES, calibrate
 
 FRAMES = 6
 AGES = (1, 2, 3)

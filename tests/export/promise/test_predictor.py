@@ -15,10 +15,10 @@ from onnx import ModelProto
 from warpcache.engine.errors import ExportError
 from warpcache.engine.spec import AGE_INPUT
 from warpcache.export.adapter.network import AdapterLayout, ImageInput, Surface, VectorInput
-from warpcache.export.exit_quality import Measured
 from warpcache.export.graph.run import open_session, run_model, run_session
 from warpcache.export.graph.surgery import GraphIndex
-from warpcache.export.predictor import (
+from warpcache.export.promise.exit_quality import Measured
+from warpcache.export.promise.predictor import (
     BRANCH_DRIFT,
     CACHE_THUMBNAIL,
     LEAST_SPREAD,
@@ -31,7 +31,7 @@ from warpcache.export.predictor import (
     thumbnail_graph,
     warm_graph,
 )
-from warpcache.export.predictor_fit import _ridge, fit_predictor
+from warpcache.export.promise.predictor_fit import _ridge, fit_predictor
 
 SURFACE = Surface("atlas", ("condition", 0, 2), ("condition", 5))
 LAYOUT = AdapterLayout(

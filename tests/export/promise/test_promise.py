@@ -20,11 +20,11 @@ from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import Calibration, Quality, from_score, to_score
 from warpcache.engine.spec import AGE_INPUT
 from warpcache.export.adapter.network import AdapterLayout, ImageInput, VectorInput
-from warpcache.export.exit_quality import Measured, measure_exits, reads_cache
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import frame_at, run_model
-from warpcache.export.predictor import CACHE_THUMBNAIL, thumbnail_graph
-from warpcache.export.promising import Promise, PromiseOptions, cross_validated, make_promise, split_blocks
+from warpcache.export.promise.exit_quality import Measured, measure_exits, reads_cache
+from warpcache.export.promise.predictor import CACHE_THUMBNAIL, thumbnail_graph
+from warpcache.export.promise.promise import Promise, PromiseOptions, cross_validated, make_promise, split_blocks
 
 SIDE = 20
 LAYOUT = AdapterLayout(

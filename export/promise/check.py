@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..engine.errors import InputError
-from ..engine.metrics.images import METRICS, measure
-from ..engine.metrics.lpips import Lpips
-from ..engine.promise.calibration import metric_option
-from ..engine.promise.conformal import allowed_losses
-from ..engine.spec import AGE_INPUT
-from .frames.subject import Subject
-from .graph.surgery import GraphIndex
-from .options import CompileOptions
-from .promising import split_blocks
+from ...engine.errors import InputError
+from ...engine.metrics.images import METRICS, measure
+from ...engine.metrics.lpips import Lpips
+from ...engine.promise.calibration import metric_option
+from ...engine.promise.conformal import allowed_losses
+from ...engine.spec import AGE_INPUT
+from ..frames.subject import Subject
+from ..graph.surgery import GraphIndex
+from ..options import CompileOptions
+from .promise import split_blocks
 
 __all__ = ["check_promise", "least_held_frames"]
 

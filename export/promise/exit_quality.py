@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from ..engine.bundle.manifest import CACHE_PREFIX
-from ..engine.errors import ExportError, InputError
-from ..engine.metrics.images import available_metrics, measure_frames
-from ..engine.metrics.lpips import Lpips
-from ..engine.promise.calibration import canonical_metric, to_score
-from ..engine.spec import Array
-from .adapter.recording import Progress
-from .graph.run import frame_at, open_session, run_session
-from .graph.surgery import GraphIndex
+from ...engine.bundle.manifest import CACHE_PREFIX
+from ...engine.errors import ExportError, InputError
+from ...engine.metrics.images import available_metrics, measure_frames
+from ...engine.metrics.lpips import Lpips
+from ...engine.promise.calibration import canonical_metric, to_score
+from ...engine.spec import Array
+from ..adapter.recording import Progress
+from ..graph.run import frame_at, open_session, run_session
+from ..graph.surgery import GraphIndex
 
 __all__ = ["Measured", "measure_exits", "reads_cache"]
 

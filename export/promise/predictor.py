@@ -22,9 +22,9 @@ from onnx import ModelProto
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.spec import AGE_INPUT
-from .adapter.network import CACHE_ATLAS, AdapterLayout, ImageInput, Surface, _sample
-from .graph.trace import export_module
+from ...engine.spec import AGE_INPUT
+from ..adapter.network import CACHE_ATLAS, AdapterLayout, ImageInput, Surface, _sample
+from ..graph.trace import export_module
 
 __all__ = [
     "BRANCH_DRIFT",
