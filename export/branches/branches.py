@@ -26,7 +26,7 @@ from ..adapter.recording import Progress
 from ..checkpoint import checkpoint_plan
 from ..graph.profile import time_model
 from ..graph.surgery import GraphIndex
-from ..graph_module import GraphModule
+from ..torch_graph.module import GraphModule
 from .graphs import branch_graph, lookup_graph, prefix_graph
 from .plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
 from .training import BranchNetwork, BranchTraining, TrainOptions

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from ...engine.spec import Array
-from ..graph_batch import ELEMENTWISE
+from ..torch_graph.batching import ELEMENTWISE
 from .channels import Channels, Label
 
 __all__ = ["channel_slice", "find_channels"]

@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from ...engine.errors import ExportError
 from ..checkpoint import load_checkpoint, one_cycle, save_checkpoint
-from ..graph_module import GraphModule
 from ..losses import detail_loss, same_crops
+from ..torch_graph.module import GraphModule
 from .guide_bank import GuideBank, GuideLookup, pool_features
 
 __all__ = ["BranchNetwork", "BranchTraining", "TrainOptions"]

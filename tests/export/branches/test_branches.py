@@ -28,7 +28,7 @@ from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.profile import Timing
 from warpcache.export.graph.run import frame_at, open_session, run_session
 from warpcache.export.graph.surgery import GraphIndex, give_out
-from warpcache.export.graph_module import GraphModule
+from warpcache.export.torch_graph.module import GraphModule
 
 
 @dataclasses.dataclass(frozen=True)

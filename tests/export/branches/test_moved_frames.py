@@ -14,7 +14,7 @@ from warpcache.export.branches.branches import BranchOptions
 from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions, _placements
 from warpcache.export.graph.run import frame_at, open_session, run_session
 from warpcache.export.graph.surgery import GraphIndex
-from warpcache.export.graph_module import GraphModule
+from warpcache.export.torch_graph.module import GraphModule
 
 
 def training_of(traced: Any, *, moved: float, whole: bool = True) -> tuple[BranchTraining, Any]:

@@ -15,8 +15,8 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
-from .graph_calls import Call, Maker, Run, as_many_frames
-from .graph_images import IMAGE_OPERATORS
+from .calls import Call, Maker, Run, as_many_frames
+from .image_operators import IMAGE_OPERATORS
 
 __all__ = ["OPERATORS", "SETTINGS"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .graph_calls import Call
+from .calls import Call
 
 __all__ = ["ELEMENTWISE", "mixes_frames"]
 

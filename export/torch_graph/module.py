@@ -17,14 +17,14 @@ import torch
 from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from ..engine.errors import ExportError, InputError
-from ..engine.spec import Array
-from .graph.run import run_model
-from .graph.surgery import GraphIndex, copy_model, extract
-from .graph_batch import mixes_frames
-from .graph_calls import Call, Run
-from .graph_fuse import find_chains
-from .graph_ops import OPERATORS, SETTINGS
+from ...engine.errors import ExportError, InputError
+from ...engine.spec import Array
+from ..graph.run import run_model
+from ..graph.surgery import GraphIndex, copy_model, extract
+from .batching import mixes_frames
+from .calls import Call, Run
+from .chains import find_chains
+from .operators import OPERATORS, SETTINGS
 
 __all__ = ["GraphModule"]
 

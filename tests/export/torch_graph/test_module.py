@@ -24,8 +24,8 @@ from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.graph.run import open_session, run_model, run_session
 from warpcache.export.graph.surgery import normalise
 from warpcache.export.graph.trace import trace_generator
-from warpcache.export.graph_module import GraphModule
-from warpcache.export.graph_ops import OPERATORS
+from warpcache.export.torch_graph.module import GraphModule
+from warpcache.export.torch_graph.operators import OPERATORS
 from warpcache.models.renderer import DeferredNeuralRenderer
 
 Trace = Callable[[str], Any]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..engine.spec import Array
-from .graph.surgery import GraphIndex
-from .graph_calls import Call, Run
+from ...engine.spec import Array
+from ..graph.surgery import GraphIndex
+from .calls import Call, Run
 
 __all__ = ["Fused", "find_chains"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..engine.spec import Array
-from .graph_calls import Call, Maker, Run, as_many_frames
+from ...engine.spec import Array
+from .calls import Call, Maker, Run, as_many_frames
 
 __all__ = ["IMAGE_OPERATORS"]
 

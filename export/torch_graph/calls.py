@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.errors import ExportError
-from ..engine.spec import Array
+from ...engine.errors import ExportError
+from ...engine.spec import Array
 
 __all__ = ["Call", "Maker", "Run", "Shape", "as_many_frames"]
 
