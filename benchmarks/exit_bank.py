@@ -29,7 +29,7 @@ from warpcache.export.branches.branches import Branch, BranchOptions, train_bran
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.graph.surgery import load_model
-from warpcache.export.perceptual import PerceptualLoss
+from warpcache.export.training.perceptual import PerceptualLoss
 from warpcache.progress import ProgressBar
 from warpcache.report import environment
 

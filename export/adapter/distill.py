@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...engine.errors import ExportError
-from ..checkpoint import load_checkpoint, save_checkpoint
-from ..losses import detail_loss, same_crops
+from ..training.checkpoint import load_checkpoint, save_checkpoint
+from ..training.losses import detail_loss, same_crops
 from .network import CacheEncoder, WarpConsumer, image_planes
 from .recording import Recording
 

@@ -21,7 +21,7 @@ from ..cut.split import SplitModels
 from ..frames.clip import Stream
 from ..frames.subject import Subject
 from ..options import CompileOptions
-from ..perceptual import PerceptualLoss
+from ..training.perceptual import PerceptualLoss
 from .distill import Distillation, DistillOptions
 from .graphs import choose_configs, consumer_graph, producer_graph
 from .network import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer

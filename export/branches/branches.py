@@ -23,10 +23,10 @@ from torch import Tensor
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
 from ..adapter.recording import Progress
-from ..checkpoint import checkpoint_plan
 from ..graph.profile import time_model
 from ..graph.surgery import GraphIndex
 from ..torch_graph.module import GraphModule
+from ..training.checkpoint import checkpoint_plan
 from .graphs import branch_graph, lookup_graph, prefix_graph
 from .plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
 from .training import BranchNetwork, BranchTraining, TrainOptions

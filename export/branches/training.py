@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...engine.errors import ExportError
-from ..checkpoint import load_checkpoint, one_cycle, save_checkpoint
-from ..losses import detail_loss, same_crops
 from ..torch_graph.module import GraphModule
+from ..training.checkpoint import load_checkpoint, one_cycle, save_checkpoint
+from ..training.losses import detail_loss, same_crops
 from .guide_bank import GuideBank, GuideLookup, pool_features
 
 __all__ = ["BranchNetwork", "BranchTraining", "TrainOptions"]

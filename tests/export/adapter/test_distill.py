@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from warpcache.engine.errors import ExportError
-from warpcache.export import checkpoint as checkpoint_module
 from warpcache.export.adapter.distill import Distillation, DistillOptions, read_plan
 from warpcache.export.adapter.network import (
     AdapterConfig,
@@ -27,6 +26,7 @@ from warpcache.export.adapter.network import (
     WarpConsumer,
 )
 from warpcache.export.adapter.recording import Recording
+from warpcache.export.training import checkpoint as checkpoint_module
 
 SIZE = 32
 CONFIG = AdapterConfig(stride=4, width=8, blocks=1, features=8, encoder_width=8)

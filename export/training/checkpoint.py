@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..engine.errors import ExportError
+from ...engine.errors import ExportError
 
 __all__ = ["checkpoint_plan", "load_checkpoint", "one_cycle", "save_checkpoint"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.metrics.lpips import FIRE_CHANNELS, POOLS, TAP_CHANNELS, TAPS, Lpips
+from ...engine.metrics.lpips import FIRE_CHANNELS, POOLS, TAP_CHANNELS, TAPS, Lpips
 
 __all__ = ["PerceptualLoss"]
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from warpcache.engine.errors import ExportError
-from warpcache.export import checkpoint as checkpoints
-from warpcache.export.checkpoint import checkpoint_plan, load_checkpoint, one_cycle, save_checkpoint
-from warpcache.export.losses import detail_loss, same_crops
+from warpcache.export.training import checkpoint as checkpoints
+from warpcache.export.training.checkpoint import checkpoint_plan, load_checkpoint, one_cycle, save_checkpoint
+from warpcache.export.training.losses import detail_loss, same_crops
 
 PLAN = {"branches": [{"depth": ["a"], "width": 0.5}]}
 

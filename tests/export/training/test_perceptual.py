@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from warpcache.engine.errors import InputError
 from warpcache.engine.metrics.lpips import Lpips
-from warpcache.export.perceptual import PerceptualLoss
+from warpcache.export.training.perceptual import PerceptualLoss
 
 # in -> squeeze -> expand twice, by index among torchvision's `squeezenet1_1().features`
 FIRES = {
