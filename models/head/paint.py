@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .head_chart import Part, smoothstep
-from .head_face import EYE_CENTRE, EYE_HALF_WIDTH, EYE_SLIT_Y, lip_coordinates
-from .head_motion import HeadParameters
-from .head_shape import HeadShape
-from .rasterizer import interpolate, rasterize, vertex_normals
+from ..rasterizer import interpolate, rasterize, vertex_normals
+from .chart import Part, smoothstep
+from .face import EYE_CENTRE, EYE_HALF_WIDTH, EYE_SLIT_Y, lip_coordinates
+from .motion import HeadParameters
+from .shape import HeadShape
 
 __all__ = ["Palette", "paint"]
 

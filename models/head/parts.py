@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .head_chart import Chart, Part, fit, grid_chart, grid_triangles, smoothstep
-from .head_face import EYE_CENTRE, EYE_RADIUS
-from .head_motion import HeadParameters
+from .chart import Chart, Part, fit, grid_chart, grid_triangles, smoothstep
+from .face import EYE_CENTRE, EYE_RADIUS
+from .motion import HeadParameters
 
 __all__ = ["Bust", "Ears", "Eyes", "Teeth"]
 

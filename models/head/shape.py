@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .head_chart import Part
-from .head_face import Face
-from .head_hair import Hair
-from .head_motion import HeadParameters
-from .head_parts import Bust, Ears, Eyes, Teeth
-from .rasterizer import Mesh
+from ..rasterizer import Mesh
+from .chart import Part
+from .face import Face
+from .hair import Hair
+from .motion import HeadParameters
+from .parts import Bust, Ears, Eyes, Teeth
 
 __all__ = ["HeadShape"]
 

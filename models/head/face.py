@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .head_chart import Chart, Part, fit, grid_triangles, smoothstep
-from .head_motion import HeadParameters
+from .chart import Chart, Part, fit, grid_triangles, smoothstep
+from .motion import HeadParameters
 
 __all__ = ["EYE_CENTRE", "EYE_HALF_WIDTH", "EYE_RADIUS", "EYE_SLIT_Y", "MOUTH_Y", "Face", "lip_coordinates"]
 

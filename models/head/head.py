@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.errors import InputError
-from .head_motion import HeadMotion, HeadParameters, natural_motion
-from .head_paint import Palette, paint
-from .head_shading import BACKDROPS, background, shade
-from .head_shape import HeadShape
-from .rasterizer import Fragments, Mesh, SurfaceAtlas, condition_raster, rasterize, vertex_normals
+from ...engine.errors import InputError
+from ..rasterizer import Fragments, Mesh, SurfaceAtlas, condition_raster, rasterize, vertex_normals
+from .motion import HeadMotion, HeadParameters, natural_motion
+from .paint import Palette, paint
+from .shading import BACKDROPS, background, shade
+from .shape import HeadShape
 
 __all__ = ["HeadMotion", "HeadParameters", "SyntheticHead"]
 

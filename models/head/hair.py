@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .head_chart import Part, grid_chart, smoothstep
+from .chart import Part, grid_chart, smoothstep
 
 __all__ = ["Hair"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .head_chart import Part
-from .head_paint import KEY_DIRECTION
+from .chart import Part
+from .paint import KEY_DIRECTION
 
 __all__ = ["BACKDROPS", "background", "shade"]
 

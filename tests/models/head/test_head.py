@@ -9,8 +9,8 @@ import pytest
 
 from warpcache.engine.errors import InputError
 from warpcache.models.head import HeadMotion, HeadParameters, SyntheticHead
-from warpcache.models.head_chart import Part
-from warpcache.models.head_face import MOUTH_Y
+from warpcache.models.head.chart import Part
+from warpcache.models.head.face import MOUTH_Y
 from warpcache.models.rasterizer import rasterize
 
 SIZE = 128

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.errors import InputError
+from ...engine.errors import InputError
 
 __all__ = ["HeadMotion", "HeadParameters", "natural_motion"]
 
