@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
-from warpcache.cli import cli
+from warpcache.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from warpcache.cli import cli
+from warpcache.cli.main import cli
 from warpcache.compiling import compile_files
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.export import compile as compile_module
@@ -409,7 +409,7 @@ def test_without_torch_compile_says_what_to_install(folder: Path) -> None:
     program = (
         "import sys\n"
         "sys.modules['torch'] = None\n"
-        "from warpcache.cli import main\n"
+        "from warpcache.cli.main import main\n"
         "sys.argv = ['warpcache', 'compile', 'my_models.py:Generator', '--inputs', 'train.npz', '--out', 'g.warp']\n"
         "main()\n"
     )

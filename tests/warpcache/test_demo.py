@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import warpcache.demo
-from warpcache.cli import cli
+from warpcache.cli.main import cli
 from warpcache.demo import DEMO_MOTION_SEED, MEASURE_EVERY, demo_inputs, run_demo
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord

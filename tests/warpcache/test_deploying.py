@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 from warpcache.building import Built, build_bundle
-from warpcache.cli import cli
+from warpcache.cli.main import cli
 from warpcache.deploying import (
     CUDA_PYTHON,
     LEFT_OUT,

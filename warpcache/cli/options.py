@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .engine.errors import InputError
+from ..engine.errors import InputError
 
 if TYPE_CHECKING:
-    from .quality_choice import QualityChoice
+    from ..quality_choice import QualityChoice
 
 __all__ = [
     "AGE",
@@ -55,7 +55,7 @@ def checked_policy(ctx: click.Context, param: click.Parameter, value: Any) -> An
     Raises:
         click.BadParameter: If a name is no policy.
     """
-    from .engine.schedule.policy import Policy
+    from ..engine.schedule.policy import Policy
 
     return _checked(Policy.parse, ctx, param, value)
 
@@ -66,7 +66,7 @@ def checked_device(ctx: click.Context, param: click.Parameter, value: Any) -> An
     Raises:
         click.BadParameter: If a name is no device's.
     """
-    from .engine.cuda.options import parse_device
+    from ..engine.cuda.options import parse_device
 
     return _checked(parse_device, ctx, param, value)
 
@@ -79,7 +79,7 @@ def checked_metric(ctx: click.Context, param: click.Parameter, value: Any) -> An
     """
     if value is None:
         return None
-    from .engine.promise.calibration import canonical_metric
+    from ..engine.promise.calibration import canonical_metric
 
     return _checked(canonical_metric, ctx, param, value)
 
@@ -228,7 +228,7 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         producer_devices: tuple[str, ...],
         **options: Any,
     ) -> Any:
-        from .device_choice import DeviceChoice
+        from ..device_choice import DeviceChoice
 
         given = [name for name, value in (("--graphs", graphs), ("--producer-device", producer_devices)) if value]
         if device == "cpu" and given:
@@ -276,8 +276,8 @@ def _promise(
     Raises:
         click.BadParameter: If the metric is unknown, or the threshold or the confidence is out of its range.
     """
-    from .engine.promise.calibration import Quality
-    from .quality_choice import QualityChoice
+    from ..engine.promise.calibration import Quality
+    from ..quality_choice import QualityChoice
 
     hint = "--quality"
     try:

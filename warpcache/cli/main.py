@@ -15,12 +15,12 @@ from typing import Any
 
 import click
 
-from . import __version__
-from .engine.errors import DeviceError, WarpcacheError
+from .. import __version__
+from ..engine.errors import DeviceError, WarpcacheError
 from .failure import Failure
-from .making import build, compile_command, split
+from .make import build, compile_command, split
 from .options import PATH, one_line, writable
-from .streaming import bench, demo, run
+from .stream import bench, demo, run
 
 __all__ = ["cli", "main"]
 
@@ -88,13 +88,13 @@ def inspect(bundle: Path, report: Path | None) -> None:
     Of a bundle that was compiled with --exits, also what it promises: its rule, every exit's cost and quality, which
     exits are on the Pareto front, and what each threshold saves.
     """
-    from .describe import print_bundle
-    from .engine.bundle.bundle import Bundle
+    from ..describe import print_bundle
+    from ..engine.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     print_bundle(opened)
     if report is not None:
-        from .bundle_report import write_bundle_report
+        from ..bundle_report import write_bundle_report
 
         write_bundle_report(report, opened)
         click.echo(f"wrote {report}")
@@ -106,7 +106,7 @@ def doctor(as_json: bool) -> None:
     """Show what is here: GPUs, driver, packages; what fits together, and what to do about the rest."""
     import json
 
-    from .doctor import examine, print_report
+    from ..doctor import examine, print_report
 
     report = examine()
     if as_json:

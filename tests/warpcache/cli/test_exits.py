@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 import warpcache.compiling
 import warpcache.engine.routing.plan
-from warpcache.cli import cli
+from warpcache.cli.main import cli
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality

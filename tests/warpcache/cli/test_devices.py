@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 
-from warpcache.cli import cli
+from warpcache.cli.main import cli
 from warpcache.device_choice import DeviceChoice
 from warpcache.engine.errors import DeviceError
 from warpcache.report import PolicyResult, ReportData, write_report

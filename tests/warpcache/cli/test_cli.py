@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 import warpcache.bench
 from warpcache import __version__
-from warpcache.cli import cli
+from warpcache.cli.main import cli
 from warpcache.engine.errors import WarpcacheError
 
 COMMANDS = ("demo", "compile", "split", "build", "run", "bench", "inspect", "doctor")
@@ -232,7 +232,7 @@ def test_an_existing_bundle_is_not_overwritten(make_bundle: Any, inputs: Path) -
 @pytest.mark.parametrize("missing", ["torch", "onnx"])
 def test_compile_without_the_export_extra_says_what_to_install(missing: str, inputs: Path, tmp_path: Path) -> None:
     # In a process of its own: None in sys.modules is what makes an import raise ModuleNotFoundError.
-    code = f"import sys; sys.modules[{missing!r}] = None; from warpcache.cli import main; main()"
+    code = f"import sys; sys.modules[{missing!r}] = None; from warpcache.cli.main import main; main()"
     arguments = ["compile", "m:f", "--inputs", inputs, "--out", tmp_path / "b.warp"]
     result = subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 1
