@@ -34,7 +34,7 @@ from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.schedule.policy import Policy
 from warpcache.export.compile import split_model
 from warpcache.export.graph.surgery import load_model
-from warpcache.inputs import InputStream
+from warpcache.media.inputs import InputStream
 from warpcache.progress import ProgressBar, Report, silent
 from warpcache.report import print_table, row, write_json
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from warpcache.export.adapter.network import AdapterConfig, Surface
 from warpcache.export.compile import CompileOptions, compile_generator
-from warpcache.inputs import InputStream
+from warpcache.media.inputs import InputStream
 from warpcache.models.head import SyntheticHead
 from warpcache.models.renderer import DeferredNeuralRenderer
 from warpcache.models.training import train_renderer

@@ -92,7 +92,7 @@ def make_reference_bundle(
     from warpcache.export.adapter.network import AdapterConfig
     from warpcache.export.compile import CompileOptions, compile_generator
     from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
-    from warpcache.inputs import InputStream
+    from warpcache.media.inputs import InputStream
 
     stream = InputStream.from_arrays(_noise(size, _FRAMES), fps=_FPS)
     # The demo's adapter. Clips of one pair keep the one step's memory below that of a real training.

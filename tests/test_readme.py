@@ -86,7 +86,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 
 def test_the_example_makes_a_bundle_and_answers(done: tuple[Path, dict[str, str]]) -> None:
     from warpcache.engine.bundle.bundle import Bundle
-    from warpcache.video import read_video
+    from warpcache.media.video import read_video
 
     folder, _ = done
     manifest = Bundle.open(folder / "mine.warp").manifest

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .engine.bundle.manifest import Manifest
     from .engine.metrics.lpips import Lpips
     from .engine.promise.calibration import Quality
-    from .inputs import InputStream
+    from .media.inputs import InputStream
     from .quality_choice import QualityChoice
     from .report import PolicyResult
     from .routed import Within
@@ -282,7 +282,7 @@ def run_bundle(
         One row: latency, frames per second and age; quality is not measured here.
     """
     from .engine.bundle.bundle import Bundle
-    from .outputs import OutputWriter
+    from .media.outputs import OutputWriter
     from .report import row
 
     if promise is not None:
@@ -318,7 +318,7 @@ def run_bundle(
 
 def open_inputs(path: Path, manifest: Manifest) -> InputStream:
     """Load a stream of inputs and check it against what the bundle takes."""
-    from .inputs import load_inputs
+    from .media.inputs import load_inputs
 
     return load_inputs(path, manifest.inputs)
 

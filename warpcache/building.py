@@ -322,7 +322,7 @@ def _engines(
 
 def _convert(bundle: Bundle, out: Path, precision: LowPrecision, conversion: Conversion, progress: Report) -> Bundle:
     from .export.precision.convert import PrecisionOptions, convert_bundle
-    from .inputs import load_inputs
+    from .media.inputs import load_inputs
 
     given: dict[str, Any] = {"min_psnr_db": conversion.min_psnr_db, "cache_precision": conversion.cache_precision}
     options = PrecisionOptions(

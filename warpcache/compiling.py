@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .inputs import InputStream, load_inputs
+from .media.inputs import InputStream, load_inputs
 from .progress import Report
 
 if TYPE_CHECKING:

@@ -223,7 +223,7 @@ def _stream(
     progress: Report,
 ) -> Recording:
     """Stream the inputs under one policy; every frame's picture goes into `images`, uint8 [3, H, W]."""
-    from .video import to_uint8
+    from .media.video import to_uint8
 
     name = bundle.manifest.image_output
     if name is None:
@@ -255,7 +255,7 @@ def _write_video(
     progress: Report,
 ) -> None:
     """Write both answers side by side; where a frame was dropped, the last one stays, as on a screen."""
-    from .video import VideoWriter, side_by_side, to_float
+    from .media.video import VideoWriter, side_by_side, to_float
 
     def picture(images: Mapping[int, NDArray[np.uint8]], index: int) -> NDArray[np.uint8]:
         return images[next((i for i in range(index, -1, -1) if i in images), min(images))]

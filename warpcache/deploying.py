@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .describe import size_text
 from .engine.errors import InputError
-from .files import explain_write_error
+from .media.files import explain_write_error
 
 if TYPE_CHECKING:
     from .engine.bundle.bundle import Bundle

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .drawing import Chart
-from .files import written_beside
+from .media.files import written_beside
 from .sheets import Sheet
 
 __all__ = ["LegendEntry", "Section", "write_page"]

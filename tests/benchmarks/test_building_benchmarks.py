@@ -13,7 +13,7 @@ from benchmarks import build_time, reference_bundle
 from benchmarks.reference_bundle import PURPOSE, draw_clip, generator, make_reference_bundle
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.engine import Engine
-from warpcache.inputs import load_inputs
+from warpcache.media.inputs import load_inputs
 
 
 def test_the_time_of_building_ahead(tiny_bundle: Path, tmp_path: Path) -> None:

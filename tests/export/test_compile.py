@@ -30,7 +30,7 @@ from warpcache.export.adapter.network import AdapterConfig, AdapterLayout, Surfa
 from warpcache.export.bundle import write as bundling
 from warpcache.export.compile import CompileOptions, compile_generator, split_model
 from warpcache.export.graph.run import run_model
-from warpcache.inputs import InputStream
+from warpcache.media.inputs import InputStream
 from warpcache.models.renderer import DeferredNeuralRenderer
 
 SMALL = AdapterConfig(stride=4, width=8, blocks=0, features=8, encoder_width=8)

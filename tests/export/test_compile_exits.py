@@ -29,7 +29,7 @@ from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.graph.surgery import load_model
 from warpcache.export.promise.check import check_promise, least_held_frames
 from warpcache.export.promise.promise import Promise, PromiseOptions, split_blocks
-from warpcache.inputs import InputStream
+from warpcache.media.inputs import InputStream
 
 LARGE = AdapterConfig(stride=4, width=16, blocks=0, features=8, encoder_width=8)
 SMALL = dataclasses.replace(LARGE, width=8)

@@ -133,7 +133,7 @@ def test_the_report_shows_what_the_bundle_promises(promised_head: Bundle, tmp_pa
 
 
 def test_the_demo_measures_and_writes(head_bundle: Bundle, tmp_path: Path) -> None:
-    from warpcache.video import read_video
+    from warpcache.media.video import read_video
 
     out = tmp_path / "demo"
     stages: dict[str, tuple[int, int]] = {}

@@ -19,6 +19,7 @@ from warpcache.drawing import Chart, drawing
 from warpcache.engine.errors import InputError
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.telemetry import SessionStatistics
+from warpcache.media.video import VideoWriter, read_video
 from warpcache.page import LegendEntry, Section
 from warpcache.quality_choice import QualityChoice
 from warpcache.report import (
@@ -34,7 +35,6 @@ from warpcache.report import (
 )
 from warpcache.routed import Routed, Within
 from warpcache.sheets import Sheet
-from warpcache.video import VideoWriter, read_video
 
 WHOLE, TRUTH = "whole generator", "rendered truth"
 

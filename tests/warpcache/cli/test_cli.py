@@ -127,7 +127,7 @@ def test_run_in_lockstep_uses_the_cache_of_that_age(
 
 
 def test_run_writes_a_video(tiny_bundle: Path, inputs: Path, tmp_path: Path) -> None:
-    from warpcache.video import read_video
+    from warpcache.media.video import read_video
 
     out = tmp_path / "new" / "out.mp4"
     result = call("run", tiny_bundle, inputs, "--out", out, "--policy", "every:3")
@@ -273,7 +273,7 @@ def test_a_mistake_of_ours_is_not_hidden(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_interrupted_run_leaves_nothing(
     tiny_bundle: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from warpcache.outputs import OutputWriter
+    from warpcache.media.outputs import OutputWriter
 
     write = OutputWriter.write
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine.errors import InputError
+from ..engine.errors import InputError
 from .files import written_beside
 from .video import VideoWriter
 

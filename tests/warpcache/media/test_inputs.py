@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from warpcache.engine.bundle.manifest import InputRecord
 from warpcache.engine.errors import InputError
 from warpcache.engine.spec import TensorSpec
-from warpcache.inputs import InputStream, OutputWriter, load_inputs, save_outputs
-from warpcache.video import VideoWriter, read_video, to_float
+from warpcache.media.inputs import InputStream, OutputWriter, load_inputs, save_outputs
+from warpcache.media.video import VideoWriter, read_video, to_float
 
 Array = NDArray[Any]
 

@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine.errors import InputError
-from .engine.spec import TensorSpec
+from ..engine.errors import InputError
+from ..engine.spec import TensorSpec
 from .outputs import OutputWriter, save_outputs
 from .video import read_video, to_float
 
 if TYPE_CHECKING:
-    from .engine.bundle.manifest import InputRecord
+    from ..engine.bundle.manifest import InputRecord
 
 __all__ = ["InputStream", "OutputWriter", "load_inputs", "save_outputs"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine.errors import ClosedError, InputError
+from ..engine.errors import ClosedError, InputError
 from .files import written_beside
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from .engine.errors import InputError
+from ..engine.errors import InputError
 
 __all__ = ["explain_write_error", "written_beside"]
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from warpcache.engine.errors import ClosedError, InputError
-from warpcache.video import VideoWriter, read_video, side_by_side, to_float, to_uint8
+from warpcache.media.video import VideoWriter, read_video, side_by_side, to_float, to_uint8
 
 Images = NDArray[np.float32]
 
