@@ -36,7 +36,7 @@ from warpcache.export.compile import split_model
 from warpcache.export.graph.surgery import load_model
 from warpcache.media.inputs import InputStream
 from warpcache.progress import ProgressBar, Report, silent
-from warpcache.report import print_table, row, write_json
+from warpcache.report.policies import print_table, row, write_json
 
 __all__ = ["compare_policies", "frame_reuse", "plain_bundle"]
 

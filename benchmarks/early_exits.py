@@ -35,7 +35,7 @@ from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Qua
 from warpcache.engine.session.session import Frame
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.progress import ProgressBar
-from warpcache.report import environment
+from warpcache.report.policies import environment
 
 CASES = ("d6-128", "d3-128", "d6-256", "head-256")
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1)

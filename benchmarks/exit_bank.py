@@ -31,7 +31,7 @@ from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.graph.surgery import load_model
 from warpcache.export.training.perceptual import PerceptualLoss
 from warpcache.progress import ProgressBar
-from warpcache.report import environment
+from warpcache.report.policies import environment
 
 
 @click.command()

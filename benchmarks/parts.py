@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.measuring import Figure
 from warpcache.engine.cuda.options import parse_device
 from warpcache.engine.errors import WarpcacheError
-from warpcache.report import environment
+from warpcache.report.policies import environment
 
 __all__ = [
     "SCHEMA",

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.measuring import Figure, print_figures
 from warpcache.demo import demo_bundle
-from warpcache.report import environment
+from warpcache.report.policies import environment
 
 __all__ = ["STAGES", "measure_start"]
 

@@ -50,7 +50,7 @@ from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.graph.surgery import load_model
 from warpcache.models.training import train_renderer
 from warpcache.progress import ProgressBar
-from warpcache.report import environment
+from warpcache.report.policies import environment
 
 AGES = (1, 2, 3, 4)
 METRICS = ("psnr_db", "ssim", "flip", "lpips")

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .engine.promise.calibration import Quality
     from .media.inputs import InputStream
     from .quality_choice import QualityChoice
-    from .report import PolicyResult
-    from .routed import Within
+    from .report.policies import PolicyResult
+    from .report.routed import Within
 
 __all__ = [
     "CPU",
@@ -84,8 +84,8 @@ def result_of(
     Returns:
         The policy's figures: means over the frames, and means by age of the cache against the first reference.
     """
-    from .report import PolicyResult
-    from .routed import within_of
+    from .report.policies import PolicyResult
+    from .report.routed import within_of
 
     quality: dict[str, dict[str, float]] = {}
     by_age: dict[str, dict[int, dict[str, float]]] = {}
@@ -195,7 +195,7 @@ def bench_bundle(
         DeviceError: If there is no such GPU.
     """
     from .engine.bundle.bundle import Bundle
-    from .report import row
+    from .report.policies import row
 
     if promise is not None:
         promise.require_lpips(lpips, measuring=True)
@@ -283,7 +283,7 @@ def run_bundle(
     """
     from .engine.bundle.bundle import Bundle
     from .media.outputs import OutputWriter
-    from .report import row
+    from .report.policies import row
 
     if promise is not None:
         promise.require_lpips(lpips, measuring=False)

@@ -148,8 +148,8 @@ def run_demo(
         BundleError: If the bundle is missing or damaged.
         InputError: If `out` is in the way or cannot be written.
     """
-    from .bundle_report import promise_section
-    from .report import ReportData, environment, row, write_report
+    from .report.bundle_page import promise_section
+    from .report.policies import ReportData, environment, row, write_report
 
     bundle = bundle or demo_bundle()
     if out.exists() and not out.is_dir():

@@ -18,9 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .describe import size_text
 from .engine.errors import InputError
 from .media.files import explain_write_error
+from .report.bundle_tables import size_text
 
 if TYPE_CHECKING:
     from .engine.bundle.bundle import Bundle

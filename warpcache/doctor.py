@@ -141,7 +141,7 @@ def print_report(report: Report, *, console: Console | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from .describe import PIPE_WIDTH, plain_table
+    from .report.bundle_tables import PIPE_WIDTH, plain_table
 
     out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     table = plain_table("What is here", "", "what", "found", "what to do")
@@ -329,7 +329,7 @@ def _driver(facts: Facts) -> Finding:
 
 
 def _gpus(facts: Facts) -> list[Finding]:
-    from .describe import size_text
+    from .report.bundle_tables import size_text
 
     seen = facts.probed["driver"].facts
     if not seen or seen["error"] is not None:
@@ -462,7 +462,7 @@ def _arrays(facts: Facts) -> list[Finding]:
 
 
 def _engine_cache(facts: Facts) -> Finding:
-    from .describe import size_text
+    from .report.bundle_tables import size_text
 
     name, cache = "engine cache", facts.cache
     if "folder" not in cache:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .engine.bundle.bundle import Bundle
     from .engine.session.session import Frame
     from .quality_choice import QualityChoice
-    from .routed import Routed
+    from .report.routed import Routed
 
 __all__ = ["CPU", "ExitName", "Recording", "frame_count", "pace", "record"]
 
@@ -138,7 +138,7 @@ def record(
             progress(label, frame.index + 1, total)
         result.seconds = time.perf_counter() - begin
         if promise is not None:
-            from .routed import Routed
+            from .report.routed import Routed
 
             engine.synchronize()  # an audit that still runs counts too
             result.routed = Routed.of(promise, answered, session.statistics)

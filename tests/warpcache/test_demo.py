@@ -176,7 +176,7 @@ def test_an_interrupted_demo_leaves_the_last_one_whole(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(warpcache.demo, "demo_bundle", lambda: head_bundle)
-    monkeypatch.setattr("warpcache.report.write_report", interrupted)
+    monkeypatch.setattr("warpcache.report.policies.write_report", interrupted)
     result = CliRunner().invoke(cli, ["demo", "--frames", "6", "--out", str(out)])
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "warpcache: interrupted; nothing was written"

@@ -88,13 +88,13 @@ def inspect(bundle: Path, report: Path | None) -> None:
     Of a bundle that was compiled with --exits, also what it promises: its rule, every exit's cost and quality, which
     exits are on the Pareto front, and what each threshold saves.
     """
-    from ..describe import print_bundle
     from ..engine.bundle.bundle import Bundle
+    from ..report.bundle_tables import print_bundle
 
     opened = Bundle.open(bundle)
     print_bundle(opened)
     if report is not None:
-        from ..bundle_report import write_bundle_report
+        from ..report.bundle_page import write_bundle_report
 
         write_bundle_report(report, opened)
         click.echo(f"wrote {report}")

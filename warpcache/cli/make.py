@@ -205,7 +205,7 @@ def build(
     """
     from ..building import Conversion, build_bundle, print_built
     from ..progress import ProgressBar
-    from ..report import write_json
+    from ..report.policies import write_json
 
     asked = Conversion(inputs=inputs, keep=keep, cache_precision=cache_precision, min_psnr_db=min_psnr)
     with _engines_kept(), _export_installed("build --precision needs"), ProgressBar() as progress:
@@ -265,8 +265,8 @@ def _export_installed(needing: str = "compile and split need") -> Iterator[None]
 
 def _show_compiled(bundle: Bundle, command: str, json_path: Path | None) -> None:
     """Print a bundle that was just made, and its calibration as JSON where asked for."""
-    from ..describe import calibration_rows, print_bundle
-    from ..report import write_json
+    from ..report.bundle_tables import calibration_rows, print_bundle
+    from ..report.policies import write_json
 
     print_bundle(bundle)
     click.echo(f"wrote {bundle.path}")

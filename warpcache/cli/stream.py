@@ -200,7 +200,7 @@ def bench(
 
 def _show_measured(measured: Measured, command: str, json_path: Path | None) -> None:
     """Print what was measured, and write it as JSON where asked for."""
-    from ..report import print_table, write_json
+    from ..report.policies import print_table, write_json
 
     print_table(measured.rows, title=measured.title, caption=measured.caption)
     if json_path is not None:

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from warpcache.cli.main import cli
 from warpcache.device_choice import DeviceChoice
 from warpcache.engine.errors import DeviceError
-from warpcache.report import PolicyResult, ReportData, write_report
+from warpcache.report.policies import PolicyResult, ReportData, write_report
 
 FRAMES = 6
 # One convolution of 72 products and one of 72: float32 rounds each to 6e-8 of values below 4; the same ONNX Runtime

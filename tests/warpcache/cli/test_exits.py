@@ -22,9 +22,9 @@ from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
 from warpcache.engine.routing.exit_costs import ExitCosts
 from warpcache.engine.telemetry import SessionStatistics
-from warpcache.promise_sheets import rule_sentences
 from warpcache.quality_choice import QualityChoice
-from warpcache.routed import Routed, routed_lines, within_of
+from warpcache.report.promise_tables import rule_sentences
+from warpcache.report.routed import Routed, routed_lines, within_of
 
 FRAMES = 8
 # Tenths of predicted scores: -9 is PSNR 39 dB, -4 is 17 dB. Only warp is expected to keep 30 dB; the first frame, whose

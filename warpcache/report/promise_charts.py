@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..engine.metrics.images import METRICS
 from .drawing import PAPER, SERIES, TEXT, Chart, drawing
-from .engine.metrics.images import METRICS
 from .pareto import Point, by_age, cost_ticks, mark_dominated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .engine.promise.calibration import PromiseRecord
+    from ..engine.promise.calibration import PromiseRecord
 
 __all__ = ["promise_charts", "shown_ages"]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..engine.metrics.images import METRICS, PSNR_CAP_DB
 from .drawing import PAPER, SERIES, Chart, drawing
-from .engine.metrics.images import METRICS, PSNR_CAP_DB
 
 if TYPE_CHECKING:
-    from .report import PolicyResult
+    from .policies import PolicyResult
 
 __all__ = ["charts", "series"]
 

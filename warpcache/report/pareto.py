@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine.metrics.images import METRICS
+from ..engine.metrics.images import METRICS
 
 if TYPE_CHECKING:
-    from .engine.bundle.manifest import Manifest
-    from .engine.promise.calibration import Calibration
+    from ..engine.bundle.manifest import Manifest
+    from ..engine.promise.calibration import Calibration
 
 __all__ = ["Point", "age_words", "by_age", "cost_ticks", "mark_dominated", "points_of", "text_plot"]
 
@@ -55,7 +55,7 @@ def points_of(calibration: Calibration, manifest: Manifest) -> list[Point]:
         calibration: What was measured when the promise was made.
         manifest: Its bundle's.
     """
-    from .engine.promise.calibration import from_score
+    from ..engine.promise.calibration import from_score
 
     costs = {record.name: record.cost_ratio for record in manifest.exits}
     # Identical images are PSNR's infinity: the whole generator has no place on its scale.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from warpcache.engine.bundle.bundle import ExitRecord
 from warpcache.engine.promise.calibration import Calibration
-from warpcache.pareto import Point, age_words, by_age, cost_ticks, mark_dominated, points_of, text_plot
+from warpcache.report.pareto import Point, age_words, by_age, cost_ticks, mark_dominated, points_of, text_plot
 
 POINTS = st.lists(st.tuples(st.integers(1, 6), st.one_of(st.none(), st.integers(0, 5))), min_size=1, max_size=8)
 

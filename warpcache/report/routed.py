@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine.metrics.images import METRICS
+from ..engine.metrics.images import METRICS
 
 if TYPE_CHECKING:
-    from .engine.promise.calibration import Quality
-    from .engine.session.session import Frame
-    from .engine.telemetry import LatencySummary, SessionStatistics
-    from .quality_choice import QualityChoice
+    from ..engine.promise.calibration import Quality
+    from ..engine.session.session import Frame
+    from ..engine.telemetry import LatencySummary, SessionStatistics
+    from ..quality_choice import QualityChoice
 
 __all__ = ["Routed", "Within", "routed_lines", "within_of"]
 

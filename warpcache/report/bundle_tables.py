@@ -6,14 +6,14 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .engine.spec import TensorSpec
-from .sheets import Sheet, plain_table
+from ..engine.spec import TensorSpec
+from .tables import Sheet, plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .engine.bundle.bundle import Bundle
-    from .engine.bundle.manifest import Manifest
+    from ..engine.bundle.bundle import Bundle
+    from ..engine.bundle.manifest import Manifest
 
 __all__ = [
     "calibration_rows",
@@ -66,10 +66,10 @@ def sheets_of(manifest: Manifest) -> list[Sheet]:
 
 def _print_promise(bundle: Bundle, out: Console) -> None:
     """Print what the bundle promises: its rule, every exit's cost and quality, the Pareto front, the thresholds."""
-    from .bundle_report import NO_PROMISE
-    from .engine.promise.calibration import Calibration, PromiseRecord
+    from ..engine.promise.calibration import Calibration, PromiseRecord
+    from .bundle_page import NO_PROMISE
     from .pareto import age_words, by_age, points_of, text_plot
-    from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet
+    from .promise_tables import quality_sheet, rule_sentences, thresholds_sheet
 
     record = PromiseRecord.of(bundle.manifest)
     if record is None:
@@ -215,8 +215,8 @@ def _candidates(manifest: Manifest) -> Sheet:
 
 def _exits(manifest: Manifest) -> Sheet:
     """The exits and their cost; multiply-accumulates where they were counted."""
-    from .engine.promise.calibration import PromiseRecord
-    from .promise_sheets import count_text
+    from ..engine.promise.calibration import PromiseRecord
+    from .promise_tables import count_text
 
     rows: list[tuple[str, ...]] = [
         (record.name, record.module, f"{record.cost_ratio:.1%}") for record in manifest.exits
@@ -237,7 +237,7 @@ def _exits(manifest: Manifest) -> Sheet:
 
 def _calibration(manifest: Manifest) -> Sheet:
     """Mean quality by exit and age, and the 5th percentile of the frames beside it."""
-    from .engine.metrics.images import METRICS
+    from ..engine.metrics.images import METRICS
 
     calibration = manifest.calibration or {}
     names = list(calibration.get("metrics", ()))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine.errors import InputError
-from .engine.metrics.images import METRICS
+from ..engine.errors import InputError
+from ..engine.metrics.images import METRICS
 from .records import SCHEMA, environment, write_json
 from .routed import routed_lines
 
@@ -244,8 +244,8 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
     Raises:
         InputError: If there is nothing to show, the video is missing, or the file cannot be written.
     """
-    from .figures import charts, series
     from .page import write_page
+    from .policy_charts import charts, series
 
     if not data.results:
         raise InputError("a report needs at least one policy's result")

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engine.metrics.images import METRICS
+from ..engine.metrics.images import METRICS
 from .page import LegendEntry, Section, write_page
 from .pareto import age_words, points_of
-from .promise_sheets import quality_sheet, rule_sentences, thresholds_sheet
+from .promise_tables import quality_sheet, rule_sentences, thresholds_sheet
 
 if TYPE_CHECKING:
-    from .engine.bundle.bundle import Bundle
-    from .engine.promise.calibration import PromiseRecord
+    from ..engine.bundle.bundle import Bundle
+    from ..engine.promise.calibration import PromiseRecord
 
 __all__ = ["NO_PROMISE", "promise_section", "write_bundle_report"]
 
@@ -26,8 +26,8 @@ def promise_section(bundle: Bundle) -> Section | None:
     Raises:
         BundleError: If the promise's record or its calibration is malformed.
     """
-    from .engine.promise.calibration import Calibration, PromiseRecord
-    from .promise_figures import promise_charts, shown_ages
+    from ..engine.promise.calibration import Calibration, PromiseRecord
+    from .promise_charts import promise_charts, shown_ages
 
     record = PromiseRecord.of(bundle.manifest)
     if record is None:
@@ -55,8 +55,8 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
         BundleError: If the promise's record or its calibration is malformed.
         InputError: If the file cannot be written.
     """
-    from .describe import created_text, sheets_of
-    from .engine.promise.calibration import PromiseRecord
+    from ..engine.promise.calibration import PromiseRecord
+    from .bundle_tables import created_text, sheets_of
 
     section = promise_section(bundle)
     if section is None:
@@ -74,7 +74,7 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
 
 def _headline(bundle: Bundle, record: PromiseRecord | None) -> list[dict[str, Any]]:
     """The few figures to see first."""
-    from .describe import size_text
+    from .bundle_tables import size_text
 
     manifest = bundle.manifest
     total = size_text(sum(file.size_bytes for file in manifest.files.values()))

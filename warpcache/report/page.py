@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..media.files import written_beside
 from .drawing import Chart
-from .media.files import written_beside
-from .sheets import Sheet
+from .tables import Sheet
 
 __all__ = ["LegendEntry", "Section", "write_page"]
 

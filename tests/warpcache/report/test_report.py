@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from warpcache.drawing import Chart, drawing
 from warpcache.engine.errors import InputError
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.media.video import VideoWriter, read_video
-from warpcache.page import LegendEntry, Section
 from warpcache.quality_choice import QualityChoice
-from warpcache.report import (
+from warpcache.report.drawing import Chart, drawing
+from warpcache.report.page import LegendEntry, Section
+from warpcache.report.policies import (
     PolicyResult,
     ReportData,
     environment,
@@ -33,8 +33,8 @@ from warpcache.report import (
     write_json,
     write_report,
 )
-from warpcache.routed import Routed, Within
-from warpcache.sheets import Sheet
+from warpcache.report.routed import Routed, Within
+from warpcache.report.tables import Sheet
 
 WHOLE, TRUTH = "whole generator", "rendered truth"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .media.files import written_beside
+from ..media.files import written_beside
 
 __all__ = ["SCHEMA", "environment", "write_json"]
 

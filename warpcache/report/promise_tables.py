@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .engine.errors import InputError
-from .engine.metrics.images import METRICS
+from ..engine.errors import InputError
+from ..engine.metrics.images import METRICS
 from .pareto import Point, by_age
-from .sheets import Sheet
+from .tables import Sheet
 
 if TYPE_CHECKING:
-    from .engine.bundle.manifest import Manifest
-    from .engine.promise.calibration import Calibration, PromiseRecord
+    from ..engine.bundle.manifest import Manifest
+    from ..engine.promise.calibration import Calibration, PromiseRecord
 
 __all__ = ["count_text", "quality_sheet", "rule_sentences", "thresholds_sheet"]
 
