@@ -23,12 +23,12 @@ import numpy as np
 
 from benchmarks.measuring import Figure
 from benchmarks.parts import Measured, device_record, finish, run_parts, show_parts, write_parts
-from warpcache.demo import demo_bundle
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt.engine_cache import EngineCache
 from warpcache.engine.tensorrt.engines import build_engines, precision_of
 from warpcache.engine.tensorrt.flavour import Flavour
+from warpcache.tasks.demo import demo_bundle
 
 __all__ = ["PARTS", "TARGETS", "main"]
 

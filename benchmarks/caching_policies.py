@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 
 from benchmarks.clips import TalkingHead, load_talking_head
 from benchmarks.talking_head import BUDGET, GENERATOR_STEPS, compile_clip, train_generator
-from warpcache.bench import ExitName, Recording, record, result_of
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.schedule.policy import Policy
 from warpcache.export.compile import split_model
 from warpcache.export.graph.surgery import load_model
 from warpcache.media.inputs import InputStream
-from warpcache.progress import ProgressBar, Report, silent
 from warpcache.report.policies import print_table, row, write_json
+from warpcache.tasks.bench import ExitName, Recording, record, result_of
+from warpcache.tasks.progress import ProgressBar, Report, silent
 
 __all__ = ["compare_policies", "frame_reuse", "plain_bundle"]
 

@@ -23,11 +23,11 @@ from warpcache.media.inputs import InputStream
 from warpcache.models.head import SyntheticHead
 from warpcache.models.renderer import DeferredNeuralRenderer
 from warpcache.models.training import train_renderer
-from warpcache.progress import ProgressBar, Report
+from warpcache.tasks.progress import ProgressBar, Report
 
 SIZE = 256
 FPS = 30.0
-# Takes of the head: the demo's own (warpcache.demo.DEMO_MOTION_SEED) is none of them.
+# Takes of the head: the demo's own (warpcache.tasks.demo.DEMO_MOTION_SEED) is none of them.
 TRAIN_TAKE, TRAIN_FRAMES = 1, 600
 HOLDOUT_TAKE, HOLDOUT_FRAMES = 2, 120
 

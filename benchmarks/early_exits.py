@@ -34,8 +34,8 @@ from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality, to_score
 from warpcache.engine.session.session import Frame
 from warpcache.engine.telemetry import SessionStatistics
-from warpcache.progress import ProgressBar
 from warpcache.report.policies import environment
+from warpcache.tasks.progress import ProgressBar
 
 CASES = ("d6-128", "d3-128", "d6-256", "head-256")
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1)

@@ -30,8 +30,8 @@ from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.graph.surgery import load_model
 from warpcache.export.training.perceptual import PerceptualLoss
-from warpcache.progress import ProgressBar
 from warpcache.report.policies import environment
+from warpcache.tasks.progress import ProgressBar
 
 
 @click.command()

@@ -28,11 +28,11 @@ from torch import nn
 from benchmarks.clips import load_talking_head
 from benchmarks.demo_bundle import FPS, HOLDOUT_TAKE, SIZE, TRAIN_TAKE, demo_generator
 from benchmarks.talking_head_model import generator, generator_256
-from warpcache.demo import DEMO_MOTION_SEED
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.models.head import SyntheticHead
 from warpcache.models.training import train_renderer
-from warpcache.progress import ProgressBar
+from warpcache.tasks.demo import DEMO_MOTION_SEED
+from warpcache.tasks.progress import ProgressBar
 
 __all__ = ["EXITS", "HELD_SHARE", "Case", "clip_case", "head_case"]
 

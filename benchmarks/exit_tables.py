@@ -16,7 +16,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import PromiseRecord
-from warpcache.progress import Report
+from warpcache.tasks.progress import Report
 
 __all__ = ["COLD", "ExitTable", "kept_table", "measure_table", "oracle_reuse", "within"]
 

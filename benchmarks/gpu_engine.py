@@ -39,7 +39,6 @@ from benchmarks.parts import (
 )
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import Streamed, as_clip, frames_for, on_device, stream
-from warpcache.demo import demo_bundle
 from warpcache.engine.backends import choose_backend
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.device import CudaDevice
@@ -51,6 +50,7 @@ from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.session.session import Session
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
+from warpcache.tasks.demo import demo_bundle
 
 __all__ = ["BACKENDS", "PARTS", "Setup", "main"]
 

@@ -240,8 +240,8 @@ def _checked_rivals(against: str, generator: str | None, device: str) -> list[st
 
 
 def _open(bundle: str, inputs: Path | None, frames: int) -> tuple[Bundle, Frames]:
-    from warpcache.demo import demo_bundle, demo_inputs
     from warpcache.media.inputs import load_inputs
+    from warpcache.tasks.demo import demo_bundle, demo_inputs
 
     if bundle == "demo":
         opened = demo_bundle()

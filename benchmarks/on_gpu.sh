@@ -132,7 +132,7 @@ if [ -z "${DEMO_FP16:-}" ]; then
         step demo_fp16 90 "$PYTHON" -c '
 import sys
 from pathlib import Path
-from warpcache.demo import demo_bundle
+from warpcache.tasks.demo import demo_bundle
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 convert_bundle(demo_bundle(), Path(sys.argv[1]), options=PrecisionOptions("fp16"), frames=None)
 ' "$DEMO_FP16"

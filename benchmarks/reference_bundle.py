@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from warpcache.engine.errors import WarpcacheError
-from warpcache.progress import ProgressBar, Report, silent
+from warpcache.tasks.progress import ProgressBar, Report, silent
 
 if TYPE_CHECKING:
     from warpcache.engine.bundle.bundle import Bundle

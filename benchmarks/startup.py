@@ -20,8 +20,8 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.measuring import Figure, print_figures
-from warpcache.demo import demo_bundle
 from warpcache.report.policies import environment
+from warpcache.tasks.demo import demo_bundle
 
 __all__ = ["STAGES", "measure_start"]
 

@@ -49,8 +49,8 @@ from warpcache.export.cut.split import split
 from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.graph.surgery import load_model
 from warpcache.models.training import train_renderer
-from warpcache.progress import ProgressBar
 from warpcache.report.policies import environment
+from warpcache.tasks.progress import ProgressBar
 
 AGES = (1, 2, 3, 4)
 METRICS = ("psnr_db", "ssim", "flip", "lpips")

@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.caching_policies import SHOWN_AGAIN, compare_policies, frame_reuse, plain_bundle
-from warpcache.bench import Recording, record
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure
 from warpcache.engine.schedule.policy import Policy
+from warpcache.tasks.bench import Recording, record
 
 FRAMES = 7
 

@@ -23,7 +23,6 @@ from benchmarks.gpu_engine import PARTS
 from benchmarks.mesh_to_picture import MeshToPicture
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import as_clip, frames_for
-from warpcache.demo import demo_bundle
 from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.device import CudaDevice
@@ -32,6 +31,7 @@ from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 from warpcache.models.head import SyntheticHead
+from warpcache.tasks.demo import demo_bundle
 
 TINY = "--frames 8 --host-frames 12 --warmup 3 --fps 500 --drawn 3 --empty-frames 50 --demo-frames 10 --parity-frames 6"
 

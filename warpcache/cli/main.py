@@ -106,7 +106,7 @@ def doctor(as_json: bool) -> None:
     """Show what is here: GPUs, driver, packages; what fits together, and what to do about the rest."""
     import json
 
-    from ..doctor import examine, print_report
+    from ..tasks.doctor import examine, print_report
 
     report = examine()
     if as_json:

@@ -14,9 +14,9 @@ from .failure import Failure
 from .options import COUNT, PATH, RATE, checked_metric, cut_option, json_option, lpips_option, split_names, writable
 
 if TYPE_CHECKING:
-    from ..building import Precision
     from ..engine.bundle.bundle import Bundle
     from ..engine.tensorrt.flavour import FlavourName
+    from ..tasks.build import Precision
 
 __all__ = ["build", "compile_command", "split"]
 
@@ -107,8 +107,8 @@ def compile_command(
         if exits is None and value is not None:
             raise click.UsageError(f"{name} is for exits that a quality is promised with; say how many by --exits N")
     _refuse_existing(out)
-    from ..compiling import compile_files
-    from ..progress import ProgressBar
+    from ..tasks.compile import compile_files
+    from ..tasks.progress import ProgressBar
 
     with _checkpoint_named(out.with_suffix(".checkpoint.safetensors")), _export_installed(), ProgressBar() as progress:
         bundle = compile_files(
@@ -141,8 +141,8 @@ def compile_command(
 def split(model: Path, inputs: Path, cut: str, out: Path, json_path: Path | None) -> None:
     """Cut an ONNX model whose PyTorch source is not at hand; nothing is trained."""
     _refuse_existing(out)
-    from ..compiling import split_files
-    from ..progress import ProgressBar
+    from ..tasks.compile import split_files
+    from ..tasks.progress import ProgressBar
 
     with _export_installed(), ProgressBar() as progress:
         bundle = split_files(model, inputs=inputs, cut=cut, out=out, progress=progress)
@@ -203,9 +203,9 @@ def build(
 
     With --precision the bundle is converted first, and written as NAME.PRECISION.warp beside the one it was made from.
     """
-    from ..building import Conversion, build_bundle, print_built
-    from ..progress import ProgressBar
     from ..report.policies import write_json
+    from ..tasks.build import Conversion, build_bundle, print_built
+    from ..tasks.progress import ProgressBar
 
     asked = Conversion(inputs=inputs, keep=keep, cache_precision=cache_precision, min_psnr_db=min_psnr)
     with _engines_kept(), _export_installed("build --precision needs"), ProgressBar() as progress:

@@ -16,7 +16,7 @@ import click
 from ..engine.errors import InputError
 
 if TYPE_CHECKING:
-    from ..quality_choice import QualityChoice
+    from ..tasks.quality_choice import QualityChoice
 
 __all__ = [
     "AGE",
@@ -228,7 +228,7 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         producer_devices: tuple[str, ...],
         **options: Any,
     ) -> Any:
-        from ..device_choice import DeviceChoice
+        from ..tasks.device_choice import DeviceChoice
 
         given = [name for name, value in (("--graphs", graphs), ("--producer-device", producer_devices)) if value]
         if device == "cpu" and given:
@@ -277,7 +277,7 @@ def _promise(
         click.BadParameter: If the metric is unknown, or the threshold or the confidence is out of its range.
     """
     from ..engine.promise.calibration import Quality
-    from ..quality_choice import QualityChoice
+    from ..tasks.quality_choice import QualityChoice
 
     hint = "--quality"
     try:

@@ -23,9 +23,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..bench import ExitName, Measured
-    from ..device_choice import DeviceChoice
-    from ..quality_choice import QualityChoice
+    from ..tasks.bench import ExitName, Measured
+    from ..tasks.device_choice import DeviceChoice
+    from ..tasks.quality_choice import QualityChoice
 
 __all__ = ["bench", "demo", "run"]
 
@@ -55,8 +55,8 @@ def demo(
 
     Needs no torch and no download. Prints a table and writes report.html and frames.mp4.
     """
-    from ..demo import run_demo
-    from ..progress import ProgressBar
+    from ..tasks.demo import run_demo
+    from ..tasks.progress import ProgressBar
 
     with ProgressBar() as progress:
         outcome = run_demo(frames=frames, out=out, lpips=lpips, threads=threads, on=on, progress=progress)
@@ -107,9 +107,9 @@ def run(
     With --quality every frame is answered by the cheapest exit that keeps it, and the table says which answered, what
     was predicted, and what audits found. LPIPS is needed for the audits of a quality in LPIPS alone.
     """
-    from ..bench import run_bundle
     from ..engine.schedule.policy import Policy
-    from ..progress import ProgressBar
+    from ..tasks.bench import run_bundle
+    from ..tasks.progress import ProgressBar
 
     if policy is not None and age is not None:
         raise click.UsageError("--age is a mode of its own (lockstep); leave --policy or --age out")
@@ -175,9 +175,9 @@ def bench(
     With --quality every policy is measured a second time with its frames routed, and of each the share of the frames
     that keep the quality.
     """
-    from ..bench import bench_bundle
     from ..engine.schedule.policy import Policy
-    from ..progress import ProgressBar
+    from ..tasks.bench import bench_bundle
+    from ..tasks.progress import ProgressBar
 
     names = policies or (() if ages else ("full", "every:4", "async"))
     chosen = [*(Policy.parse(name) for name in names), *(Policy.lockstep(age) for age in ages)]

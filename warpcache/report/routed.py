@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..engine.promise.calibration import Quality
     from ..engine.session.session import Frame
     from ..engine.telemetry import LatencySummary, SessionStatistics
-    from ..quality_choice import QualityChoice
+    from ..tasks.quality_choice import QualityChoice
 
 __all__ = ["Routed", "Within", "routed_lines", "within_of"]
 

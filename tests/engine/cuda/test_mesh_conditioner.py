@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
-from warpcache.demo import demo_bundle
 from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.mesh_conditioner import MeshConditioner
@@ -19,6 +18,7 @@ from warpcache.engine.engine import Engine
 from warpcache.engine.errors import ClosedError, InputError
 from warpcache.models.head import SyntheticHead
 from warpcache.models.rasterizer import SurfaceAtlas
+from warpcache.tasks.demo import demo_bundle
 
 SIZE = 64
 ATLAS = 64

@@ -519,7 +519,7 @@ def test_a_failure_while_writing_leaves_nothing(three: Bundle, tmp_path: Path, m
 
 def test_the_demo_bundle_in_fp16(tmp_path: Path) -> None:
     """The figure in the results, on two frames: 78 dB and more. Without the rule for coordinates the warp has 59 dB."""
-    from warpcache.demo import demo_bundle, demo_inputs
+    from warpcache.tasks.demo import demo_bundle, demo_inputs
 
     bundle = demo_bundle()
     arrays = dict(demo_inputs(bundle, 2).arrays)

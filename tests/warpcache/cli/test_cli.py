@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 
-import warpcache.bench
+import warpcache.tasks.bench
 from warpcache import __version__
 from warpcache.cli.main import cli
 from warpcache.engine.errors import WarpcacheError
@@ -257,7 +257,7 @@ def test_what_goes_wrong_is_one_sentence(
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(warpcache.bench, "run_bundle", fail)
+    monkeypatch.setattr(warpcache.tasks.bench, "run_bundle", fail)
     assert_failed(call("run", "b.warp", "x.npz", "--out", tmp_path / "out.npz"), opening)
 
 
@@ -265,7 +265,7 @@ def test_a_mistake_of_ours_is_not_hidden(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*arguments: Any, **options: Any) -> None:
         raise TypeError("our bug")
 
-    monkeypatch.setattr(warpcache.bench, "run_bundle", fail)
+    monkeypatch.setattr(warpcache.tasks.bench, "run_bundle", fail)
     result = call("run", "b.warp", "x.npz", "--out", tmp_path / "out.npz")
     assert isinstance(result.exception, TypeError)
 

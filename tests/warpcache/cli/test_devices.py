@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from warpcache.cli.main import cli
-from warpcache.device_choice import DeviceChoice
 from warpcache.engine.errors import DeviceError
 from warpcache.report.policies import PolicyResult, ReportData, write_report
+from warpcache.tasks.device_choice import DeviceChoice
 
 FRAMES = 6
 # One convolution of 72 products and one of 72: float32 rounds each to 6e-8 of values below 4; the same ONNX Runtime
@@ -260,7 +260,7 @@ def test_run_on_the_gpu_that_is_here(tiny_bundle: Path, inputs: Path, frames: np
 
 
 def test_doctor_prints_for_people_and_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import warpcache.doctor as doctor
+    import warpcache.tasks.doctor as doctor
 
     finding = doctor.Finding("NVIDIA driver", "missing", "not installed", "install the driver")
     report = doctor.Report(findings=(finding,), pairs=(doctor.Pair("cuda", "tensorrt", False, "no driver"),))

@@ -14,17 +14,17 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 
-import warpcache.compiling
 import warpcache.engine.routing.plan
+import warpcache.tasks.compile
 from warpcache.cli.main import cli
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
 from warpcache.engine.routing.exit_costs import ExitCosts
 from warpcache.engine.telemetry import SessionStatistics
-from warpcache.quality_choice import QualityChoice
 from warpcache.report.promise_tables import rule_sentences
 from warpcache.report.routed import Routed, routed_lines, within_of
+from warpcache.tasks.quality_choice import QualityChoice
 
 FRAMES = 8
 # Tenths of predicted scores: -9 is PSNR 39 dB, -4 is 17 dB. Only warp is expected to keep 30 dB; the first frame, whose
@@ -152,7 +152,7 @@ def test_compile_hands_on_what_was_asked(tmp_path: Path, monkeypatch: pytest.Mon
         asked.update(options)
         return Bundle.open(tiny_bundle)
 
-    monkeypatch.setattr(warpcache.compiling, "compile_files", compile_files)
+    monkeypatch.setattr(warpcache.tasks.compile, "compile_files", compile_files)
     arguments = ["compile", "m:f", "--inputs", "x.npz", "--out", tmp_path / "b.warp"]
     assert call(*arguments, "--exits", 4, "--metric", "ms-ssim", "--bank", 0).exit_code == 0
     assert (asked["exits"], asked["metric"], asked["bank_size"]) == (4, "ms-ssim", 0)

@@ -19,7 +19,6 @@ from warpcache.engine.errors import InputError
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.media.video import VideoWriter, read_video
-from warpcache.quality_choice import QualityChoice
 from warpcache.report.drawing import Chart, drawing
 from warpcache.report.page import LegendEntry, Section
 from warpcache.report.policies import (
@@ -35,6 +34,7 @@ from warpcache.report.policies import (
 )
 from warpcache.report.routed import Routed, Within
 from warpcache.report.tables import Sheet
+from warpcache.tasks.quality_choice import QualityChoice
 
 WHOLE, TRUTH = "whole generator", "rendered truth"
 

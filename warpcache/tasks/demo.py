@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.bundle.bundle import Bundle
+from ..engine.errors import BundleError, InputError
+from ..engine.schedule.policy import Policy
+from ..engine.session.session import Frame
+from ..engine.spec import Array
 from .bench import CPU, Measured, Recording, load_lpips, record, result_of
 from .device_choice import DeviceChoice
-from .engine.bundle.bundle import Bundle
-from .engine.errors import BundleError, InputError
-from .engine.schedule.policy import Policy
-from .engine.session.session import Frame
-from .engine.spec import Array
 from .progress import Report, silent
-from .recording import pace
+from .stream import pace
 
 if TYPE_CHECKING:
-    from .models.head import HeadMotion
+    from ..models.head import HeadMotion
 
 __all__ = ["DEMO_MOTION_SEED", "Demo", "demo_bundle", "demo_inputs", "run_demo"]
 
@@ -91,7 +91,7 @@ def demo_inputs(bundle: Bundle, frames: int, progress: Report = silent) -> DemoI
     Raises:
         InputError: If the bundle was not made for the synthetic head.
     """
-    from .models.head import SyntheticHead
+    from ..models.head import SyntheticHead
 
     manifest = bundle.manifest
     specs = {record.spec.name: record.spec for record in manifest.inputs}
@@ -148,8 +148,8 @@ def run_demo(
         BundleError: If the bundle is missing or damaged.
         InputError: If `out` is in the way or cannot be written.
     """
-    from .report.bundle_page import promise_section
-    from .report.policies import ReportData, environment, row, write_report
+    from ..report.bundle_page import promise_section
+    from ..report.policies import ReportData, environment, row, write_report
 
     bundle = bundle or demo_bundle()
     if out.exists() and not out.is_dir():
@@ -223,7 +223,7 @@ def _stream(
     progress: Report,
 ) -> Recording:
     """Stream the inputs under one policy; every frame's picture goes into `images`, uint8 [3, H, W]."""
-    from .media.video import to_uint8
+    from ..media.video import to_uint8
 
     name = bundle.manifest.image_output
     if name is None:
@@ -255,7 +255,7 @@ def _write_video(
     progress: Report,
 ) -> None:
     """Write both answers side by side; where a frame was dropped, the last one stays, as on a screen."""
-    from .media.video import VideoWriter, side_by_side, to_float
+    from ..media.video import VideoWriter, side_by_side, to_float
 
     def picture(images: Mapping[int, NDArray[np.uint8]], index: int) -> NDArray[np.uint8]:
         return images[next((i for i in range(index, -1, -1) if i in images), min(images))]

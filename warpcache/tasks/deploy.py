@@ -18,13 +18,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engine.errors import InputError
-from .media.files import explain_write_error
-from .report.bundle_tables import size_text
+from ..engine.errors import InputError
+from ..media.files import explain_write_error
+from ..report.bundle_tables import size_text
 
 if TYPE_CHECKING:
-    from .engine.bundle.bundle import Bundle
-    from .engine.tensorrt.flavour import Flavour
+    from ..engine.bundle.bundle import Bundle
+    from ..engine.tensorrt.flavour import Flavour
 
 __all__ = ["Dependency", "Deployment", "add_bundle", "add_runtime", "check_place", "deployed_sources", "written_folder"]
 
@@ -136,7 +136,7 @@ def add_bundle(folder: Path, bundle: Bundle) -> Bundle:
     Raises:
         BundleError: If it has changed since it was opened.
     """
-    from .engine.bundle.bundle import write_bundle
+    from ..engine.bundle.bundle import write_bundle
 
     return write_bundle(
         folder / bundle_name(bundle.path), bundle.manifest, {name: bundle.file(name) for name in bundle.manifest.files}
@@ -162,7 +162,7 @@ def add_runtime(folder: Path, out: Path, bundle: Bundle, *, flavour: Flavour, ta
     Raises:
         BackendError: If NVRTC, which compiles the kernels, is missing or does not know a target.
     """
-    from .engine.cuda.kernel_cubins import compile_kernels
+    from ..engine.cuda.kernel_cubins import compile_kernels
 
     for name, source in deployed_sources().items():
         target = folder / RUNTIME / name
@@ -211,7 +211,7 @@ def deployed_sources() -> dict[str, Path]:
 
 def _promise(bundle: Bundle) -> dict[str, Any] | None:
     """What the example and the page say of a bundle that promises a quality; None of one that does not."""
-    from .engine.promise.calibration import PromiseRecord
+    from ..engine.promise.calibration import PromiseRecord
 
     record = PromiseRecord.of(bundle.manifest)
     if record is None:

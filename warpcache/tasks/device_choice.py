@@ -30,7 +30,7 @@ class DeviceChoice:
         Raises:
             InputError: If an option is wrong.
         """
-        from .engine.cuda.options import CudaOptions, parse_device
+        from ..engine.cuda.options import CudaOptions, parse_device
 
         cuda = None
         # What was asked for a GPU is handed on for the CPU too, so that the engine refuses it.
@@ -48,12 +48,12 @@ class DeviceChoice:
         Raises:
             DeviceError: If a GPU or the driver is missing.
         """
-        from .engine.cuda.options import parse_device
+        from ..engine.cuda.options import parse_device
 
         ordinals = [parse_device(name) for name in (self.device, *self.producer_devices)]
         found = [ordinal for ordinal in ordinals if ordinal is not None]
         if not found:
             return {}
-        from .engine.cuda.gpu_facts import gpu_facts
+        from ..engine.cuda.gpu_facts import gpu_facts
 
         return gpu_facts(found)

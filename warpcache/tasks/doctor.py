@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from . import __version__
-from .engine.probes import PROBES, Probed, probe
+from .. import __version__
+from ..engine.probes import PROBES, Probed, probe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,7 +141,7 @@ def print_report(report: Report, *, console: Console | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from .report.bundle_tables import PIPE_WIDTH, plain_table
+    from ..report.bundle_tables import PIPE_WIDTH, plain_table
 
     out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     table = plain_table("What is here", "", "what", "found", "what to do")
@@ -169,7 +169,7 @@ def _guarded(look: Callable[[], Seen], otherwise: Seen) -> Seen:
 
 
 def _cores() -> int:
-    from .engine.device.affinity import available_cores
+    from ..engine.device.affinity import available_cores
 
     return len(available_cores())
 
@@ -197,7 +197,7 @@ def _torch_cuda() -> str | None:
 
 
 def _cache() -> dict[str, Any]:
-    from .engine.tensorrt.engine_cache import default_folder
+    from ..engine.tensorrt.engine_cache import default_folder
 
     folder = default_folder()
     sizes = [path.stat().st_size for path in folder.glob("*.engine")] if folder.is_dir() else []
@@ -329,7 +329,7 @@ def _driver(facts: Facts) -> Finding:
 
 
 def _gpus(facts: Facts) -> list[Finding]:
-    from .report.bundle_tables import size_text
+    from ..report.bundle_tables import size_text
 
     seen = facts.probed["driver"].facts
     if not seen or seen["error"] is not None:
@@ -462,7 +462,7 @@ def _arrays(facts: Facts) -> list[Finding]:
 
 
 def _engine_cache(facts: Facts) -> Finding:
-    from .report.bundle_tables import size_text
+    from ..report.bundle_tables import size_text
 
     name, cache = "engine cache", facts.cache
     if "folder" not in cache:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from warpcache import doctor
-from warpcache.doctor import Facts, Finding, Pair, Report, diagnose, examine, print_report
 from warpcache.engine.probes import PROBES, Probed
+from warpcache.tasks import doctor
+from warpcache.tasks.doctor import Facts, Finding, Pair, Report, diagnose, examine, print_report
 
 GB = 10**9
 MISSING = Probed(error="it is not installed", missing=True)

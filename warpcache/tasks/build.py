@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .deploying import ENGINES, Deployment, add_bundle, add_runtime, bundle_name, check_place, written_folder
-from .engine.errors import BackendError, DeviceError, InputError
+from ..engine.errors import BackendError, DeviceError, InputError
+from .deploy import ENGINES, Deployment, add_bundle, add_runtime, bundle_name, check_place, written_folder
 from .progress import Report, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .engine.bundle.bundle import Bundle
-    from .engine.tensorrt.engines import BuiltEngine
-    from .engine.tensorrt.flavour import Flavour, FlavourName
+    from ..engine.bundle.bundle import Bundle
+    from ..engine.tensorrt.engines import BuiltEngine
+    from ..engine.tensorrt.flavour import Flavour, FlavourName
 
 __all__ = [
     "CONSUMER_GPUS",
@@ -172,10 +172,10 @@ def build_bundle(
         InputError: If what was asked for does not fit together, or something is in the way.
         ModuleNotFoundError: If a conversion needs the ``export`` extra and it is not installed.
     """
-    from .engine.bundle.bundle import Bundle
-    from .engine.tensorrt.engine_cache import default_folder
-    from .engine.tensorrt.engines import check_targets, precision_of
-    from .engine.tensorrt.flavour import Flavour
+    from ..engine.bundle.bundle import Bundle
+    from ..engine.tensorrt.engine_cache import default_folder
+    from ..engine.tensorrt.engines import check_targets, precision_of
+    from ..engine.tensorrt.flavour import Flavour
 
     started = time.perf_counter()
     conversion = conversion or Conversion()
@@ -246,7 +246,7 @@ def choose_targets(flavour: Flavour, asked: Sequence[str] | None) -> tuple[tuple
         BackendError: If the library does not know a target; the message lists those it knows.
         DeviceError: If a GPU is needed and there is none.
     """
-    from .engine.tensorrt.flavour import CURRENT
+    from ..engine.tensorrt.flavour import CURRENT
 
     if asked is not None:
         return flavour.resolve(tuple(asked)), ""
@@ -294,7 +294,7 @@ def _wanted_precision(
 
 def _fitting(precision: str, targets: tuple[str, ...], why: str) -> tuple[tuple[str, ...], str]:
     """The targets that were chosen for the user, and why, without GPUs that do not compute in the precision."""
-    from .engine.tensorrt.engines import without_kernels
+    from ..engine.tensorrt.engines import without_kernels
 
     lacking = without_kernels(precision, targets)
     if not lacking or len(lacking) == len(targets):
@@ -307,8 +307,8 @@ def _engines(
     bundle: Bundle, flavour: Flavour, targets: tuple[str, ...], folder: Path, progress: Report, *, home: Path
 ) -> list[BuiltEngine]:
     """Build the engines into `folder`, which is going to be `home`; here one that cannot be kept is a failure."""
-    from .engine.tensorrt.engine_cache import EngineCache
-    from .engine.tensorrt.engines import build_engines
+    from ..engine.tensorrt.engine_cache import EngineCache
+    from ..engine.tensorrt.engines import build_engines
 
     engines = build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(folder), progress=progress)
     lost = [engine.module for engine in engines if engine.path is None and not engine.reused]
@@ -321,8 +321,8 @@ def _engines(
 
 
 def _convert(bundle: Bundle, out: Path, precision: LowPrecision, conversion: Conversion, progress: Report) -> Bundle:
-    from .export.precision.convert import PrecisionOptions, convert_bundle
-    from .media.inputs import load_inputs
+    from ..export.precision.convert import PrecisionOptions, convert_bundle
+    from ..media.inputs import load_inputs
 
     given: dict[str, Any] = {"min_psnr_db": conversion.min_psnr_db, "cache_precision": conversion.cache_precision}
     options = PrecisionOptions(
@@ -340,7 +340,7 @@ def print_built(built: Built, *, console: Console | None = None) -> None:
 
     from rich.console import Console
 
-    from .report.bundle_tables import PIPE_WIDTH, plain_table, print_precision, size_text
+    from ..report.bundle_tables import PIPE_WIDTH, plain_table, print_precision, size_text
 
     out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 

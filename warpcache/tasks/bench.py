@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..engine.schedule.policy import Policy
+from ..engine.spec import Array
 from .device_choice import DeviceChoice
-from .engine.schedule.policy import Policy
-from .engine.spec import Array
 from .progress import Report, silent
-from .recording import CPU, ExitName, Recording, pace, record
+from .stream import CPU, ExitName, Recording, pace, record
 
 if TYPE_CHECKING:
-    from .engine.bundle.manifest import Manifest
-    from .engine.metrics.lpips import Lpips
-    from .engine.promise.calibration import Quality
-    from .media.inputs import InputStream
+    from ..engine.bundle.manifest import Manifest
+    from ..engine.metrics.lpips import Lpips
+    from ..engine.promise.calibration import Quality
+    from ..media.inputs import InputStream
+    from ..report.policies import PolicyResult
+    from ..report.routed import Within
     from .quality_choice import QualityChoice
-    from .report.policies import PolicyResult
-    from .report.routed import Within
 
 __all__ = [
     "CPU",
@@ -84,8 +84,8 @@ def result_of(
     Returns:
         The policy's figures: means over the frames, and means by age of the cache against the first reference.
     """
-    from .report.policies import PolicyResult
-    from .report.routed import within_of
+    from ..report.policies import PolicyResult
+    from ..report.routed import within_of
 
     quality: dict[str, dict[str, float]] = {}
     by_age: dict[str, dict[int, dict[str, float]]] = {}
@@ -129,7 +129,7 @@ def _compare(
     progress: Report,
 ) -> dict[str, Array]:
     """Every metric of every frame in `frames`, in that order: name -> float64 [len(frames)]."""
-    from .engine.metrics.images import available_metrics, measure
+    from ..engine.metrics.images import available_metrics, measure
 
     # MS-SSIM says little that SSIM does not and takes as long as all others together.
     wanted = None if asked is None else asked.metric
@@ -194,8 +194,8 @@ def bench_bundle(
         BackendError: If the backend is missing or refuses the bundle.
         DeviceError: If there is no such GPU.
     """
-    from .engine.bundle.bundle import Bundle
-    from .report.policies import row
+    from ..engine.bundle.bundle import Bundle
+    from ..report.policies import row
 
     if promise is not None:
         promise.require_lpips(lpips, measuring=True)
@@ -281,9 +281,9 @@ def run_bundle(
     Returns:
         One row: latency, frames per second and age; quality is not measured here.
     """
-    from .engine.bundle.bundle import Bundle
-    from .media.outputs import OutputWriter
-    from .report.policies import row
+    from ..engine.bundle.bundle import Bundle
+    from ..media.outputs import OutputWriter
+    from ..report.policies import row
 
     if promise is not None:
         promise.require_lpips(lpips, measuring=False)
@@ -318,7 +318,7 @@ def run_bundle(
 
 def open_inputs(path: Path, manifest: Manifest) -> InputStream:
     """Load a stream of inputs and check it against what the bundle takes."""
-    from .media.inputs import load_inputs
+    from ..media.inputs import load_inputs
 
     return load_inputs(path, manifest.inputs)
 
@@ -327,7 +327,7 @@ def load_lpips(path: Path | None) -> Lpips | None:
     """Load LPIPS where its weights are given."""
     if path is None:
         return None
-    from .engine.metrics.lpips import Lpips
+    from ..engine.metrics.lpips import Lpips
 
     return Lpips.load(path)
 

@@ -13,14 +13,14 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-import warpcache.demo
+import warpcache.tasks.demo
 from warpcache.cli.main import cli
-from warpcache.demo import DEMO_MOTION_SEED, MEASURE_EVERY, demo_inputs, run_demo
 from warpcache.engine.bundle.bundle import Bundle, write_bundle
 from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord
 from warpcache.engine.spec import TensorSpec
+from warpcache.tasks.demo import DEMO_MOTION_SEED, MEASURE_EVERY, demo_inputs, run_demo
 
 SIZE = 48
 FRAMES = 11
@@ -175,7 +175,7 @@ def test_an_interrupted_demo_leaves_the_last_one_whole(
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(warpcache.demo, "demo_bundle", lambda: head_bundle)
+    monkeypatch.setattr(warpcache.tasks.demo, "demo_bundle", lambda: head_bundle)
     monkeypatch.setattr("warpcache.report.policies.write_report", interrupted)
     result = CliRunner().invoke(cli, ["demo", "--frames", "6", "--out", str(out)])
     assert result.exit_code == 1
@@ -188,7 +188,7 @@ def test_an_interrupted_demo_leaves_the_last_one_whole(
 def test_the_command_prints_the_table_and_writes_json(
     head_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warpcache.demo, "demo_bundle", lambda: head_bundle)
+    monkeypatch.setattr(warpcache.tasks.demo, "demo_bundle", lambda: head_bundle)
     out, figures = tmp_path / "demo", tmp_path / "demo.json"
     result = CliRunner().invoke(cli, ["demo", "--frames", "6", "--out", str(out), "--json", str(figures)])
     assert result.exit_code == 0, result.output
@@ -215,4 +215,4 @@ def test_another_generators_bundle_is_refused(tiny_bundle: Path) -> None:
 def test_an_installation_without_the_bundle_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     with pytest.raises(BundleError, match=r"^the demo's bundle is not in this installation"):
-        warpcache.demo.demo_bundle()
+        warpcache.tasks.demo.demo_bundle()

@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 
 import warpcache.engine.tensorrt.engines
 import warpcache.engine.tensorrt.flavour
-from warpcache.building import CONSUMER_GPUS, Built, build_bundle, choose_targets, converted_path
 from warpcache.cli.main import cli
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError, DeviceError
 from warpcache.engine.tensorrt.engine_cache import EngineCache, default_folder
 from warpcache.engine.tensorrt.engines import precision_of
 from warpcache.engine.tensorrt.flavour import Flavour
+from warpcache.tasks.build import CONSUMER_GPUS, Built, build_bundle, choose_targets, converted_path
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

@@ -21,9 +21,13 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
-from warpcache.building import Built, build_bundle
 from warpcache.cli.main import cli
-from warpcache.deploying import (
+from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.errors import BackendError, InputError
+from warpcache.engine.promise.calibration import Calibration, Quality
+from warpcache.engine.tensorrt.flavour import Flavour
+from warpcache.tasks.build import Built, build_bundle
+from warpcache.tasks.deploy import (
     CUDA_PYTHON,
     LEFT_OUT,
     NUMPY,
@@ -33,10 +37,6 @@ from warpcache.deploying import (
     deployed_sources,
     written_folder,
 )
-from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.errors import BackendError, InputError
-from warpcache.engine.promise.calibration import Calibration, Quality
-from warpcache.engine.tensorrt.flavour import Flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -354,12 +354,12 @@ def test_a_folder_that_is_not_finished_is_not_there(error: BaseException, tmp_pa
 def test_an_interrupted_deployment_leaves_nothing(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import warpcache.building
+    import warpcache.tasks.build
 
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(warpcache.building, "add_runtime", interrupted)
+    monkeypatch.setattr(warpcache.tasks.build, "add_runtime", interrupted)
     out = tmp_path / "edge"
     arguments = ["build", str(tiny_bundle), "--backend", "tensorrt-rtx", "--target", "sm_89", "--out", str(out)]
     result = CliRunner().invoke(cli, arguments)

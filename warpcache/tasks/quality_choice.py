@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engine.errors import InputError
+from ..engine.errors import InputError
 
 if TYPE_CHECKING:
-    from .engine.bundle.bundle import Bundle
-    from .engine.promise.calibration import Quality
+    from ..engine.bundle.bundle import Bundle
+    from ..engine.promise.calibration import Quality
 
 __all__ = ["QualityChoice"]
 
@@ -31,7 +31,7 @@ class QualityChoice:
 
     def __str__(self) -> str:
         """As people read it: ``LPIPS at most 0.1 on 95 % of the frames``."""
-        from .engine.metrics.images import METRICS
+        from ..engine.metrics.images import METRICS
 
         metric = METRICS[self.quality.metric]
         bound = "at least" if metric.higher_is_better else "at most"
@@ -59,7 +59,7 @@ class QualityChoice:
             InputError: If it promises nothing, not in this metric, or not so much.
             BundleError: If its calibration is malformed.
         """
-        from .engine.promise.calibration import Calibration
+        from ..engine.promise.calibration import Calibration
 
         Calibration.read(bundle).rule(self.quality)
 

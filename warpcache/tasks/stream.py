@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..engine.schedule.policy import Policy
+from ..engine.spec import Array
 from .device_choice import DeviceChoice
-from .engine.schedule.policy import Policy
-from .engine.spec import Array
 from .progress import Report, silent
 
 if TYPE_CHECKING:
-    from .engine.bundle.bundle import Bundle
-    from .engine.session.session import Frame
+    from ..engine.bundle.bundle import Bundle
+    from ..engine.session.session import Frame
+    from ..report.routed import Routed
     from .quality_choice import QualityChoice
-    from .report.routed import Routed
 
 __all__ = ["CPU", "ExitName", "Recording", "frame_count", "pace", "record"]
 
@@ -111,7 +111,7 @@ def record(
     Returns:
         Latency, ages and routes of every answered frame, and the kept images.
     """
-    from .engine import Engine
+    from ..engine import Engine
 
     label = str(policy) if promise is None else f"{policy} routed"
     total = frame_count(arrays)
@@ -138,7 +138,7 @@ def record(
             progress(label, frame.index + 1, total)
         result.seconds = time.perf_counter() - begin
         if promise is not None:
-            from .report.routed import Routed
+            from ..report.routed import Routed
 
             engine.synchronize()  # an audit that still runs counts too
             result.routed = Routed.of(promise, answered, session.statistics)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .media.inputs import InputStream, load_inputs
+from ..media.inputs import InputStream, load_inputs
 from .progress import Report
 
 if TYPE_CHECKING:
-    from .engine.bundle.bundle import Bundle
+    from ..engine.bundle.bundle import Bundle
 
 __all__ = ["compile_files", "split_files"]
 
@@ -61,8 +61,8 @@ def compile_files(
         WarpcacheError: Whatever is wrong with what the user named; see `warpcache.export.compile`.
         ModuleNotFoundError: If the ``export`` extra is not installed.
     """
-    from .export.compile import DEFAULT_STEPS, CompileOptions, compile_generator
-    from .export.graph.trace import input_names_of, load_factory, load_weights
+    from ..export.compile import DEFAULT_STEPS, CompileOptions, compile_generator
+    from ..export.graph.trace import input_names_of, load_factory, load_weights
 
     # First: wrong options are found before anything is loaded.
     options = CompileOptions(
@@ -117,8 +117,8 @@ def split_files(model: Path, *, inputs: Path, cut: str, out: Path, progress: Rep
         WarpcacheError: Whatever is wrong with what the user named.
         ModuleNotFoundError: If the ``export`` extra is not installed.
     """
-    from .export.compile import split_model
-    from .export.graph.surgery import input_names, load_model
+    from ..export.compile import split_model
+    from ..export.graph.surgery import input_names, load_model
 
     proto = load_model(model)
     return split_model(

@@ -18,7 +18,6 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from warpcache.cli.main import cli
-from warpcache.compiling import compile_files
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import training as adapter_training
@@ -26,6 +25,7 @@ from warpcache.export.adapter.distill import Distillation
 from warpcache.export.adapter.network import AdapterConfig
 from warpcache.export.compile import CompileOptions
 from warpcache.export.graph.trace import trace_generator
+from warpcache.tasks.compile import compile_files
 
 MODEL = '''
 import torch
