@@ -197,7 +197,8 @@ def test_every_engine_module_imports_without_torch_and_onnx() -> None:
 def test_the_command_line_and_the_demo_import_without_torch_and_onnx() -> None:
     result = run_blocked(
         """
-        import warpcache.cli, warpcache.demo, warpcache.bench, warpcache.inputs, warpcache.report, warpcache.models.head
+        import warpcache.cli.main, warpcache.tasks.demo, warpcache.tasks.bench, warpcache.media.inputs
+        import warpcache.report.policies, warpcache.models.head
         """
     )
     assert result.returncode == 0, result.stderr
@@ -207,7 +208,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     # What `warpcache --help` pays for; each of these takes from a tenth of a second to seconds to import.
     result = run_blocked(
         """
-        import warpcache.cli
+        import warpcache.cli.main
         heavy = {"onnxruntime", "matplotlib", "av", "jinja2", "flip_evaluator"} & set(sys.modules)
         raise SystemExit(f"loaded: {sorted(heavy)}" if heavy else 0)
         """

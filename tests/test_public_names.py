@@ -64,6 +64,7 @@ def modules() -> list[str]:
         prefix = "warpcache" if folder == "warpcache" else f"warpcache.{folder}"
         for file in sorted((ROOT / folder).rglob("*.py")):
             parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            # A folder's own file says what lives there, and hands nothing on.
             if not parts[-1].startswith("_"):
                 found.append(".".join([prefix, *parts]))
     return found

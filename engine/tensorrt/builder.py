@@ -37,7 +37,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_MODULE = f"{__package__}.tensorrt_builder"
+_MODULE = f"{__package__}.builder"
 _REQUESTS = "requests.json"
 _OUTPUT = "output.txt"
 # What may come back by name; anything else is a bug in the process, and its traceback says so.

@@ -56,7 +56,7 @@ def write_page(path: str | os.PathLike[str], template: str, **values: Any) -> No
     import jinja2
 
     def read(name: str) -> str:
-        folder = importlib.resources.files(__package__ or "warpcache").joinpath("templates")
+        folder = importlib.resources.files("warpcache").joinpath("templates")
         return folder.joinpath(name).read_text(encoding="utf-8")
 
     environment = jinja2.Environment(

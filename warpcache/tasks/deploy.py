@@ -32,7 +32,7 @@ BUNDLE_SUFFIX = ".warp"
 ENGINES, CACHE, RUNTIME = "engines", "cache", "warpcache"
 
 # What only measurements and the command line ask for.
-LEFT_OUT = frozenset(f"engine/{name}.py" for name in ("gpu_facts", "probes", "kernel_cubins"))
+LEFT_OUT = frozenset({"engine/cuda/gpu_facts.py", "engine/cuda/kernel_cubins.py", "engine/probes.py"})
 
 # Metrics that audits compare in: what they need beside NumPy, and a value that shows how one is written.
 _AUDIT_NEEDS = {
@@ -198,10 +198,10 @@ def add_runtime(folder: Path, out: Path, bundle: Bundle, *, flavour: Flavour, ta
 
 def deployed_sources() -> dict[str, Path]:
     """The runtime's files: name in the package -> where it is installed here."""
-    package = Path(str(resources.files(__package__ or "warpcache")))
+    package = Path(str(resources.files("warpcache")))
     found = {name: package / name for name in ("__init__.py", "py.typed")}
     for layer in ("engine", "kernels"):
-        root = Path(str(resources.files(f"{__package__ or 'warpcache'}.{layer}")))
+        root = Path(str(resources.files(f"warpcache.{layer}")))
         for path in sorted(root.rglob("*")):
             name = f"{layer}/{path.relative_to(root).as_posix()}"
             if path.suffix in (".py", ".cu", ".cuh") and name not in LEFT_OUT:
@@ -252,7 +252,7 @@ def _installed_bytes(names: Sequence[str]) -> int | None:
 def _render(folder: Path, name: str, words: dict[str, Any]) -> None:
     import jinja2
 
-    template = resources.files(__package__ or "warpcache").joinpath("templates", f"edge_{name}.jinja")
+    template = resources.files("warpcache").joinpath("templates", f"edge_{name}.jinja")
     page = jinja2.Environment(
         autoescape=False,
         trim_blocks=True,
@@ -270,7 +270,7 @@ def _licence() -> str | None:
         for file in importlib.metadata.distribution("warpcache").files or ():
             if file.name == "LICENSE":
                 return file.read_text(encoding="utf-8")
-    beside = Path(str(resources.files(__package__ or "warpcache"))).parent / "LICENSE"
+    beside = Path(str(resources.files("warpcache"))).parent / "LICENSE"
     return beside.read_text(encoding="utf-8") if beside.is_file() else None
 
 

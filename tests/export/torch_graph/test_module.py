@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from onnx import ModelProto
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "conformance"))
 import onnx_cases
 import random_graphs
 

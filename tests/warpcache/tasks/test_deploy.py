@@ -40,7 +40,7 @@ from warpcache.tasks.deploy import (
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TARGETS = ("sm_89", "sm_120")
 
 # Run with -I -S: no site-packages, so no editable install either; then only what the folder says it needs is let in.
@@ -89,7 +89,7 @@ def run_in_software(driver: Any, folder: Path, words: list[str]) -> subprocess.C
     """
     code = f"""
 import ctypes, importlib, runpy, sys
-sys.path.append({str(Path(__file__).resolve().parents[1] / "software_tensorrt")!r})
+sys.path.append({str(Path(__file__).resolve().parents[2] / "software_tensorrt")!r})
 sys.path.insert(0, {str(folder)!r})
 driver = ctypes.CDLL({str(driver._library._name)!r}, mode=ctypes.RTLD_GLOBAL)
 driver.swcuda_configure(b"compute_major", ctypes.c_longlong(8))
@@ -191,7 +191,7 @@ def test_nothing_left_out_is_imported_by_what_is_there(edge: Path) -> None:
                 if not base.with_suffix(".py").is_file() and not (base / "__init__.py").is_file():
                     missing.append(f"{path.relative_to(runtime)}:{node.lineno}: {node.module}")
     assert not missing
-    assert {f"engine/{path.name}" for path in (ROOT / "engine").glob("*.py")} >= LEFT_OUT
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "engine").rglob("*.py")} >= LEFT_OUT
 
 
 def test_every_module_imports_alone(edge: Path) -> None:
