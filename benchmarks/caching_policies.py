@@ -32,7 +32,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.schedule.policy import Policy
 from warpcache.export.compile import split_model
-from warpcache.export.graph.surgery import load_model
+from warpcache.export.graph.index import load_model
 from warpcache.media.inputs import InputStream
 from warpcache.report.policies import print_table, row, write_json
 from warpcache.tasks.bench import ExitName, Recording, record, result_of

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from warpcache.export.adapter.network import AdapterConfig, Surface
+from warpcache.export.adapter.layout import AdapterConfig
 from warpcache.export.compile import CompileOptions, compile_generator
+from warpcache.export.frames.surface import Surface
 from warpcache.media.inputs import InputStream
 from warpcache.models.head import SyntheticHead
 from warpcache.models.renderer import DeferredNeuralRenderer

@@ -32,7 +32,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import InputError
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality, to_score
-from warpcache.engine.session.session import Frame
+from warpcache.engine.session.frame import Frame
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.report.policies import environment
 from warpcache.tasks.progress import ProgressBar

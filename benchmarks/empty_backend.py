@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
-from warpcache.engine.cpu.device import Event, Stream
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
+from warpcache.engine.device.stream import Event, Stream
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
 
 if TYPE_CHECKING:
-    from warpcache.engine.cuda.placement import ModuleFile
+    from warpcache.engine.cuda.backend import ModuleFile
     from warpcache.kernels.array import DeviceArray
 
 __all__ = ["INPUT", "EmptyCpuModule", "EmptyCudaBackend", "EmptyCudaModule", "write_empty_bundle"]

@@ -26,9 +26,9 @@ from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import PromiseRecord
 from warpcache.export.branches.branches import Branch, BranchOptions, train_branches
+from warpcache.export.graph.index import load_model
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import open_session, run_session
-from warpcache.export.graph.surgery import load_model
 from warpcache.export.training.perceptual import PerceptualLoss
 from warpcache.report.policies import environment
 from warpcache.tasks.progress import ProgressBar

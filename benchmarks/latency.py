@@ -33,7 +33,7 @@ from warpcache.engine.engine import Engine
 from warpcache.engine.errors import InputError, WarpcacheError
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.schedule.policy import Policy
-from warpcache.engine.session.session import Frame
+from warpcache.engine.session.frame import Frame
 from warpcache.report.policies import environment
 
 __all__ = ["CONTENDERS", "Contender", "compare", "main"]

@@ -15,7 +15,8 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.mesh_conditioner import MeshConditioner
 from warpcache.engine.errors import InputError
-from warpcache.engine.session.session import Frame, Session
+from warpcache.engine.session.frame import Frame
+from warpcache.engine.session.session import Session
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
 from warpcache.kernels.image import ImageKernels

@@ -44,7 +44,7 @@ def generator(size: int = 512) -> DeferredNeuralRenderer:
     """The reference generator at `size`, with the same random weights in every process."""
     import torch
 
-    from warpcache.export.adapter.network import Surface
+    from warpcache.export.frames.surface import Surface
     from warpcache.models.renderer import DeferredNeuralRenderer
 
     with torch.random.fork_rng(devices=[]):
@@ -89,7 +89,7 @@ def make_reference_bundle(
     Raises:
         WarpcacheError: If something of it cannot be made or written.
     """
-    from warpcache.export.adapter.network import AdapterConfig
+    from warpcache.export.adapter.layout import AdapterConfig
     from warpcache.export.compile import CompileOptions, compile_generator
     from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
     from warpcache.media.inputs import InputStream

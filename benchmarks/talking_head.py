@@ -46,8 +46,8 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.schedule.policy import Policy
 from warpcache.export.cut.split import split
+from warpcache.export.graph.index import load_model
 from warpcache.export.graph.run import open_session, run_session
-from warpcache.export.graph.surgery import load_model
 from warpcache.models.training import train_renderer
 from warpcache.report.policies import environment
 from warpcache.tasks.progress import ProgressBar

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from warpcache.export.adapter.network import Surface
+from warpcache.export.frames.surface import Surface
 from warpcache.models.renderer import DeferredNeuralRenderer
 
 __all__ = ["generator", "generator_256"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .bundle.bundle import Bundle, write_bundle
+from .bundle.bundle import Bundle
 from .bundle.manifest import Manifest
+from .bundle.write import write_bundle
 from .cuda.options import CudaOptions
 from .engine import Engine
 from .errors import (
@@ -18,7 +19,8 @@ from .errors import (
 )
 from .promise.calibration import Quality
 from .schedule.policy import Policy
-from .session.session import Frame, Session
+from .session.frame import Frame
+from .session.session import Session
 from .spec import Array, TensorSpec
 from .telemetry import LatencySummary, SessionStatistics
 

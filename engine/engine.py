@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from .bundle.bundle import Bundle, Manifest
+from .bundle.roles import Route
 from .cpu.placement import Backend, CpuPlacement
 from .cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
 from .device.placement import Placement, Workspace
@@ -18,13 +19,15 @@ from .errors import ClosedError, InputError
 from .promise.calibration import Quality, Rule
 from .routing.plan import RoutingPlan, checked_audit_every, checked_deadline, checked_quality
 from .routing.runner import Routing
+from .schedule.events import OnStale, SchedulerEvent
 from .schedule.policy import Policy
-from .schedule.scheduler import OnStale, Route, Scheduler, SchedulerEvent
-from .session.session import Clock, Session
+from .schedule.scheduler import Scheduler
+from .session.clock import Clock
+from .session.session import Session
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from .cuda.placement import CudaBackend
+    from .cuda.backend import CudaBackend
 
 __all__ = ["Backend", "Engine"]
 

@@ -22,19 +22,22 @@ from ..engine.errors import InputError
 from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
 from .adapter.distill import read_plan
-from .adapter.network import AdapterLayout, Surface
-from .adapter.recording import Progress
+from .adapter.layout import AdapterLayout
 from .adapter.training import AdapterTraining, perceptual_loss
 from .branches.branches import train_branches
 from .bundle.manifest import WHOLE, draft_manifest, measure_costs
 from .bundle.write import bundle_models, refuse_out
-from .cut.rank import AUTO, CutCandidate, choose_cut, enumerate_cuts, rank_cuts
+from .cut.candidate import AUTO, CutCandidate
+from .cut.enumerate import enumerate_cuts
+from .cut.rank import choose_cut, rank_cuts
 from .cut.split import check_exact, split
 from .frames.clip import Clip, Stream, training_and_held
+from .frames.streams import Progress, frame_at
 from .frames.subject import Subject
+from .frames.surface import Surface
+from .graph.index import GraphIndex, input_names
 from .graph.profile import profile_nodes
-from .graph.run import frame_at
-from .graph.surgery import GraphIndex, fix_input_shapes, input_names, merge, normalise
+from .graph.surgery import fix_input_shapes, merge, normalise
 from .graph.trace import input_names_of, trace_generator
 from .options import DEFAULT_STEPS, CompileOptions
 from .promise.calibrate import calibrate

@@ -11,9 +11,9 @@ from typing import Any
 from ..engine.errors import InputError
 from ..engine.metrics.lpips import LPIPS_VARIABLE
 from ..engine.promise.calibration import canonical_metric
-from .adapter.network import AdapterConfig
+from .adapter.layout import AdapterConfig
 from .branches.branches import BranchOptions
-from .cut.rank import AUTO
+from .cut.candidate import AUTO
 from .promise.promise import PromiseOptions
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions"]

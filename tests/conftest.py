@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
-from warpcache.engine.bundle.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.bundle.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
 

@@ -10,8 +10,8 @@ import numpy as np
 from ...kernels.array import DeviceArray
 from ...kernels.driver import check, load
 from ..spec import Array, TensorSpec
+from .buffers import HostInput, StaticInputs
 from .device import CudaDevice, CudaEvent
-from .lane import HostInput, StaticInputs
 
 __all__ = ["AuditMemory"]
 

@@ -6,7 +6,6 @@ own that issues its work and sleeps until the GPU has done it, which is how some
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import threading
@@ -18,79 +17,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...kernels.array import DeviceArray
-from ...kernels.driver import Context, check, load, size_text
-from ..cpu.device import CpuStream, Event
+from ...kernels.driver import Context, check, load
+from ..device.stream import CpuStream, Event
 from ..errors import ClosedError, DeviceError
 from ..spec import Array, TensorSpec
+from .memory import DeviceMemory, PinnedMemory, _quietly
 
-__all__ = ["CudaDevice", "CudaEvent", "CudaStream", "CudaWorkerStream", "DeviceMemory", "PinnedMemory"]
+__all__ = ["CudaDevice", "CudaEvent", "CudaStream", "CudaWorkerStream"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class DeviceMemory:
-    """A block of a GPU's memory, given back when it is closed or forgotten.
-
-    Attributes:
-        pointer: Its address on the device, aligned to 256 bytes at least.
-        size_bytes: How much it is.
-    """
-
-    def __init__(self, device: CudaDevice, size_bytes: int, what: str) -> None:
-        cuda = load()
-        device.context.make_current()
-        result = cuda.cuMemAlloc(max(1, size_bytes))
-        if result[0] == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            free, total = device.context.memory
-            raise DeviceError(
-                f"{device.name} has no room for {what}: {size_text(size_bytes)} were asked for, {size_text(free)} of "
-                f"{size_text(total)} are free; close other programs, lower the number of producers, or take a smaller "
-                "model"
-            )
-        self.pointer = int(check(result, f"allocating {size_text(size_bytes)} for {what}"))
-        self.size_bytes = size_bytes
-        self._release = weakref.finalize(self, _free_device, device.context, self.pointer)
-        self._release.atexit = False
-
-    def close(self) -> None:
-        """Give the memory back; safe to call twice. What still points into it points nowhere then."""
-        self._release()
-
-
-class PinnedMemory:
-    """Page-locked host memory, which the GPU copies from and to without the CPU.
-
-    Attributes:
-        pointer: Its address.
-        size_bytes: How much it is.
-    """
-
-    def __init__(self, device: CudaDevice, size_bytes: int) -> None:
-        cuda = load()
-        device.context.make_current()
-        self.pointer = int(
-            check(
-                # Portable: every context of the process may copy from it, whichever GPU a producer is on.
-                cuda.cuMemHostAlloc(max(1, size_bytes), cuda.CU_MEMHOSTALLOC_PORTABLE),
-                f"taking {size_text(size_bytes)} of pinned host memory",
-            )
-        )
-        self.size_bytes = size_bytes
-        self._release = weakref.finalize(self, _free_pinned, device.context, self.pointer)
-        self._release.atexit = False
-
-    def close(self) -> None:
-        """Give the memory back; safe to call twice."""
-        self._release()
-
-    def array(self, spec: TensorSpec) -> Array:
-        """The memory as a C-contiguous array of `spec`, which keeps the memory alive."""
-        raw = (ctypes.c_uint8 * spec.size_bytes).from_address(self.pointer)
-        raw._memory = self  # type: ignore[attr-defined]  # ctypes arrays take attributes; NumPy keeps `raw` as the base
-        array: Array = np.ctypeslib.as_array(raw).view(spec.dtype).reshape(spec.shape)
-        return array
 
 
 class CudaEvent:
@@ -343,7 +280,7 @@ class CudaDevice:
             DeviceError: If there is no room; the message says how much was asked for and how much is free.
         """
         self._require_open()
-        return DeviceMemory(self, size_bytes, what)
+        return DeviceMemory(self.context, size_bytes, what)
 
     def allocate(self, spec: TensorSpec) -> DeviceArray:
         """An array of `spec` in the GPU's memory, zeroed; it owns its memory."""
@@ -357,7 +294,7 @@ class CudaDevice:
     def allocate_pinned(self, spec: TensorSpec) -> Array:
         """An array of `spec` in pinned host memory, zeroed; it owns its memory."""
         self._require_open()
-        array = PinnedMemory(self, spec.size_bytes).array(spec)
+        array = PinnedMemory(self.context, spec.size_bytes).array(spec)
         array.fill(0)
         return array
 
@@ -420,29 +357,9 @@ class CudaDevice:
 # executors are taken down after us, which end with their stream; the driver takes everything back itself.
 
 
-def _free_device(context: Context, pointer: int) -> None:
-    _quietly(context, lambda cuda: cuda.cuMemFree(pointer), "device memory")
-
-
-def _free_pinned(context: Context, pointer: int) -> None:
-    _quietly(context, lambda cuda: cuda.cuMemFreeHost(pointer), "pinned memory")
-
-
 def _destroy_event(context: Context, handle: Any) -> None:
     _quietly(context, lambda cuda: cuda.cuEventDestroy(handle), "an event")
 
 
 def _destroy_stream(context: Context, handle: Any) -> None:
     _quietly(context, lambda cuda: cuda.cuStreamDestroy(handle), "a stream")
-
-
-def _quietly(context: Context, release: Callable[[Any], tuple[Any, ...]], what: str) -> None:
-    """Give something back where nothing can be raised; what goes wrong there is a warning."""
-    cuda = load()
-    try:
-        with context.briefly_current():
-            check(release(cuda), f"giving back {what}")
-    except DeviceError as exc:
-        # At the end of a process the driver may be gone first, and everything with it.
-        if "CUDA_ERROR_DEINITIALIZED" not in str(exc):
-            logger.warning("%s", exc)

@@ -3,72 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 from ...kernels.driver import check, load
 from ...kernels.finite import FiniteKernel
 from ..bundle.bundle import Bundle
-from ..device.module import CudaModule
+from ..bundle.roles import Route
 from ..device.placement import LoadedModule
 from ..errors import ClosedError, InputError
 from ..schedule.policy import Policy
-from ..schedule.scheduler import Route
-from ..spec import TensorSpec
+from .backend import CudaBackend, ModuleFile
 from .device import CudaDevice, CudaStream, CudaWorkerStream
 from .options import CudaOptions
 from .workspace import CudaModules, CudaWorkspace
 
-__all__ = ["CudaBackend", "CudaPlacement", "ModuleFile"]
-
-
-@dataclass(frozen=True)
-class ModuleFile:
-    """One graph of a bundle, as a backend is asked for it.
-
-    Attributes:
-        path: The ``.onnx`` file; external data lie beside it.
-        name: What messages call it.
-        inputs: What the graph must take.
-        outputs: What the graph must give.
-    """
-
-    path: Path
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    @classmethod
-    def of(cls, bundle: Bundle, name: str) -> ModuleFile:
-        """The module `name` of `bundle`."""
-        record = bundle.manifest.modules[name]
-        return cls(bundle.file(record.file), name, record.inputs, record.outputs)
-
-
-class CudaBackend(Protocol):
-    """What executes modules on a GPU."""
-
-    @property
-    def name(self) -> str: ...
-
-    def prepare(self, bundle: Bundle, modules: Sequence[str], devices: Sequence[CudaDevice]) -> None:
-        """See to it that all of these can be loaded at once: engines that are missing are built here, and only here.
-
-        Raises:
-            BackendError: If the executor is missing, or refuses a graph or a GPU.
-        """
-        ...
-
-    def load(self, module: ModuleFile, *, device: CudaDevice, stream: CudaStream) -> CudaModule:
-        """Load one module for one stream of a GPU.
-
-        Raises:
-            BackendError: If it cannot be loaded.
-        """
-        ...
+__all__ = ["CudaPlacement"]
 
 
 class CudaPlacement:

@@ -14,15 +14,16 @@ from ...kernels.array import DeviceArray
 from ...kernels.finite import FiniteKernel
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
+from ..bundle.roles import Route
 from ..device.placement import Lane, LoadedModule
 from ..device.pools import DevicePool, OutputPool
 from ..errors import ClosedError, InputError, WarpcacheError
-from ..schedule.scheduler import Route
 from ..spec import AGE_INPUT, AGE_SPEC, Array, TensorSpec
 from .audit import AuditMemory
+from .buffers import CudaSlots, HostInput, StaticInputs
 from .device import CudaDevice, CudaStream
 from .finite import FiniteCheck, finite_on_host
-from .lane import CudaLane, CudaSlots, HostInput, StaticInputs
+from .lane import CudaLane
 from .options import CudaOptions
 
 __all__ = ["CudaModules", "CudaWorkspace"]

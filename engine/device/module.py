@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ...kernels.array import DeviceArray
-from ..cpu.device import Event, Stream
 from ..spec import Array, TensorSpec
+from .stream import Event, Stream
 
 if TYPE_CHECKING:
-    from ..cuda.device import CudaStream
+    pass
 
-__all__ = ["CudaModule", "Module"]
+__all__ = ["Module"]
 
 
 @runtime_checkable
@@ -56,50 +55,4 @@ class Module(Protocol):
 
     def close(self) -> None:
         """Release the graph; safe to call twice. Work that is running is waited for."""
-        ...
-
-
-class CudaModule(Protocol):
-    """One loaded graph on one GPU; what `Module` says holds, with arrays in the GPU's memory.
-
-    Attributes:
-        name: What messages call it.
-        inputs: What `enqueue` reads.
-        outputs: What `enqueue` writes.
-        capturable: Whether `launch` may be captured into a graph, after one run on the same buffers.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]: ...
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]: ...
-
-    @property
-    def capturable(self) -> bool: ...
-
-    def launch(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> None:
-        """Issue one run to `stream` and nothing else: no event, no allocation, no wait. This is what a graph captures.
-
-        Args:
-            bindings: Every input and every output by name: C-contiguous arrays of exactly the spec's dtype and shape on
-                the module's GPU. They must stay alive and untouched until the work has ended.
-            stream: Where the work is ordered; the thread's current context is the module's GPU.
-
-        Raises:
-            InputError: If a binding does not fit. Nothing was issued.
-            BackendError: If the executor refuses.
-            ClosedError: If the module is closed.
-        """
-        ...
-
-    def enqueue(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> Event:
-        """`launch`, and an event that is done when the outputs are written."""
-        ...
-
-    def close(self) -> None:
-        """Release the graph; safe to call twice. Work that runs must have ended."""
         ...

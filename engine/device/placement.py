@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..bundle.manifest import Manifest
-from ..cpu.device import Event, Stream
-from ..schedule.scheduler import Route
+from ..bundle.roles import Route
 from ..spec import Array, TensorSpec
 from .module import Module
+from .stream import Event, Stream
 
 __all__ = ["Lane", "LoadedModule", "Placement", "Workspace"]
 

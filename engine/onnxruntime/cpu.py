@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cpu.device import Event, Stream
 from ..device.bindings import names_error
+from ..device.stream import Event, Stream
 from ..errors import BackendError, ClosedError, InputError
 from ..spec import Array, TensorSpec
 from .session import BoundBuffers, Slot, check_graph, create_session, first_line, import_onnxruntime

@@ -20,9 +20,9 @@ from typing import Any
 
 from ...kernels.array import DeviceArray
 from ...kernels.driver import size_text
-from ..cpu.device import Event
 from ..cuda.device import CudaDevice, CudaStream
 from ..device.bindings import DeviceBindings
+from ..device.stream import Event
 from ..errors import BackendError, ClosedError, DeviceError, InputError
 from ..spec import TensorSpec
 from .session import BoundBuffers, check_graph, create_session, first_line, import_onnxruntime

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..cpu.device import Event
 from ..device.placement import Workspace
+from ..device.stream import Event
 from ..errors import BackendError
 from ..promise.calibration import Rule
 from ..spec import Array

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.roles import Route
 from ..device.placement import Workspace
 from ..errors import BackendError, ClosedError
 from ..promise.calibration import Rule, score_value
-from ..schedule.scheduler import Invalidated, Route, SchedulerEvent, StartConsumer
+from ..schedule.events import Invalidated, SchedulerEvent, StartConsumer
 from ..spec import AGE_INPUT, AGE_SPEC
 from ..telemetry import Telemetry
 from .audits import Auditing

@@ -5,16 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-import numpy as np
-
 from ..errors import WarpcacheError
-from ..spec import Array, TensorSpec
 
-__all__ = ["CachedFrame", "SlotBuffers", "SlotRing", "SlotState"]
+__all__ = ["CachedFrame", "SlotRing", "SlotState"]
 
 
 class SlotState(Enum):
@@ -120,27 +116,6 @@ class SlotRing:
     def _require(self, slot: int, state: SlotState, verb: str) -> None:
         if self._states[slot] is not state:
             raise _broken(f"cache slot {slot} was {verb} while it was {self._states[slot].value}")
-
-
-class SlotBuffers:
-    """The memory of a ring of slots, allocated once.
-
-    Args:
-        specs: The cache tensors, as the manifest lists them.
-        capacity: Number of slots.
-    """
-
-    def __init__(self, specs: Iterable[TensorSpec], capacity: int) -> None:
-        listed = tuple(specs)
-        self._slots = tuple({spec.name: np.zeros(spec.shape, spec.dtype) for spec in listed} for _ in range(capacity))
-        self.size_bytes = capacity * sum(spec.size_bytes for spec in listed)
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def __getitem__(self, slot: int) -> dict[str, Array]:
-        """The buffers of `slot` by tensor name: C-contiguous, owned by this object, the same ones every time."""
-        return self._slots[slot]
 
 
 def _broken(what: str) -> WarpcacheError:

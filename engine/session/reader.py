@@ -11,7 +11,8 @@ from ..errors import ClosedError, InputError
 from ..spec import Array
 
 if TYPE_CHECKING:
-    from .session import Frame, Session
+    from .frame import Frame
+    from .session import Session
 
 __all__ = ["Reader", "Rendering", "Submitted"]
 

@@ -14,19 +14,17 @@ import difflib
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ..cpu.device import Event
+from ..device.stream import Event
 from ..errors import ClosedError, DeadlineError, InputError
 from ..promise.calibration import Quality, Rule
-from ..routing.router import Degraded
 from ..routing.runner import RoutedAnswer
-from ..schedule.scheduler import (
+from ..schedule.events import (
     ConsumerDone,
     ConsumerFailed,
     DropFrame,
@@ -34,75 +32,22 @@ from ..schedule.scheduler import (
     FrameArrived,
     ProducerDone,
     ProducerFailed,
-    Route,
     SchedulerEvent,
     StartConsumer,
     StartProducer,
 )
 from ..spec import Array, TensorSpec
 from ..telemetry import SessionStatistics, Telemetry
+from .clock import Clock, MonotonicClock
+from .frame import Frame
 from .reader import Reader, Rendering, Submitted
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
-__all__ = ["Clock", "Frame", "MonotonicClock", "Session"]
+__all__ = ["Session"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Frame:
-    """The answer to one frame's inputs.
-
-    Attributes:
-        index: Position in the session's sequence, from 0; a gap means that frames were dropped or refused.
-        outputs: The generator's outputs by name, leading axis 1; arrays that belong to the caller. NumPy's, on a GPU in
-            pinned memory; with ``CudaOptions(outputs="device")`` a `DeviceArray` each, complete, to be taken by DLPack.
-        age: Age of the cache it was answered from, in frames; 0 where that is the frame's own, or none was read.
-        route: The exit that answered: ``whole``, ``plain``, ``warp``, ``branch1``, ...
-        latency_ms: From the arrival of the frame's inputs to the answer. They arrive when `Session.submit` is called;
-            in `Session.render` when they are due by the frame rate, or else when the frame before is answered and they
-            have been checked.
-        refreshed: Whether the frame waited for a new cache or for the whole generator.
-        predicted: With a quality, what the predictor expects of this answer, in the metric's unit; None where it is
-            exactly the generator's output.
-        degraded: With a deadline, what was given up for it: ``cheaper exit``, where every exit that keeps the quality
-            takes too long, or ``older cache``, where a cache older than allowed served; None: nothing.
-    """
-
-    index: int
-    outputs: dict[str, Any]
-    age: int
-    route: Route
-    latency_ms: float
-    refreshed: bool
-    predicted: float | None = None
-    degraded: Degraded | None = None
-
-
-class Clock(Protocol):
-    """Where a session takes its time from."""
-
-    def now(self) -> float:
-        """Seconds on a clock that never goes back."""
-        ...
-
-    def wait(self, condition: threading.Condition, seconds: float | None) -> None:
-        """Wait on `condition`, which is held, until it is notified or the time is up; None sets no limit."""
-        ...
-
-
-class MonotonicClock:
-    """The machine's monotonic clock."""
-
-    def now(self) -> float:
-        """Seconds since an arbitrary start."""
-        return time.perf_counter()
-
-    def wait(self, condition: threading.Condition, seconds: float | None) -> None:
-        """Wait on `condition`, which is held, until it is notified or the time is up."""
-        condition.wait(seconds)
 
 
 @dataclass(frozen=True, slots=True)

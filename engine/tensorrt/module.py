@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.array import DeviceArray
-from ..cpu.device import Event
-from ..cuda.device import CudaDevice, CudaStream, DeviceMemory
+from ..cuda.device import CudaDevice, CudaStream
+from ..cuda.memory import DeviceMemory
 from ..device.bindings import DeviceBindings, ports_of, refuse_overlap
+from ..device.stream import Event
 from ..errors import BackendError, ClosedError
 from ..spec import TensorSpec
 from .flavour import Flavour, deferred_interrupt

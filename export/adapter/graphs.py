@@ -14,20 +14,14 @@ from torch import Tensor, nn
 from ...engine.errors import ExportError
 from ...engine.spec import Array
 from ..cut.split import SplitModels
+from ..frames.streams import Progress
+from ..graph.index import GraphIndex
 from ..graph.profile import time_model
-from ..graph.surgery import GraphIndex, give_out, merge, rename_values
+from ..graph.surgery import give_out, merge, rename_values
 from ..graph.trace import export_module
-from .network import (
-    CACHE_ATLAS,
-    CACHE_FEATURES,
-    CACHE_IMAGE,
-    AdapterConfig,
-    AdapterLayout,
-    CacheEncoder,
-    WarpConsumer,
-    image_planes,
-)
-from .recording import Progress, working_tap
+from .layout import CACHE_ATLAS, CACHE_FEATURES, CACHE_IMAGE, AdapterConfig, AdapterLayout
+from .network import CacheEncoder, WarpConsumer, image_planes
+from .recording import working_tap
 
 __all__ = [
     "CHEAPER",

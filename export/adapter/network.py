@@ -12,120 +12,17 @@ coordinates are clipped first, which gives the same values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...engine.errors import ExportError
+from ..frames.surface import Surface
+from .layout import AdapterConfig, AdapterLayout
 
-__all__ = ["AdapterConfig", "AdapterLayout", "CacheEncoder", "ImageInput", "Surface", "VectorInput", "WarpConsumer"]
-
-CACHE_FEATURES = "cache.features"
-CACHE_IMAGE = "cache.image"
-CACHE_ATLAS = "cache.atlas"
-
-
-@dataclass(frozen=True)
-class Surface:
-    """Where a generator's inputs carry the motion of a surface (docs/architecture.md, Motion).
-
-    Attributes:
-        atlas: Name of the atlas array in the stream, float32 [T, 3, h, w]; not a generator input.
-        uv: Input, and first and last-plus-one channel, that hold u and v in [0, 1] (u right, v down).
-        mask: Input and channel that hold coverage.
-    """
-
-    atlas: str
-    uv: tuple[str, int, int]
-    mask: tuple[str, int]
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Size of a warp adapter.
-
-    Attributes:
-        stride: Image pixels to one pixel of the working resolution.
-        width: Channels of the consumer's convolutions.
-        blocks: Residual blocks of the consumer.
-        features: Channels of the cached encoding.
-        encoder_width: Channels of the cache encoder, which is not on the latency path.
-    """
-
-    stride: int = 4
-    width: int = 32
-    blocks: int = 1
-    features: int = 32
-    encoder_width: int = 64
-
-    def to_record(self) -> dict[str, int]:
-        """JSON-ready form for the manifest."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """A generator input with rows and columns, brought to the working resolution by its own strided convolution."""
-
-    name: str
-    channels: int
-    height: int
-    width: int
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class VectorInput:
-    """A generator input without rows and columns; the adapter flattens it.
-
-    Attributes:
-        name: Its name.
-        shape: Of one frame, [1, ...].
-        dtype: As the generator takes it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def elements(self) -> int:
-        """Numbers a frame."""
-        return math.prod(self.shape[1:])
-
-
-@dataclass(frozen=True)
-class AdapterLayout:
-    """What the adapter reads and writes.
-
-    Attributes:
-        height: Rows of the output images.
-        width: Columns of the output images.
-        outputs: Output names and their channels, in the generator's order.
-        images: Inputs with rows and columns.
-        vectors: Inputs without.
-        taps: Cut tensors as (name, channels, rows, columns); rows = columns = 0 for a flattened vector.
-        surface: Where the inputs carry the surface's motion, if they do.
-        atlas_size: Rows and columns of the atlas.
-    """
-
-    height: int
-    width: int
-    outputs: tuple[tuple[str, int], ...]
-    images: tuple[ImageInput, ...]
-    vectors: tuple[VectorInput, ...]
-    taps: tuple[tuple[str, int, int, int], ...]
-    surface: Surface | None = None
-    atlas_size: tuple[int, int] = (0, 0)
-
-    @property
-    def channels(self) -> int:
-        """Channels of all outputs together."""
-        return sum(c for _, c in self.outputs)
+__all__ = ["CacheEncoder", "WarpConsumer"]
 
 
 class CacheEncoder(nn.Module):

@@ -16,16 +16,18 @@ from onnx import ModelProto
 from torch import Tensor
 
 from ...engine.metrics.lpips import SMALLEST_SIDE
-from ..cut.rank import CutCandidate
+from ..cut.candidate import CutCandidate
 from ..cut.split import SplitModels
 from ..frames.clip import Stream
+from ..frames.streams import Progress
 from ..frames.subject import Subject
 from ..options import CompileOptions
 from ..training.perceptual import PerceptualLoss
 from .distill import Distillation, DistillOptions
 from .graphs import choose_configs, consumer_graph, producer_graph
-from .network import AdapterConfig, AdapterLayout, CacheEncoder, WarpConsumer
-from .recording import Progress, record
+from .layout import AdapterConfig, AdapterLayout
+from .network import CacheEncoder, WarpConsumer
+from .recording import record
 
 __all__ = ["AdapterTraining", "TrainedAdapter", "perceptual_loss"]
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
-from ..adapter.recording import Progress
+from ..frames.streams import Progress
+from ..graph.index import GraphIndex
 from ..graph.profile import time_model
-from ..graph.surgery import GraphIndex
 from ..torch_graph.module import GraphModule
 from ..training.checkpoint import checkpoint_plan
 from .graphs import branch_graph, lookup_graph, prefix_graph

@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
-from ..graph.surgery import GraphIndex
+from ..graph.index import GraphIndex
 
 __all__ = ["Atoms", "Channels", "Edit", "Label"]
 

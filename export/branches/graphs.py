@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from onnx import ModelProto, helper, numpy_helper
 
-from ..graph.surgery import GraphIndex, extract, merge, rename_values
+from ..graph.index import GraphIndex
+from ..graph.surgery import extract, merge, rename_values
 from ..graph.trace import export_module
 from .guide_bank import GuideLookup
 

@@ -12,12 +12,14 @@ from onnx import ModelProto
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
-from ..adapter.recording import Progress, frames_of
+from ..frames.streams import Progress, frame_at, frames_of
+from ..graph.index import GraphIndex
 from ..graph.profile import profile_nodes, time_model
-from ..graph.run import frame_at, open_session, run_session
-from ..graph.surgery import GraphIndex, extract
+from ..graph.run import open_session, run_session
+from ..graph.surgery import extract
+from ..training.k_centres import k_centres
 from .graphs import branch_graph, lookup_graph, prefix_graph
-from .guide_bank import GuideBank, GuideLookup, fit_keys, guide_value, k_centres, make_bank, pool_features
+from .guide_bank import GuideBank, GuideLookup, fit_keys, guide_value, make_bank, pool_features
 from .slim import depths, slim
 
 __all__ = [

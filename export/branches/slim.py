@@ -17,7 +17,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
-from ..graph.surgery import GraphIndex, copy_model, extract, merge
+from ..graph.index import GraphIndex
+from ..graph.surgery import copy_model, extract, merge
 from .channel_rules import channel_slice, find_channels
 from .channels import Atoms, Channels, Edit
 

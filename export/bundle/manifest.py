@@ -12,13 +12,13 @@ from onnx import ModelProto
 from ... import __version__
 from ...engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
 from ...engine.spec import Array, TensorSpec
-from ..adapter.recording import spec_of
-from ..cut.rank import CutCandidate
+from ..cut.candidate import CutCandidate
 from ..cut.split import SplitModels
+from ..frames.streams import spec_of
 from ..frames.subject import Subject
+from ..graph.index import GraphIndex
 from ..graph.profile import time_model
 from ..graph.run import open_session, run_session
-from ..graph.surgery import GraphIndex
 
 __all__ = ["WHOLE", "draft_manifest", "measure_costs"]
 

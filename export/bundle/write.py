@@ -9,8 +9,9 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from ...engine.bundle.bundle import Bundle, write_bundle
+from ...engine.bundle.bundle import Bundle
 from ...engine.bundle.manifest import Manifest
+from ...engine.bundle.write import write_bundle
 from ...engine.errors import BundleError
 from .weights import WEIGHTS_FILE, shared_weights
 

@@ -17,11 +17,12 @@ from onnx import ModelProto, NodeProto, helper
 from ...engine.bundle.manifest import CACHE_PREFIX
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
+from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
-from ..graph.surgery import GraphIndex, extract, rename_values
+from ..graph.surgery import extract, rename_values
 
 if TYPE_CHECKING:
-    from .rank import CutCandidate
+    from .candidate import CutCandidate
 
 __all__ = ["SplitModels", "check_exact", "split"]
 

@@ -11,10 +11,10 @@ from onnx import ModelProto
 
 from ...engine.errors import InputError
 from ...engine.spec import Array
-from ..adapter.network import AdapterLayout, Surface
-from ..adapter.recording import layout_of
-from ..graph.surgery import GraphIndex
+from ..adapter.layout import AdapterLayout, layout_of
+from ..graph.index import GraphIndex
 from .clip import Stream
+from .surface import Surface
 
 __all__ = ["Subject"]
 

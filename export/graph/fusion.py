@@ -18,8 +18,8 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper
 
+from .index import GraphIndex
 from .run import open_session
-from .surgery import GraphIndex
 
 __all__ = ["PROFILE_LEVEL", "Fusions", "block_channels", "find_fusions", "fused_group"]
 

@@ -6,7 +6,7 @@ distances between neighbours are about 1: entries would change places, and weigh
 
 from __future__ import annotations
 
-from .surgery import GraphIndex
+from .index import GraphIndex
 
 __all__ = ["lookup_nodes"]
 

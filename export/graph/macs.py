@@ -12,7 +12,7 @@ import onnx
 from onnx import ModelProto, NodeProto, helper
 
 from ...engine.errors import ExportError
-from .surgery import GraphIndex
+from .index import GraphIndex
 
 __all__ = ["count_macs"]
 

@@ -19,8 +19,8 @@ from onnx import ModelProto
 from ...engine.errors import InputError
 from ...engine.spec import Array
 from .fusion import PROFILE_LEVEL, fused_group
+from .index import GraphIndex, node_names
 from .run import open_session, run_session
-from .surgery import GraphIndex, node_names
 
 __all__ = ["Timing", "profile_nodes", "time_model"]
 

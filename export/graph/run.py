@@ -13,7 +13,7 @@ from onnx import ModelProto
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
 
-__all__ = ["frame_at", "open_session", "run_model", "run_session"]
+__all__ = ["open_session", "run_model", "run_session"]
 
 
 def open_session(
@@ -82,11 +82,6 @@ def run_session(
         reason = " ".join(str(exc).split())
         raise ExportError(f"ONNX Runtime cannot run the model: {reason[:300]}") from exc
     return dict(zip(wanted, results, strict=True))
-
-
-def frame_at(stream: Mapping[str, Array], t: int) -> dict[str, Array]:
-    """Inputs of frame t; an array of leading extent 1 never changes and serves every frame."""
-    return {name: array if array.shape[0] == 1 else array[t : t + 1] for name, array in stream.items()}
 
 
 def run_model(model: ModelProto | bytes, feeds: Mapping[str, Array], *, threads: int | None = None) -> dict[str, Array]:

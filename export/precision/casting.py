@@ -31,7 +31,8 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, defs, helpe
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
-from ..graph.surgery import SCOPES_KEY, GraphIndex, copy_model, has_subgraphs, rename_reads
+from ..graph.index import SCOPES_KEY, GraphIndex, has_subgraphs
+from ..graph.surgery import copy_model, rename_reads
 
 __all__ = ["Casting", "HalfType", "Reason", "cast_model", "coordinate_values", "elem_types", "emulated"]
 

@@ -12,8 +12,9 @@ from onnx import ModelProto
 from ...engine.bundle.bundle import Bundle
 from ...engine.bundle.manifest import CACHE_PREFIX, PREDICTORS
 from ...engine.errors import InputError
+from ..graph.index import GraphIndex, load_model
 from ..graph.lookups import lookup_nodes
-from ..graph.surgery import GraphIndex, load_model, normalise
+from ..graph.surgery import normalise
 from .casting import Casting, HalfType, Reason, cast_model, coordinate_values
 from .parity import PRODUCER
 from .quantize import Histogram, QuantType, quantisable, quantise, scales

@@ -24,10 +24,10 @@ from ...engine.bundle.bundle import Bundle
 from ...engine.bundle.manifest import Manifest
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
-from ..adapter.recording import Progress
 from ..bundle.weights import WEIGHTS_FILE
 from ..bundle.write import bundle_models, refuse_out
-from ..graph.run import frame_at, open_session, run_session
+from ..frames.streams import Progress, frame_at
+from ..graph.run import open_session, run_session
 from ..promise.calibrate import calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion

@@ -17,7 +17,8 @@ from onnx import ModelProto, TensorProto
 from ...engine.bundle.manifest import CACHE_PREFIX
 from ...engine.metrics.images import PSNR_CAP_DB, measure_frames
 from ...engine.spec import Array
-from ..graph.run import frame_at, open_session, run_session
+from ..frames.streams import frame_at
+from ..graph.run import open_session, run_session
 from .casting import elem_types, emulated
 
 __all__ = ["GENERATOR", "PRODUCER", "ExitParity", "Parity", "fewest_kept", "open_answering", "reads_cache"]

@@ -20,8 +20,9 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
+from ..graph.index import SCOPES_KEY, GraphIndex
 from ..graph.run import open_session, run_session
-from ..graph.surgery import SCOPES_KEY, GraphIndex, copy_model, give_out
+from ..graph.surgery import copy_model, give_out
 from .casting import elem_types
 
 __all__ = ["METHODS", "Histogram", "QuantType", "RangeCollector", "quantisable", "quantise", "scales"]

@@ -11,9 +11,9 @@ from onnx import ModelProto
 from ...engine.metrics.images import available_metrics, measure_frames
 from ...engine.metrics.lpips import Lpips
 from ...engine.spec import Array
-from ..adapter.recording import Progress, frames_of
+from ..frames.streams import Progress, frames_of
+from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
-from ..graph.surgery import GraphIndex
 
 __all__ = ["FROZEN", "calibrate"]
 

@@ -11,7 +11,7 @@ from ...engine.promise.calibration import metric_option
 from ...engine.promise.conformal import allowed_losses
 from ...engine.spec import AGE_INPUT
 from ..frames.subject import Subject
-from ..graph.surgery import GraphIndex
+from ..graph.index import GraphIndex
 from ..options import CompileOptions
 from .promise import split_blocks
 

@@ -15,9 +15,9 @@ from ...engine.metrics.images import available_metrics, measure_frames
 from ...engine.metrics.lpips import Lpips
 from ...engine.promise.calibration import canonical_metric, to_score
 from ...engine.spec import Array
-from ..adapter.recording import Progress
-from ..graph.run import frame_at, open_session, run_session
-from ..graph.surgery import GraphIndex
+from ..frames.streams import Progress, frame_at
+from ..graph.index import GraphIndex
+from ..graph.run import open_session, run_session
 
 __all__ = ["Measured", "measure_exits", "reads_cache"]
 

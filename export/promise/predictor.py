@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...engine.spec import AGE_INPUT
-from ..adapter.network import CACHE_ATLAS, AdapterLayout, ImageInput, Surface, _sample
+from ..adapter.layout import CACHE_ATLAS, AdapterLayout, ImageInput
+from ..adapter.network import _sample
+from ..frames.surface import Surface
 from ..graph.trace import export_module
 
 __all__ = [

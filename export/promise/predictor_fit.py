@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
-from ..adapter.network import AdapterLayout
-from ..branches.guide_bank import k_centres
+from ..adapter.layout import AdapterLayout
+from ..training.k_centres import k_centres
 from .exit_quality import Measured
 from .predictor import BRANCH_DRIFT, LEAST_SPREAD, Features, Head, Predictor, Thumbnail, ThumbnailScale
 

@@ -21,10 +21,10 @@ from ...engine.errors import ExportError, InputError
 from ...engine.metrics.lpips import Lpips
 from ...engine.promise.calibration import Calibration, PromiseRecord, Quality, canonical_metric, evaluate
 from ...engine.spec import AGE_INPUT, Array
-from ..adapter.network import CACHE_ATLAS, AdapterLayout
-from ..adapter.recording import Progress
+from ..adapter.layout import CACHE_ATLAS, AdapterLayout
+from ..frames.streams import Progress, frame_at
 from ..graph.macs import count_macs
-from ..graph.run import frame_at, open_session, run_session
+from ..graph.run import open_session, run_session
 from .exit_quality import Measured, measure_exits, reads_cache
 from .predictor import cold_graph, thumbnail_graph, warm_graph
 from .predictor_fit import fit_predictor

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...engine.spec import Array
-from ..graph.surgery import GraphIndex
+from ..graph.index import GraphIndex
 from .calls import Call, Run
 
 __all__ = ["Fused", "find_chains"]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
+from ..graph.index import GraphIndex
 from ..graph.run import run_model
-from ..graph.surgery import GraphIndex, copy_model, extract
+from ..graph.surgery import copy_model, extract
 from .batching import mixes_frames
 from .calls import Call, Run
 from .chains import find_chains

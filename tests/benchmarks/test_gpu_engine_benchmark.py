@@ -23,12 +23,12 @@ from benchmarks.gpu_engine import PARTS
 from benchmarks.mesh_to_picture import MeshToPicture
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import as_clip, frames_for
-from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.options import CudaOptions
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
+from warpcache.engine.tensorrt.backend import TensorRtBackend
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 from warpcache.models.head import SyntheticHead
 from warpcache.tasks.demo import demo_bundle

@@ -16,10 +16,12 @@ from onnx.backend.test.loader import load_model_tests
 from onnx_cases import all_node_cases, array_of, lowered
 
 from warpcache.engine.errors import ExportError
-from warpcache.export.cut.rank import CutCandidate, _Finder
+from warpcache.export.cut.candidate import CutCandidate
+from warpcache.export.cut.enumerate import _Finder
 from warpcache.export.cut.split import check_exact, split
+from warpcache.export.graph.index import node_names
 from warpcache.export.graph.run import open_session, run_session
-from warpcache.export.graph.surgery import node_names, normalise
+from warpcache.export.graph.surgery import normalise
 
 # The newest that ONNX Runtime takes, and the oldest that it has all kernels for.
 _NEWEST, _OLDEST = 26, 7

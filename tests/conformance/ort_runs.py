@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from onnx_cases import NodeCase
 
-from warpcache.engine.cpu.device import InlineStream
+from warpcache.engine.device.stream import InlineStream
 from warpcache.engine.errors import BackendError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import TensorSpec
+from warpcache.export.graph.index import tensor_spec
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import tensor_spec
 
 # Relative error of one rounding.
 _UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11}

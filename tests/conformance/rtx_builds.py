@@ -12,7 +12,7 @@ import onnx
 from warpcache.engine.spec import TensorSpec
 from warpcache.engine.tensorrt.builder import BuildRequest, build_engines_isolated
 from warpcache.engine.tensorrt.flavour import Flavour
-from warpcache.export.graph.surgery import input_names, tensor_spec
+from warpcache.export.graph.index import input_names, tensor_spec
 
 __all__ = ["TARGETS", "build_all", "crashed"]
 

@@ -18,10 +18,10 @@ import onnxruntime
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cpu.device import CpuStream, InlineStream
+from warpcache.engine.cuda.backend import ModuleFile
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.options import CudaOptions
-from warpcache.engine.cuda.placement import ModuleFile
+from warpcache.engine.device.stream import CpuStream, InlineStream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
@@ -174,7 +174,7 @@ def rig(request: pytest.FixtureRequest, engines: Path) -> Iterator[CpuRig | Cuda
 def _software_rig(name: str, software: Any, folder: Path) -> CudaRig:
     from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
-    from warpcache.engine.backends import TensorRtBackend
+    from warpcache.engine.tensorrt.backend import TensorRtBackend
 
     options = {"graphs": "off"} if name.endswith("no-graphs") else {"graphs": "on"}
     if name.endswith("lazy"):

@@ -20,7 +20,7 @@ from warpcache.engine.errors import BackendError
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing import plan as routing_plan
 from warpcache.engine.routing.exit_costs import ExitCosts
-from warpcache.engine.session.session import Frame
+from warpcache.engine.session.frame import Frame
 from warpcache.engine.spec import Array
 
 QUALITY = Quality("psnr_db", 30.0, confidence=0.9)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from warpcache.export.adapter.network import Surface
-from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.frames.surface import Surface
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.trace import trace_generator
 from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, rasterize
 

@@ -26,9 +26,10 @@ from warpcache.engine.metrics.images import psnr
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import training as adapter_training
 from warpcache.export.adapter.graphs import LADDER, choose_configs
-from warpcache.export.adapter.network import AdapterConfig, AdapterLayout, Surface
+from warpcache.export.adapter.layout import AdapterConfig, AdapterLayout
 from warpcache.export.bundle import write as bundling
 from warpcache.export.compile import CompileOptions, compile_generator, split_model
+from warpcache.export.frames.surface import Surface
 from warpcache.export.graph.run import run_model
 from warpcache.media.inputs import InputStream
 from warpcache.models.renderer import DeferredNeuralRenderer

@@ -20,13 +20,13 @@ from warpcache.engine.errors import ExportError, InputError
 from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality, to_score
 from warpcache.export import compile as compile_module
-from warpcache.export.adapter.network import AdapterConfig
+from warpcache.export.adapter.layout import AdapterConfig
 from warpcache.export.branches.branches import BranchOptions
 from warpcache.export.compile import CompileOptions, compile_generator
 from warpcache.export.frames.subject import Subject
+from warpcache.export.graph.index import load_model
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import open_session, run_session
-from warpcache.export.graph.surgery import load_model
 from warpcache.export.promise.check import check_promise, least_held_frames
 from warpcache.export.promise.promise import Promise, PromiseOptions, split_blocks
 from warpcache.media.inputs import InputStream

@@ -10,14 +10,13 @@ from ..engine.metrics.images import METRICS
 from .page import LegendEntry, Section, write_page
 from .pareto import age_words, points_of
 from .promise_tables import quality_sheet, rule_sentences, thresholds_sheet
+from .words import NO_PROMISE
 
 if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
     from ..engine.promise.calibration import PromiseRecord
 
-__all__ = ["NO_PROMISE", "promise_section", "write_bundle_report"]
-
-NO_PROMISE = "no quality promise; compile with --exits"
+__all__ = ["promise_section", "write_bundle_report"]
 
 
 def promise_section(bundle: Bundle) -> Section | None:
@@ -56,7 +55,8 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
         InputError: If the file cannot be written.
     """
     from ..engine.promise.calibration import PromiseRecord
-    from .bundle_tables import created_text, sheets_of
+    from .bundle_tables import sheets_of
+    from .words import created_text
 
     section = promise_section(bundle)
     if section is None:
@@ -74,7 +74,7 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
 
 def _headline(bundle: Bundle, record: PromiseRecord | None) -> list[dict[str, Any]]:
     """The few figures to see first."""
-    from .bundle_tables import size_text
+    from .words import size_text
 
     manifest = bundle.manifest
     total = size_text(sum(file.size_bytes for file in manifest.files.values()))

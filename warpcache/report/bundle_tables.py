@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.spec import TensorSpec
 from .tables import Sheet, plain_table
+from .words import PIPE_WIDTH, created_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,21 +16,11 @@ if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
     from ..engine.bundle.manifest import Manifest
 
-__all__ = [
-    "calibration_rows",
-    "created_text",
-    "plain_table",
-    "print_bundle",
-    "print_precision",
-    "sheets_of",
-    "size_text",
-]
+__all__ = ["calibration_rows", "plain_table", "print_bundle", "print_precision", "sheets_of"]
 
 # "frozen" is no exit: it is what showing the last frame again would have given, the figure every exit has to beat.
 FROZEN = "frozen"
 LABELS = {FROZEN: "last frame shown again"}
-# On a pipe there is no terminal to ask for its width; a table broken at 80 columns is hard to read and to search.
-PIPE_WIDTH = 120
 
 
 def print_bundle(bundle: Bundle, *, console: Console | None = None) -> None:
@@ -50,14 +41,6 @@ def print_bundle(bundle: Bundle, *, console: Console | None = None) -> None:
     out.print(files.table())
 
 
-def created_text(manifest: Manifest) -> str:
-    """A bundle's size and frame rate, and by what and when it was made."""
-    created = ", ".join(str(manifest.created[key]) for key in ("by", "at") if key in manifest.created)
-    fps = f", {manifest.fps:g} frames per second" if manifest.fps is not None else ""
-    total = sum(record.size_bytes for record in manifest.files.values())
-    return f"{size_text(total)}{fps} ({created})"
-
-
 def sheets_of(manifest: Manifest) -> list[Sheet]:
     """What is in a bundle as tables, the files last."""
     calibration = [] if manifest.calibration is None else [_calibration(manifest)]
@@ -67,9 +50,9 @@ def sheets_of(manifest: Manifest) -> list[Sheet]:
 def _print_promise(bundle: Bundle, out: Console) -> None:
     """Print what the bundle promises: its rule, every exit's cost and quality, the Pareto front, the thresholds."""
     from ..engine.promise.calibration import Calibration, PromiseRecord
-    from .bundle_page import NO_PROMISE
     from .pareto import age_words, by_age, points_of, text_plot
     from .promise_tables import quality_sheet, rule_sentences, thresholds_sheet
+    from .words import NO_PROMISE
 
     record = PromiseRecord.of(bundle.manifest)
     if record is None:
@@ -157,14 +140,6 @@ def calibration_rows(manifest: Manifest) -> list[dict[str, Any]]:
 def _by_age(ages: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The records of one exit, youngest cache first (JSON's keys are text, so "10" would come before "2")."""
     return sorted(ages.items(), key=lambda item: int(item[0]))
-
-
-def size_text(size_bytes: float) -> str:
-    """A size in bytes, short: 1 MB is 1,000,000 bytes."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.3g} {unit}"
-    return f"{size_bytes:.0f} B"
 
 
 def _number(value: Any, form: str) -> str:

@@ -11,7 +11,7 @@ from ..engine.metrics.images import METRICS, PSNR_CAP_DB
 from .drawing import PAPER, SERIES, Chart, drawing
 
 if TYPE_CHECKING:
-    from .policies import PolicyResult
+    from .results import PolicyResult
 
 __all__ = ["charts", "series"]
 

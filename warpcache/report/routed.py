@@ -13,7 +13,7 @@ from ..engine.metrics.images import METRICS
 
 if TYPE_CHECKING:
     from ..engine.promise.calibration import Quality
-    from ..engine.session.session import Frame
+    from ..engine.session.frame import Frame
     from ..engine.telemetry import LatencySummary, SessionStatistics
     from ..tasks.quality_choice import QualityChoice
 

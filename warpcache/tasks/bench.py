@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..engine.metrics.lpips import Lpips
     from ..engine.promise.calibration import Quality
     from ..media.inputs import InputStream
-    from ..report.policies import PolicyResult
+    from ..report.results import PolicyResult
     from ..report.routed import Within
     from .quality_choice import QualityChoice
 
@@ -84,7 +84,7 @@ def result_of(
     Returns:
         The policy's figures: means over the frames, and means by age of the cache against the first reference.
     """
-    from ..report.policies import PolicyResult
+    from ..report.results import PolicyResult
     from ..report.routed import within_of
 
     quality: dict[str, dict[str, float]] = {}

@@ -340,7 +340,8 @@ def print_built(built: Built, *, console: Console | None = None) -> None:
 
     from rich.console import Console
 
-    from ..report.bundle_tables import PIPE_WIDTH, plain_table, print_precision, size_text
+    from ..report.bundle_tables import plain_table, print_precision
+    from ..report.words import PIPE_WIDTH, size_text
 
     out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 

@@ -118,7 +118,7 @@ def split_files(model: Path, *, inputs: Path, cut: str, out: Path, progress: Rep
         ModuleNotFoundError: If the ``export`` extra is not installed.
     """
     from ..export.compile import split_model
-    from ..export.graph.surgery import input_names, load_model
+    from ..export.graph.index import input_names, load_model
 
     proto = load_model(model)
     return split_model(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..engine.bundle.bundle import Bundle
 from ..engine.errors import BundleError, InputError
 from ..engine.schedule.policy import Policy
-from ..engine.session.session import Frame
+from ..engine.session.frame import Frame
 from ..engine.spec import Array
 from .bench import CPU, Measured, Recording, load_lpips, record, result_of
 from .device_choice import DeviceChoice
@@ -149,7 +149,8 @@ def run_demo(
         InputError: If `out` is in the way or cannot be written.
     """
     from ..report.bundle_page import promise_section
-    from ..report.policies import ReportData, environment, row, write_report
+    from ..report.policies import environment, row, write_report
+    from ..report.results import ReportData
 
     bundle = bundle or demo_bundle()
     if out.exists() and not out.is_dir():

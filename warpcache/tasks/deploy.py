@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.errors import InputError
 from ..media.files import explain_write_error
-from ..report.bundle_tables import size_text
+from ..report.words import size_text
 
 if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
@@ -136,7 +136,7 @@ def add_bundle(folder: Path, bundle: Bundle) -> Bundle:
     Raises:
         BundleError: If it has changed since it was opened.
     """
-    from ..engine.bundle.bundle import write_bundle
+    from ..engine.bundle.write import write_bundle
 
     return write_bundle(
         folder / bundle_name(bundle.path), bundle.manifest, {name: bundle.file(name) for name in bundle.manifest.files}

@@ -141,7 +141,8 @@ def print_report(report: Report, *, console: Console | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from ..report.bundle_tables import PIPE_WIDTH, plain_table
+    from ..report.bundle_tables import plain_table
+    from ..report.words import PIPE_WIDTH
 
     out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     table = plain_table("What is here", "", "what", "found", "what to do")
@@ -329,7 +330,7 @@ def _driver(facts: Facts) -> Finding:
 
 
 def _gpus(facts: Facts) -> list[Finding]:
-    from ..report.bundle_tables import size_text
+    from ..report.words import size_text
 
     seen = facts.probed["driver"].facts
     if not seen or seen["error"] is not None:
@@ -462,7 +463,7 @@ def _arrays(facts: Facts) -> list[Finding]:
 
 
 def _engine_cache(facts: Facts) -> Finding:
-    from ..report.bundle_tables import size_text
+    from ..report.words import size_text
 
     name, cache = "engine cache", facts.cache
     if "folder" not in cache:

@@ -15,7 +15,7 @@ from .progress import Report, silent
 
 if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
-    from ..engine.session.session import Frame
+    from ..engine.session.frame import Frame
     from ..report.routed import Routed
     from .quality_choice import QualityChoice
 

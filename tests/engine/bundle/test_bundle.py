@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from warpcache.engine.bundle import bundle as bundle_module
-from warpcache.engine.bundle.bundle import FORMAT, Bundle, Manifest, write_bundle
+from warpcache.engine.bundle.bundle import FORMAT, Bundle, Manifest
 from warpcache.engine.bundle.manifest import MAX_EXTENT
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError, InputError
 
 FILES = ["generator.onnx", "producer.onnx", "plain.onnx", "warp.onnx", "weights.safetensors"]

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warpcache.engine.cpu import device as device_module
-from warpcache.engine.cpu.device import CoreShare, CpuDevice, CpuStream, Event, InlineStream
+from warpcache.engine.cpu.device import CoreShare, CpuDevice
 from warpcache.engine.device import affinity
+from warpcache.engine.device.stream import CpuStream, Event, InlineStream
 from warpcache.engine.errors import ClosedError, InputError
 
 LINUX = sys.platform.startswith("linux")

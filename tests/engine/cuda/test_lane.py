@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
-from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.cuda.backend import ModuleFile
+from warpcache.engine.cuda.buffers import HostInput, StaticInputs
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.cuda.graph import CudaGraph
-from warpcache.engine.cuda.lane import HostInput, StaticInputs
 from warpcache.engine.cuda.options import CudaOptions, parse_device
-from warpcache.engine.cuda.placement import ModuleFile
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.spec import Array, TensorSpec
+from warpcache.engine.tensorrt.backend import TensorRtBackend
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
-from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.mesh_conditioner import MeshConditioner
 from warpcache.engine.cuda.options import CudaOptions
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import ClosedError, InputError
+from warpcache.engine.tensorrt.backend import TensorRtBackend
 from warpcache.models.head import SyntheticHead
 from warpcache.models.rasterizer import SurfaceAtlas
 from warpcache.tasks.demo import demo_bundle

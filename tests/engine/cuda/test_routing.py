@@ -14,18 +14,18 @@ import onnxruntime
 import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
-from warpcache.engine.backends import TensorRtBackend
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.cuda.backend import ModuleFile
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.cuda.finite import FiniteCheck, finite_on_host
 from warpcache.engine.cuda.options import CudaOptions
-from warpcache.engine.cuda.placement import ModuleFile
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, WarpcacheError
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing import plan as routing_plan
 from warpcache.engine.routing.exit_costs import ExitCosts
 from warpcache.engine.spec import AGE_SPEC, Array, TensorSpec
+from warpcache.engine.tensorrt.backend import TensorRtBackend
 from warpcache.kernels.array import DeviceArray
 from warpcache.kernels.driver import check, load
 from warpcache.kernels.finite import FiniteKernel

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cpu.device import CpuStream, InlineStream
 from warpcache.engine.device.module import Module
+from warpcache.engine.device.stream import CpuStream, InlineStream
 from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import TensorSpec

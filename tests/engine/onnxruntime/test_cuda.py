@@ -22,9 +22,9 @@ import onnxruntime
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cpu.device import Event, InlineStream
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.graph import CudaGraph
+from warpcache.engine.device.stream import Event, InlineStream
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.onnxruntime import cuda as onnxruntime_cuda
 from warpcache.engine.onnxruntime.cuda import PROVIDER, OnnxRuntimeCudaModule

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from warpcache.engine.bundle.bundle import Bundle, ExitRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, ExitRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.metrics.images import METRICS
 from warpcache.engine.promise.calibration import (

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cpu.device import Event
+from warpcache.engine.device.stream import Event
 from warpcache.engine.errors import BackendError, ClosedError
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing.plan import RoutingPlan
 from warpcache.engine.routing.runner import RoutedAnswer, Routing
+from warpcache.engine.schedule.events import Invalidated, SchedulerEvent, StartConsumer
 from warpcache.engine.schedule.policy import Policy
-from warpcache.engine.schedule.scheduler import Invalidated, SchedulerEvent, StartConsumer
 from warpcache.engine.telemetry import Telemetry
 
 COSTS = {"warp2": 0.5, "warp": 1.0, "branch1": 3.0, "plain": 5.0, "whole": 10.0}

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from warpcache.engine.errors import InputError, WarpcacheError
-from warpcache.engine.schedule.policy import Policy
-from warpcache.engine.schedule.scheduler import (
+from warpcache.engine.schedule.events import (
     Action,
     ConsumerDone,
     ConsumerFailed,
@@ -27,11 +26,12 @@ from warpcache.engine.schedule.scheduler import (
     Invalidated,
     ProducerDone,
     ProducerFailed,
-    Scheduler,
     SchedulerEvent,
     StartConsumer,
     StartProducer,
 )
+from warpcache.engine.schedule.policy import Policy
+from warpcache.engine.schedule.scheduler import Scheduler
 
 QUEUE_LIMIT = 3
 

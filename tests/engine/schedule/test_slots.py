@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from warpcache.engine.cpu.slots import SlotBuffers
 from warpcache.engine.errors import WarpcacheError
-from warpcache.engine.schedule.slots import CachedFrame, SlotBuffers, SlotRing, SlotState
+from warpcache.engine.schedule.slots import CachedFrame, SlotRing, SlotState
 from warpcache.engine.spec import TensorSpec
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
-from warpcache.engine.cpu.device import Event, InlineStream, Stream
+from warpcache.engine.device.stream import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeadlineError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
-from warpcache.engine.session.session import Frame, Session
+from warpcache.engine.session.frame import Frame
+from warpcache.engine.session.session import Session
 from warpcache.engine.spec import Array, TensorSpec
 
 PATIENCE = 30.0

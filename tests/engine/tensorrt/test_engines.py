@@ -13,7 +13,8 @@ from typing import Any
 import onnx
 import pytest
 
-from warpcache.engine.bundle.bundle import Bundle, write_bundle
+from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt import builder as tensorrt_builder
 from warpcache.engine.tensorrt.engine_cache import EngineCache

@@ -15,9 +15,9 @@ from onnx import TensorProto, helper
 from tests_software_tensorrt import IExecutionContext, failing, failures, software_flavour
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cpu.device import InlineStream
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.cuda.graph import CudaGraph
+from warpcache.engine.device.stream import InlineStream
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.spec import Array, TensorSpec

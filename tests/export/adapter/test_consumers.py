@@ -18,7 +18,8 @@ from warpcache.engine.errors import ExportError
 from warpcache.export.adapter import graphs as adapter_graph
 from warpcache.export.adapter.distill import Distillation, DistillOptions
 from warpcache.export.adapter.graphs import CHEAPER, LADDER, choose_config, choose_configs, smaller_configs
-from warpcache.export.adapter.network import AdapterConfig, AdapterLayout, CacheEncoder, ImageInput, WarpConsumer
+from warpcache.export.adapter.layout import AdapterConfig, AdapterLayout, ImageInput
+from warpcache.export.adapter.network import CacheEncoder, WarpConsumer
 from warpcache.export.adapter.recording import Recording
 from warpcache.export.graph.profile import Timing
 

@@ -17,14 +17,8 @@ from torch import Tensor
 
 from warpcache.engine.errors import ExportError
 from warpcache.export.adapter.distill import Distillation, DistillOptions, read_plan
-from warpcache.export.adapter.network import (
-    AdapterConfig,
-    AdapterLayout,
-    CacheEncoder,
-    ImageInput,
-    VectorInput,
-    WarpConsumer,
-)
+from warpcache.export.adapter.layout import AdapterConfig, AdapterLayout, ImageInput, VectorInput
+from warpcache.export.adapter.network import CacheEncoder, WarpConsumer
 from warpcache.export.adapter.recording import Recording
 from warpcache.export.training import checkpoint as checkpoint_module
 

@@ -16,23 +16,14 @@ from torch.nn import functional
 from warpcache.engine.errors import ExportError
 from warpcache.export.adapter import graphs as adapter_graph
 from warpcache.export.adapter.graphs import LADDER, choose_config, consumer_graph, producer_graph
-from warpcache.export.adapter.network import (
-    AdapterConfig,
-    AdapterLayout,
-    CacheEncoder,
-    ImageInput,
-    Surface,
-    VectorInput,
-    WarpConsumer,
-    _sample,
-    _sample_cubic,
-    image_planes,
-)
-from warpcache.export.adapter.recording import layout_of, working_tap
+from warpcache.export.adapter.layout import AdapterConfig, AdapterLayout, ImageInput, VectorInput, layout_of
+from warpcache.export.adapter.network import CacheEncoder, WarpConsumer, _sample, _sample_cubic, image_planes
+from warpcache.export.adapter.recording import working_tap
 from warpcache.export.cut.split import split
+from warpcache.export.frames.surface import Surface
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.profile import Timing
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import GraphIndex
 from warpcache.export.graph.trace import export_module
 from warpcache.models.rasterizer import Mesh, SurfaceAtlas, condition_raster, rasterize
 

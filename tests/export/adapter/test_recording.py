@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export.adapter.network import AdapterConfig, ImageInput, Surface, VectorInput
-from warpcache.export.adapter.recording import Recording, frames_of, layout_of, record, spec_of
-from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.adapter.layout import AdapterConfig, ImageInput, VectorInput, layout_of
+from warpcache.export.adapter.recording import Recording, record
+from warpcache.export.frames.streams import frames_of, spec_of
+from warpcache.export.frames.surface import Surface
+from warpcache.export.graph.index import GraphIndex
 
 CONFIG = AdapterConfig(stride=4, width=8, blocks=0, features=8)
 FRAMES = 6

@@ -23,10 +23,12 @@ from warpcache.export.branches.plan import BranchPlan, choose_depths, choose_wid
 from warpcache.export.branches.slim import slim
 from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions
 from warpcache.export.bundle.weights import shared_weights
+from warpcache.export.frames.streams import frame_at
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.profile import Timing
-from warpcache.export.graph.run import frame_at, open_session, run_session
-from warpcache.export.graph.surgery import GraphIndex, give_out
+from warpcache.export.graph.run import open_session, run_session
+from warpcache.export.graph.surgery import give_out
 from warpcache.export.torch_graph.module import GraphModule
 from warpcache.export.training.checkpoint import checkpoint_plan
 

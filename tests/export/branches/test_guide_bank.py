@@ -20,14 +20,14 @@ from warpcache.export.branches.guide_bank import (
     cover_radius,
     fit_keys,
     guide_value,
-    k_centres,
     look_up,
     make_bank,
     pool_features,
 )
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import GraphIndex
 from warpcache.export.graph.trace import export_module
+from warpcache.export.training.k_centres import k_centres
 
 
 def least_radius(points: np.ndarray, count: int) -> float:

@@ -12,8 +12,9 @@ import torch
 from warpcache.engine.errors import InputError
 from warpcache.export.branches.branches import BranchOptions
 from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions, _placements
-from warpcache.export.graph.run import frame_at, open_session, run_session
-from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.frames.streams import frame_at
+from warpcache.export.graph.index import GraphIndex
+from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.torch_graph.module import GraphModule
 
 

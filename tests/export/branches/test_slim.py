@@ -22,9 +22,10 @@ import random_graphs
 
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.branches.slim import GroupWidth, depths, join, slim
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import GraphIndex, normalise
+from warpcache.export.graph.surgery import normalise
 from warpcache.export.graph.trace import trace_generator
 from warpcache.models.renderer import DeferredNeuralRenderer
 

@@ -15,10 +15,13 @@ import pytest
 
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.cut import rank as cut_module
-from warpcache.export.cut.rank import CutCandidate, choose_cut, enumerate_cuts, rank_cuts
+from warpcache.export.cut.candidate import CutCandidate
+from warpcache.export.cut.enumerate import enumerate_cuts
+from warpcache.export.cut.rank import choose_cut, rank_cuts
 from warpcache.export.cut.split import check_exact, split
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.profile import profile_nodes
-from warpcache.export.graph.surgery import GraphIndex, normalise
+from warpcache.export.graph.surgery import normalise
 
 Trace = Callable[[str], Any]
 

@@ -12,10 +12,11 @@ import onnx.parser
 import pytest
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export.cut.rank import enumerate_cuts
+from warpcache.export.cut.enumerate import enumerate_cuts
 from warpcache.export.cut.split import SplitModels, check_exact, split
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.run import open_session, run_model, run_session
-from warpcache.export.graph.surgery import GraphIndex, normalise, rename_values
+from warpcache.export.graph.surgery import normalise, rename_values
 
 Trace = Callable[[str], Any]
 

@@ -9,10 +9,11 @@ import pytest
 from onnx import numpy_helper
 
 from warpcache.engine.errors import ExportError
-from warpcache.export.cut.rank import enumerate_cuts
+from warpcache.export.cut.enumerate import enumerate_cuts
 from warpcache.export.cut.split import check_exact, split
 from warpcache.export.graph.fusion import block_channels, find_fusions
-from warpcache.export.graph.surgery import GraphIndex, normalise
+from warpcache.export.graph.index import GraphIndex
+from warpcache.export.graph.surgery import normalise
 
 BLOCK = block_channels()
 needs_blocks = pytest.mark.skipif(BLOCK is None, reason="this processor's ONNX Runtime has no blocked layout")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.graph import profile as profile_module
 from warpcache.export.graph.fusion import find_fusions
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.profile import Timing, profile_nodes, time_model
-from warpcache.export.graph.surgery import GraphIndex
 from warpcache.export.graph.trace import trace_generator
 
 Trace = Callable[[str], Any]

@@ -15,16 +15,15 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export.cut.rank import enumerate_cuts
+from warpcache.export.cut.enumerate import enumerate_cuts
 from warpcache.export.cut.split import split
+from warpcache.export.graph.index import GraphIndex, node_names
 from warpcache.export.graph.run import open_session, run_model, run_session
 from warpcache.export.graph.surgery import (
-    GraphIndex,
     extract,
     fix_input_shapes,
     give_out,
     merge,
-    node_names,
     normalise,
     rename_values,
     shared_weights,

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from warpcache.engine.errors import ExportError, InputError
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import GraphIndex
 from warpcache.export.graph.trace import load_factory, load_weights, trace_generator
 
 X = {"x": np.linspace(-1, 1, 8, dtype=np.float32).reshape(1, 8)}

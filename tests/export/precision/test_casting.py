@@ -13,8 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from warpcache.engine.spec import TensorSpec
+from warpcache.export.graph.index import SCOPES_KEY, GraphIndex
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, normalise
+from warpcache.export.graph.surgery import normalise
 from warpcache.export.precision.casting import cast_model, coordinate_values, elem_types, emulated
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT

@@ -13,13 +13,15 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch.nn import functional
 
-from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord, write_bundle
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BundleError, ExportError, InputError
 from warpcache.engine.spec import TensorSpec
 from warpcache.export.bundle.write import bundle_models
+from warpcache.export.graph.index import SCOPES_KEY, GraphIndex, load_model
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, load_model, normalise
+from warpcache.export.graph.surgery import normalise
 from warpcache.export.precision import convert as precision_module
 from warpcache.export.precision.casting import elem_types, emulated
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle

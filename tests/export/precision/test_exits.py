@@ -17,9 +17,10 @@ from warpcache.engine.spec import AGE_SPEC, TensorSpec
 from warpcache.export.branches.graphs import lookup_graph
 from warpcache.export.branches.guide_bank import GuideBank, GuideLookup
 from warpcache.export.bundle.write import bundle_models
+from warpcache.export.graph.index import SCOPES_KEY, GraphIndex, load_model
 from warpcache.export.graph.lookups import lookup_nodes
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, load_model, normalise
+from warpcache.export.graph.surgery import normalise
 from warpcache.export.precision import conversion as conversion_module
 from warpcache.export.precision.casting import elem_types, emulated
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle

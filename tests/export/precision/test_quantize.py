@@ -10,8 +10,9 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from warpcache.engine.errors import ExportError
+from warpcache.export.graph.index import SCOPES_KEY, GraphIndex
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import SCOPES_KEY, GraphIndex, normalise
+from warpcache.export.graph.surgery import normalise
 from warpcache.export.precision.casting import cast_model, elem_types, emulated
 from warpcache.export.precision.quantize import METHODS, Histogram, RangeCollector, quantisable, quantise, scales
 

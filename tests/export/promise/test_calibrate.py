@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from warpcache.engine.metrics.images import flip, psnr, ssim
 from warpcache.export.cut.split import split
-from warpcache.export.graph.surgery import GraphIndex
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.promise.calibrate import FROZEN, MAX_FRAMES, calibrate
 
 FRAMES = 6

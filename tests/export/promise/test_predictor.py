@@ -14,9 +14,10 @@ from onnx import ModelProto
 
 from warpcache.engine.errors import ExportError
 from warpcache.engine.spec import AGE_INPUT
-from warpcache.export.adapter.network import AdapterLayout, ImageInput, Surface, VectorInput
+from warpcache.export.adapter.layout import AdapterLayout, ImageInput, VectorInput
+from warpcache.export.frames.surface import Surface
+from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.run import open_session, run_model, run_session
-from warpcache.export.graph.surgery import GraphIndex
 from warpcache.export.promise.exit_quality import Measured
 from warpcache.export.promise.predictor import (
     BRANCH_DRIFT,

@@ -19,9 +19,10 @@ from warpcache.engine.metrics.images import psnr
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import Calibration, Quality, from_score, to_score
 from warpcache.engine.spec import AGE_INPUT
-from warpcache.export.adapter.network import AdapterLayout, ImageInput, VectorInput
+from warpcache.export.adapter.layout import AdapterLayout, ImageInput, VectorInput
+from warpcache.export.frames.streams import frame_at
 from warpcache.export.graph.macs import count_macs
-from warpcache.export.graph.run import frame_at, run_model
+from warpcache.export.graph.run import run_model
 from warpcache.export.promise.exit_quality import Measured, measure_exits, reads_cache
 from warpcache.export.promise.predictor import CACHE_THUMBNAIL, thumbnail_graph
 from warpcache.export.promise.promise import Promise, PromiseOptions, cross_validated, make_promise, split_blocks

@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 
 from warpcache.cli.main import cli
 from warpcache.engine.errors import DeviceError
-from warpcache.report.policies import PolicyResult, ReportData, write_report
+from warpcache.report.policies import write_report
+from warpcache.report.results import PolicyResult, ReportData
 from warpcache.tasks.device_choice import DeviceChoice
 
 FRAMES = 6

@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 import warpcache.engine.routing.plan
 import warpcache.tasks.compile
 from warpcache.cli.main import cli
-from warpcache.engine.bundle.bundle import Bundle, write_bundle
+from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.metrics.images import psnr
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
 from warpcache.engine.routing.exit_costs import ExitCosts

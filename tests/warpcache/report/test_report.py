@@ -21,17 +21,8 @@ from warpcache.engine.telemetry import SessionStatistics
 from warpcache.media.video import VideoWriter, read_video
 from warpcache.report.drawing import Chart, drawing
 from warpcache.report.page import LegendEntry, Section
-from warpcache.report.policies import (
-    PolicyResult,
-    ReportData,
-    environment,
-    figures_of,
-    policy_title,
-    print_table,
-    row,
-    write_json,
-    write_report,
-)
+from warpcache.report.policies import environment, figures_of, policy_title, print_table, row, write_json, write_report
+from warpcache.report.results import PolicyResult, ReportData
 from warpcache.report.routed import Routed, Within
 from warpcache.report.tables import Sheet
 from warpcache.tasks.quality_choice import QualityChoice

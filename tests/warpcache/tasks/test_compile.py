@@ -22,7 +22,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter import training as adapter_training
 from warpcache.export.adapter.distill import Distillation
-from warpcache.export.adapter.network import AdapterConfig
+from warpcache.export.adapter.layout import AdapterConfig
 from warpcache.export.compile import CompileOptions
 from warpcache.export.graph.trace import trace_generator
 from warpcache.tasks.compile import compile_files

@@ -15,8 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import warpcache.tasks.demo
 from warpcache.cli.main import cli
-from warpcache.engine.bundle.bundle import Bundle, write_bundle
+from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord
 from warpcache.engine.spec import TensorSpec
