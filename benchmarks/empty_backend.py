@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest
+from warpcache.engine.bundle.manifest import module_record
 from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.device.stream import Event, Stream
@@ -51,8 +52,8 @@ def write_empty_bundle(folder: Path) -> Bundle:
         fps=None,
         cut=Cut(("h",), ({"tensors": ["h"]},)),
         cache=(_CACHE,),
-        modules={name: ModuleRecord(f"{name}.onnx", *specs) for name, specs in modules.items()},
-        exits=(ExitRecord("whole", "generator", 1.0), ExitRecord("plain", "plain", 0.1)),
+        modules={name: module_record(name, *specs) for name, specs in modules.items()},
+        exits=(ExitRecord("whole", ("generator",), 1.0), ExitRecord("plain", ("plain",), 0.1)),
         calibration=None,
     )
     return write_bundle(folder / "empty.warp", manifest, {f"{name}.onnx": _NO_GRAPH for name in modules})

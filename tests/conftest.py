@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
-from warpcache.engine.bundle.bundle import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.bundle import Cut, ExitRecord, InputRecord, Manifest
+from warpcache.engine.bundle.manifest import module_record
 from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
@@ -116,13 +117,11 @@ def make_tiny_bundle(folder: Path, name: str = "tiny.warp") -> Path:
         fps=30.0,
         cut=Cut(("h",), ({"tensors": ["h"], "cost_ratio": 0.5},)),
         cache=(HIDDEN, LAST),
-        modules={
-            module: ModuleRecord(f"{module}.onnx", inputs, outputs) for module, (_, inputs, outputs) in graphs.items()
-        },
+        modules={module: module_record(module, inputs, outputs) for module, (_, inputs, outputs) in graphs.items()},
         exits=(
-            ExitRecord("whole", "generator", 1.0),
-            ExitRecord("plain", "plain", 0.5),
-            ExitRecord("warp", "warp", 0.1),
+            ExitRecord("whole", ("generator",), 1.0),
+            ExitRecord("plain", ("plain",), 0.5),
+            ExitRecord("warp", ("warp",), 0.1),
         ),
         calibration=None,
     )
@@ -301,10 +300,8 @@ def make_routed_bundle(
         fps=30.0,
         cut=Cut(("h",), ({"tensors": ["h"], "cost_ratio": 0.5},)),
         cache=(HIDDEN, LAST, THUMBNAIL),
-        modules={
-            module: ModuleRecord(f"{module}.onnx", inputs, outputs) for module, (_, inputs, outputs) in graphs.items()
-        },
-        exits=tuple(ExitRecord(name, modules.get(name, name), costs[name]) for name in ("whole", "plain", *exits)),
+        modules={module: module_record(module, inputs, outputs) for module, (_, inputs, outputs) in graphs.items()},
+        exits=tuple(ExitRecord(name, (modules.get(name, name),), costs[name]) for name in ("whole", "plain", *exits)),
         calibration={"promise": promise.to_record()},
     )
     return write_bundle(

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from ..errors import BundleError
 from .external_data import external_tensors
-from .manifest import FORMAT, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
+from .manifest import FORMAT, KINDS, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
 
 __all__ = ["FORMAT", "Bundle", "Cut", "ExitRecord", "FileRecord", "InputRecord", "Manifest", "ModuleRecord"]
 
@@ -122,8 +122,9 @@ def _check_entries(path: Path, manifest: Manifest) -> None:
     for name, module in manifest.modules.items():
         if module.file not in manifest.files:
             raise BundleError(f"{MANIFEST}: module {name!r} refers to {module.file!r}, which files does not list")
-        if not module.file.endswith(".onnx"):
-            raise BundleError(f"{MANIFEST}: module {name!r} refers to {module.file!r}, which is no .onnx file")
+        suffix = KINDS[module.kind]
+        if not module.file.endswith(suffix):
+            raise BundleError(f"{MANIFEST}: module {name!r} refers to {module.file!r}, which is no {suffix} file")
 
 
 def _check_content(path: Path, name: str, record: FileRecord, files: Mapping[str, FileRecord]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..bundle.manifest import CACHE_PREFIX, PREDICTORS, Manifest
+from ..bundle.manifest import Manifest
+from ..bundle.roles import Role
 from ..bundle.strict_json import (
     Fields,
     a_name,
@@ -27,7 +28,7 @@ __all__ = ["METHOD", "PromiseRecord"]
 METHOD: Final = "conformal risk control"
 
 _AT = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
-_EXACT_EXITS = ("whole", "plain")
+_PREDICTORS = (Role.PREDICTOR, Role.PREDICTOR_COLD)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class PromiseRecord:
             raise mistyped(f"{where}.method", repr(METHOD), self.method)
         if self.metric not in PROMISABLE:
             raise mistyped(f"{where}.metric", f"one of {', '.join(PROMISABLE)}", self.metric)
-        known = {record.name for record in manifest.exits} - set(_EXACT_EXITS)
+        known = {record.name for record in manifest.exits_of(Role.WARP, Role.BRANCH)}
         refuse_duplicates(f"{where}.exits", self.exits)
         refuse_duplicates(f"{where}.cold_exits", self.cold_exits)
         if not self.exits or not known.issuperset(self.exits):
@@ -129,7 +130,7 @@ class PromiseRecord:
         if not set(self.exits).issuperset(self.cold_exits):
             raise mistyped(f"{where}.cold_exits", f"some of {', '.join(self.exits)}", list(self.cold_exits))
         # The rule lets consumers answer before branches, so it has to know which is which.
-        cold = [name for name in self.exits if not _reads_cache(manifest, name)]
+        cold = [name for name in self.exits if not manifest.reads_cache(name)]
         if cold != list(self.cold_exits):
             raise mistyped(f"{where}.cold_exits", f"those that read no cache: {', '.join(cold)}", list(self.cold_exits))
         if any(age < 1 for age in self.ages) or any(a >= b for a, b in zip(self.ages, self.ages[1:], strict=False)):
@@ -142,16 +143,18 @@ class PromiseRecord:
             raise mistyped(f"{where}.at", "a time such as 2026-11-20T12:00:00Z", self.at)
         if not self.file.endswith(".npz"):
             raise mistyped(f"{where}.file", "the name of an .npz file", self.file)
-        counted = {*_EXACT_EXITS, *PREDICTORS, *self.exits}
-        if not self.macs.get("whole") or not counted.issuperset(self.macs):
+        exact = [record.name for record in manifest.exits_of(Role.WHOLE, Role.PLAIN)]
+        counted = {*exact, *_PREDICTORS, *self.exits}
+        if not self.macs.get(manifest.exact_exit or "") or not counted.issuperset(self.macs):
             raise mistyped(f"{where}.macs", f"counts for whole and others of {', '.join(sorted(counted))}", self.macs)
         if not set(self.exits).issuperset(self.errors):
             raise mistyped(f"{where}.predictor.error", f"errors of {', '.join(self.exits)}", self.errors)
-        for name, columns in zip(PREDICTORS, (self.exits if self.ages else (), self.cold_exits), strict=True):
+        for role, columns in zip(_PREDICTORS, (self.exits if self.ages else (), self.cold_exits), strict=True):
             if not columns:
                 continue
-            if name not in manifest.modules:
-                raise BundleError(f"manifest.json: {where} needs module {name!r}, which is missing; compile again")
+            name = manifest.module_of(role)
+            if name is None:
+                raise BundleError(f"manifest.json: {where} needs module {str(role)!r}, which is missing; compile again")
             for spec in manifest.modules[name].outputs:
                 if spec.name in ("predicted", "spread") and spec.shape != (1, len(columns)):
                     raise BundleError(
@@ -179,9 +182,3 @@ def _not_negative(value: Any, where: str) -> float:
     if number < 0:
         raise mistyped(where, "a number of 0 or more", value)
     return number
-
-
-def _reads_cache(manifest: Manifest, exit_name: str) -> bool:
-    """Whether an exit's module takes a tensor of the cache."""
-    module = manifest.modules[manifest.exit(exit_name).module]
-    return any(spec.name.startswith(CACHE_PREFIX) for spec in module.inputs)

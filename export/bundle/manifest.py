@@ -10,7 +10,7 @@ from typing import Any
 from onnx import ModelProto
 
 from ... import __version__
-from ...engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from ...engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, module_record
 from ...engine.spec import Array, TensorSpec
 from ..cut.candidate import CutCandidate
 from ..cut.split import SplitModels
@@ -39,7 +39,7 @@ def measure_costs(models: Mapping[str, ModelProto], exits: Sequence[str], subjec
     modules = {name: "generator" if name == WHOLE else name for name in exits}
     times = time_model({name: models[module] for name, module in modules.items()}, feeds, threads=1, repeats=30)
     whole = times[WHOLE].min_ms
-    return tuple(ExitRecord(name, module, round(times[name].min_ms / whole, 4)) for name, module in modules.items())
+    return tuple(ExitRecord(name, (module,), round(times[name].min_ms / whole, 4)) for name, module in modules.items())
 
 
 def draft_manifest(
@@ -91,9 +91,7 @@ def draft_manifest(
         cut=Cut(tuple(parts.origins.values()), tuple(candidate.to_record() for candidate in candidates)),
         cache=specs("producer", index["producer"].outputs),
         modules={
-            module: ModuleRecord(
-                f"{module}.onnx", specs(module, index[module].inputs), specs(module, index[module].outputs)
-            )
+            module: module_record(module, specs(module, index[module].inputs), specs(module, index[module].outputs))
             for module in models
         },
         exits=exits,

@@ -10,7 +10,8 @@ from typing import Literal
 from onnx import ModelProto
 
 from ...engine.bundle.bundle import Bundle
-from ...engine.bundle.manifest import CACHE_PREFIX, PREDICTORS
+from ...engine.bundle.manifest import CACHE_PREFIX
+from ...engine.bundle.roles import Role
 from ...engine.errors import InputError
 from ..graph.index import GraphIndex, load_model
 from ..graph.lookups import lookup_nodes
@@ -20,6 +21,8 @@ from .parity import PRODUCER
 from .quantize import Histogram, QuantType, quantisable, quantise, scales
 
 __all__ = ["Choice", "Conversion", "Rule"]
+
+PREDICTORS = (Role.PREDICTOR, Role.PREDICTOR_COLD)
 
 Rule = Reason | Literal["lookup", "predictor"]
 """Why a node is in float32 without being asked for: by a rule of `casting`, because it decides what a look-up finds, or

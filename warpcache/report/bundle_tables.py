@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine.bundle.bundle import Bundle
-    from ..engine.bundle.manifest import Manifest
+    from ..engine.bundle.manifest import Cut, Manifest
 
 __all__ = ["calibration_rows", "plain_table", "print_bundle", "print_precision", "sheets_of"]
 
@@ -163,14 +163,15 @@ def _tensors(manifest: Manifest) -> Sheet:
 
 def _candidates(manifest: Manifest) -> Sheet:
     """The cuts that were considered; the one that was taken is marked."""
-    ages = sorted({age for c in manifest.cut.candidates for age in (c.get("reuse_psnr_db") or {})}, key=int)
+    cut = manifest.cut or Cut(())
+    ages = sorted({age for c in cut.candidates for age in (c.get("reuse_psnr_db") or {})}, key=int)
     reuse = [f"reuse at age {age}, dB" for age in ages]
     columns = ["consumer ms", "producer ms", "cost", "cache", *reuse]
     rows: list[tuple[str, ...]] = []
-    taken = set(manifest.cut.tensors)
-    if not any(set(c.get("tensors", ())) == taken for c in manifest.cut.candidates):
-        rows.append(("*", ", ".join(manifest.cut.tensors), *["-"] * len(columns)))
-    for candidate in manifest.cut.candidates:
+    taken = set(cut.tensors)
+    if cut.tensors and not any(set(c.get("tensors", ())) == taken for c in cut.candidates):
+        rows.append(("*", ", ".join(cut.tensors), *["-"] * len(columns)))
+    for candidate in cut.candidates:
         tensors = candidate.get("tensors", ())
         cache_bytes = candidate.get("cache_bytes")
         psnr = candidate.get("reuse_psnr_db") or {}

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from warpcache.engine.bundle import bundle as bundle_module
+from warpcache.engine.bundle import write as write_module
 from warpcache.engine.bundle.bundle import FORMAT, Bundle, Manifest
 from warpcache.engine.bundle.manifest import MAX_EXTENT
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError, InputError
 
@@ -76,12 +77,20 @@ def test_the_manifest_is_the_documented_json(tiny_bundle):
     written = document(tiny_bundle)
     assert list(written) == [
         *("format", "name", "created", "inputs", "outputs", "image_output", "fps", "cut", "cache"),
-        *("modules", "exits", "calibration", "files"),
+        *("modules", "exits", "exact_exit", "state", "calibration", "files"),
     ]
-    assert written["format"] == FORMAT == 1
+    assert written["format"] == FORMAT == 2
     assert written["inputs"] == [{"name": "x", "dtype": "float32", "shape": [1, 3, 16, 16], "role": "generator"}]
     assert written["exits"][2] == {"name": "warp", "modules": ["warp"], "cost_ratio": 0.1}
-    assert set(written["modules"]["warp"]) == {"file", "inputs", "outputs"}
+    assert set(written["modules"]["warp"]) == {"role", "kind", "file", "inputs", "outputs"}
+    assert {name: module["role"] for name, module in written["modules"].items()} == {
+        "generator": "whole",
+        "producer": "producer",
+        "plain": "plain",
+        "warp": "warp",
+    }
+    assert written["exact_exit"] == "whole"
+    assert written["state"] == []
 
 
 def test_a_bundle_may_be_opened_through_a_link_to_it(tiny_bundle, tmp_path):
@@ -255,7 +264,7 @@ def test_an_oversized_manifest_is_refused(bundle):
         ('{"format": NaN}', r"manifest.json holds NaN"),
         ('{"format": 1}', r"manifest.json: key 'name' is missing"),
         ('{"format": true}', r"manifest.json: key 'format' must be an integer, not True"),
-        ('{"format": 2}', r"manifest.json is of format 2, this library reads format 1"),
+        ('{"format": 3}', r"manifest.json is of format 3, this library reads formats 1 and 2"),
     ],
 )
 def test_what_is_no_manifest_is_refused(bundle, text, message):
@@ -338,8 +347,21 @@ def duplicated(path: str) -> Callable[[dict[str, Any]], None]:
         (duplicated("cut.tensors"), "'h' occurs twice in cut.tensors"),
         (duplicated("modules.plain.inputs"), "'cache.h' occurs twice in modules.plain.inputs"),
         (edited("image_output", "picture"), "image_output 'picture' is not one of the outputs"),
-        (removed("modules.plain"), "module 'plain' is missing"),
-        (removed("modules.generator"), "module 'generator' is missing"),
+        (removed("modules.plain"), "exit 'plain' refers to module 'plain', which is not one that answers frames"),
+        (removed("modules.producer"), "there is a cache and no module of role 'producer' that makes it"),
+        (removed("modules.warp.role"), "key 'modules.warp.role' is missing"),
+        (edited("modules.warp.role", "deep"), "key 'modules.warp.role' must be one of whole, producer, plain, warp"),
+        (edited("modules.warp.role", "producer"), "modules 'producer', 'warp' are of role 'producer', which a bundle"),
+        (edited("modules.warp.kind", "kernel"), "module 'warp' is of kind 'kernel'; this library runs 'onnx'"),
+        (edited("exits.2.name", "plain"), "'plain' occurs twice in exits"),
+        (edited("exits.2.modules", []), r"key 'exits\[2\].modules' must be a list of one or more different modules"),
+        (
+            edited("exits.2.modules", ["warp", "plain"]),
+            "exit 'warp' refers to module 'warp', which is not a first part",
+        ),
+        (edited("exits", []), "exits is empty"),
+        (edited("exact_exit", None), "exact_exit is None, but the exit that is the whole generator is 'whole'"),
+        (edited("exact_exit", "plain"), "exact_exit is 'plain', but the exit that is the whole generator is 'whole'"),
         (edited("modules.plain.inputs.0.name", "cache.q"), "module 'plain' takes 'cache.q', which is neither a cache"),
         (edited("modules.generator.inputs.0.name", "cache.h"), "module 'generator' takes 'cache.h', which is not an"),
         (
@@ -357,7 +379,7 @@ def duplicated(path: str) -> Callable[[dict[str, Any]], None]:
         (edited("modules.warp.outputs", []), "the outputs of module 'warp' are none"),
         (edited("exits.1.modules", ["deep"]), "exit 'plain' refers to module 'deep'"),
         (edited("exits.1.modules", ["producer"]), "exit 'plain' refers to module 'producer'"),
-        (edited("exits.1.modules", ["plain", "warp"]), r"key 'exits\[1\].modules' must be a list of one module"),
+        (edited("exits.1.modules", ["plain", "plain"]), r"key 'exits\[1\].modules' must be a list of one or more"),
         (edited("exits.1.cost_ratio", -0.5), r"key 'exits\[1\].cost_ratio' must be a number above 0"),
         (edited("modules.warp.file", "lost.onnx"), "module 'warp' refers to 'lost.onnx', which files does not list"),
         (edited("modules.warp.file", "weights.safetensors"), "module 'warp' refers to .*, which is no .onnx file"),
@@ -369,6 +391,129 @@ def test_a_manifest_that_says_something_absurd_is_refused(bundle, edit, message)
     (bundle / "manifest.json").write_text(json.dumps(written))
     with pytest.raises(BundleError, match=rf"^bundle .*tiny.warp: manifest.json: {message}"):
         Bundle.open(bundle)
+
+
+FORMAT_1 = Path(__file__).parents[2] / "data" / "format1.warp"
+STATE = {"input": {"name": "h", "dtype": "float32", "shape": [1, 4]}, "output": "h_next", "initial": None}
+
+
+def with_state(change: Callable[[dict[str, Any]], None] | None = None) -> Callable[[dict[str, Any]], None]:
+    """The tiny bundle's manifest as if its generator and producer carried a state, and then changed."""
+
+    def edit(written: dict[str, Any]) -> None:
+        written["state"] = [json.loads(json.dumps(STATE))]
+        for name in ("generator", "producer"):
+            module = written["modules"][name]
+            module["inputs"].append(dict(STATE["input"]))
+            module["outputs"].append({**STATE["input"], "name": "h_next"})
+        if change is not None:
+            change(written)
+
+    return edit
+
+
+def test_state_is_read(bundle):
+    written = document(bundle)
+    with_state()(written)
+    manifest = Manifest.from_json(json.dumps(written))
+    (state,) = manifest.state
+    assert (state.input.name, state.output, state.initial, state.written.name) == ("h", "h_next", None, "h_next")
+    assert [spec.name for spec in manifest.generator_inputs] == ["x"]
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (duplicated("state"), "'h' occurs twice in state inputs"),
+        (
+            lambda w: w["state"].append({**STATE, "input": {**STATE["input"], "name": "g"}}),
+            "'h_next' occurs twice in state outputs",
+        ),
+        (
+            edited("state.0.input.shape", [1, 5]),
+            r"module 'generator' takes 'h' \(float32, \[1, 4\]\), but the bundle has",
+        ),
+        (
+            edited("modules.generator.outputs.1.shape", [1, 5]),
+            r"state 'h_next' is written by module 'generator' as .*\[1, 5\]\), but read as 'h' .*\[1, 4\]",
+        ),
+        (
+            edited("modules.producer.outputs.2.dtype", "float16"),
+            "state 'h_next' is written by module 'producer' as .*float16",
+        ),
+        (edited("modules.producer.outputs.2.name", "other"), "module 'producer' does not write the state 'h_next'"),
+        (edited("state.0.output", "image"), r"state 'h' \(written as 'image'\) is an input or output of the frame too"),
+        (
+            edited("state.0.initial", "state.npz"),
+            "the first value of state 'h' is in 'state.npz', which files does not",
+        ),
+        (edited("modules.plain.inputs.0", dict(STATE["input"])), "module 'plain' takes 'h', which is neither a cache"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(bundle, change, message):
+    written = document(bundle)
+    with_state(change)(written)
+    with pytest.raises(BundleError, match=rf"^manifest.json: {message}"):
+        Manifest.from_json(json.dumps(written))
+
+
+def test_an_exit_may_run_modules_that_others_share(bundle):
+    written = document(bundle)
+    middle = {"name": "middle", "dtype": "float32", "shape": [1, 8, 16, 16]}
+    written["modules"]["first"] = {
+        "role": "part",
+        "kind": "onnx",
+        "file": "plain.onnx",
+        "inputs": [dict(written["cache"][0])],
+        "outputs": [middle],
+    }
+    written["modules"]["second"] = {
+        "role": "warp",
+        "kind": "onnx",
+        "file": "warp.onnx",
+        "inputs": [middle],
+        "outputs": [dict(written["outputs"][0])],
+    }
+    written["exits"].append({"name": "short", "modules": ["first", "second"], "cost_ratio": 0.2})
+    manifest = Manifest.from_json(json.dumps(written))
+    assert manifest.role_of("short") is Role.WARP
+    assert manifest.reads_cache("short")
+    assert [spec.name for spec in manifest.exit_inputs("short")] == ["cache.h"]
+    written["exits"][-1]["modules"] = ["second"]
+    with pytest.raises(BundleError, match=r"^manifest.json: module 'second' takes 'middle', which is neither"):
+        Manifest.from_json(json.dumps(written))
+
+
+def test_a_bundle_without_cut_and_without_an_exact_exit(bundle):
+    written = document(bundle)
+    written["modules"] = {"student": {**written["modules"]["generator"], "role": "branch"}}
+    written["exits"] = [{"name": "student", "modules": ["student"], "cost_ratio": 0.1}]
+    written |= {"cut": None, "cache": [], "exact_exit": None}
+    manifest = Manifest.from_json(json.dumps(written))
+    assert manifest.exact_exit is None
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_bundle_of_format_1_is_read_and_written_as_format_2(tmp_path):
+    """A bundle as version 0.1.0 wrote it, kept under tests/data: its modules' roles follow from their names."""
+    assert json.loads((FORMAT_1 / "manifest.json").read_text())["format"] == 1
+    opened = Bundle.open(FORMAT_1)
+    assert {name: str(module.role) for name, module in opened.manifest.modules.items()} == {
+        "generator": "whole",
+        "producer": "producer",
+        "plain": "plain",
+        "warp": "warp",
+        "warp2": "warp",
+        "branch1": "branch",
+        "predictor": "predictor",
+        "predictor_cold": "predictor_cold",
+    }
+    again = write_bundle(
+        tmp_path / "new.warp", opened.manifest, {name: opened.file(name) for name in opened.manifest.files}
+    )
+    assert json.loads((again.path / "manifest.json").read_text())["format"] == FORMAT
+    assert Bundle.open(again.path).manifest == opened.manifest
 
 
 def test_predictors_and_exits_of_any_name_are_read(routed_bundle):
@@ -427,15 +572,11 @@ def test_an_input_that_is_called_as_the_predictors_age_is_refused(routed_bundle,
         Bundle.open(bundle)
 
 
-def test_a_predictor_of_another_name_is_refused(routed_bundle, tmp_path):
-    bundle = shutil.copytree(routed_bundle, tmp_path / "routed.warp")
-    written = document(bundle)
+def test_a_predictor_of_another_name_is_refused_in_format_1():
+    written = json.loads((FORMAT_1 / "manifest.json").read_text())
     written["modules"]["predictor_warm"] = written["modules"].pop("predictor")
-    (bundle / "manifest.json").write_text(json.dumps(written))
-    with pytest.raises(
-        BundleError, match=r"^bundle .*: manifest.json: module 'predictor_warm' is unknown; a predictor"
-    ):
-        Bundle.open(bundle)
+    with pytest.raises(BundleError, match=r"^manifest.json: module 'predictor_warm' is unknown; a predictor"):
+        Manifest.from_json(json.dumps(written))
 
 
 @pytest.mark.parametrize("change", [{"size_bytes": -1}, {"sha256": "0" * 63}, {"sha256": "G" * 64}, {"mode": 7}])
@@ -623,6 +764,6 @@ def test_the_disk_full_message_says_what_is_needed(tiny_bundle, tmp_path, monkey
     def write(target: Path, content: Path | bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, "_write", write)
+    monkeypatch.setattr(write_module, "_write", write)
     with pytest.raises(BundleError, match=rf"^the disk is full: bundle .*b.warp needs {needed} bytes .* \d+ are free"):
         write_bundle(tmp_path / "b.warp", manifest, files)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from warpcache.engine.bundle.bundle import Bundle, ExitRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.bundle import Bundle, ExitRecord, Manifest
+from warpcache.engine.bundle.manifest import module_record
 from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.metrics.images import METRICS
@@ -526,13 +527,13 @@ def promising_manifest(plain: Manifest, record: Any) -> Manifest:
     one = (1, 1)
     modules = dict(plain.modules)
     for name in COLD:
-        modules[name] = ModuleRecord("generator.onnx", inputs, image)
+        modules[name] = module_record(name, inputs, image, file="generator.onnx")
     for name, count in (("predictor", 3), ("predictor_cold", 2)):
         outputs = [TensorSpec("predicted", "float32", (1, count)), TensorSpec("spread", "float32", (1, count))]
         outputs += [TensorSpec("novelty", "float32", one)]
         outputs += [TensorSpec("change", "float32", one)] if name == "predictor" else []
-        modules[name] = ModuleRecord(f"{name}.onnx", inputs, tuple(outputs))
-    exits = (*plain.exits, ExitRecord("branch1", "branch1", 0.2), ExitRecord("branch2", "branch2", 0.4))
+        modules[name] = module_record(name, inputs, tuple(outputs))
+    exits = (*plain.exits, ExitRecord("branch1", ("branch1",), 0.2), ExitRecord("branch2", ("branch2",), 0.4))
     return dataclasses.replace(plain, modules=modules, exits=exits, calibration={"frames": 99, "promise": record})
 
 

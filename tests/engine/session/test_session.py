@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest
+from warpcache.engine.bundle.manifest import module_record
 from warpcache.engine.device.stream import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeadlineError, InputError
@@ -717,10 +718,10 @@ def several_inputs(tmp_path: Path) -> Bundle:
     atlas = TensorSpec("atlas", "int64", (1, 3))
     y, cache = TensorSpec("y", "int64", (1, 2)), TensorSpec("cache.y", "int64", (1, 2))
     modules = {
-        "generator": ModuleRecord("m.onnx", (x, style), (y,)),
-        "producer": ModuleRecord("m.onnx", (x, style), (cache,)),
-        "plain": ModuleRecord("m.onnx", (cache,), (y,)),
-        "warp": ModuleRecord("m.onnx", (cache, atlas), (y,)),
+        "generator": module_record("generator", (x, style), (y,), file="m.onnx"),
+        "producer": module_record("producer", (x, style), (cache,), file="m.onnx"),
+        "plain": module_record("plain", (cache,), (y,), file="m.onnx"),
+        "warp": module_record("warp", (cache, atlas), (y,), file="m.onnx"),
     }
     manifest = Manifest(
         name="several",
@@ -733,9 +734,9 @@ def several_inputs(tmp_path: Path) -> Bundle:
         cache=(cache,),
         modules=modules,
         exits=(
-            ExitRecord("whole", "generator", 1.0),
-            ExitRecord("plain", "plain", 0.5),
-            ExitRecord("warp", "warp", 0.1),
+            ExitRecord("whole", ("generator",), 1.0),
+            ExitRecord("plain", ("plain",), 0.5),
+            ExitRecord("warp", ("warp",), 0.1),
         ),
         calibration=None,
         files={"m.onnx": FileRecord(1, "0" * 64)},

@@ -13,7 +13,8 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch.nn import functional
 
-from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest
+from warpcache.engine.bundle.manifest import module_record
 from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BundleError, ExportError, InputError
@@ -144,11 +145,11 @@ def make_bundle(
         fps=30.0,
         cut=Cut(("h",)),
         cache=(cut, last, places),
-        modules={name: ModuleRecord(f"{name}.onnx", inputs, outputs) for name, (_, inputs, outputs) in graphs.items()},
+        modules={name: module_record(name, inputs, outputs) for name, (_, inputs, outputs) in graphs.items()},
         exits=(
-            ExitRecord("whole", "generator", 1.0),
-            ExitRecord("plain", "plain", 0.5),
-            ExitRecord("warp", "warp", 0.1),
+            ExitRecord("whole", ("generator",), 1.0),
+            ExitRecord("plain", ("plain",), 0.5),
+            ExitRecord("warp", ("warp",), 0.1),
         ),
         calibration=calibration,
     )

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest
+from warpcache.engine.bundle.manifest import module_record
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality
 from warpcache.engine.spec import AGE_SPEC, TensorSpec
 from warpcache.export.branches.graphs import lookup_graph
@@ -249,12 +250,12 @@ def make_bundle(folder: Path, *, calibrated: Mapping[str, np.ndarray] | None = N
         fps=30.0,
         cut=Cut(("h",)),
         cache=CACHE,
-        modules={name: ModuleRecord(f"{name}.onnx", takes, gives) for name, (_, takes, gives) in parts.items()},
+        modules={name: module_record(name, takes, gives) for name, (_, takes, gives) in parts.items()},
         exits=(
-            ExitRecord("whole", "generator", 1.0),
-            ExitRecord("plain", "plain", 0.5),
-            ExitRecord("warp", "warp", 0.1),
-            ExitRecord("branch1", "branch1", 0.4),
+            ExitRecord("whole", ("generator",), 1.0),
+            ExitRecord("plain", ("plain",), 0.5),
+            ExitRecord("warp", ("warp",), 0.1),
+            ExitRecord("branch1", ("branch1",), 0.4),
         ),
         calibration={**measured, "promise": promise.to_record()},
     )

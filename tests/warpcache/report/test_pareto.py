@@ -53,7 +53,7 @@ def test_points_are_medians_of_what_was_measured() -> None:
 
     class Manifest:
         exits = tuple(
-            ExitRecord(name, name, cost)
+            ExitRecord(name, (name,), cost)
             for name, cost in (("whole", 1.0), ("plain", 0.4), ("warp", 0.1), ("branch1", 0.3))
         )
 

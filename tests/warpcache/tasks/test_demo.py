@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import warpcache.tasks.demo
 from warpcache.cli.main import cli
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, ModuleRecord
+from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, module_record
 from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord
@@ -76,11 +76,11 @@ def head_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         fps=100.0,
         cut=Cut(("h",), ()),
         cache=(CACHE,),
-        modules={name: ModuleRecord(f"{name}.onnx", graph[1], graph[2]) for name, graph in graphs.items()},
+        modules={name: module_record(name, graph[1], graph[2]) for name, graph in graphs.items()},
         exits=(
-            ExitRecord("whole", "generator", 1.0),
-            ExitRecord("plain", "plain", 0.5),
-            ExitRecord("warp", "warp", 0.5),
+            ExitRecord("whole", ("generator",), 1.0),
+            ExitRecord("plain", ("plain",), 0.5),
+            ExitRecord("warp", ("warp",), 0.5),
         ),
         calibration=None,
     )
@@ -118,7 +118,7 @@ def promised_head(head_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory)
     manifest = head_bundle.manifest
     manifest = dataclasses.replace(
         manifest,
-        modules={**manifest.modules, "predictor": ModuleRecord("predictor.onnx", (CONDITION,), outputs)},
+        modules={**manifest.modules, "predictor": module_record("predictor", (CONDITION,), outputs)},
         calibration={"promise": record.to_record()},
         files={},
     )
