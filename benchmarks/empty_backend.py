@@ -60,7 +60,7 @@ def write_empty_bundle(folder: Path) -> Bundle:
 
 
 class EmptyCudaModule:
-    """Issues one memset (a `warpcache.engine.device.module.CudaModule`)."""
+    """Issues one memset (a `warpcache.engine.device.module.Module`)."""
 
     capturable = True
 

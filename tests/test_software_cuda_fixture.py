@@ -78,7 +78,7 @@ def test_writes_past_the_end(software_cuda):
     cuda.cuMemFree(pointer)
 
 def test_garbage_is_no_leak(software_cuda):
-    from warpcache.engine.cuda_device import CudaDevice
+    from warpcache.engine.cuda.device import CudaDevice
     device = CudaDevice(0)
     memory = device.memory(100, "a test")
     memory.itself = memory

@@ -40,7 +40,7 @@ _OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "ALLOC_FAILED")
 
 
 class OnnxRuntimeCudaModule:
-    """One ONNX graph on one stream of one GPU (a `warpcache.engine.device.module.CudaModule`).
+    """One ONNX graph on one stream of one GPU (a `warpcache.engine.device.module.Module`).
 
     It is run twice on scratch memory when it is loaded: what can fail on this GPU fails then, and its memory is taken.
 

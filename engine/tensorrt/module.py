@@ -31,7 +31,7 @@ _RTX_MAGIC = b"vtrt"
 
 
 class TensorRtModule:
-    """One engine, loaded on one GPU (a `warpcache.engine.device.module.CudaModule`).
+    """One engine, loaded on one GPU (a `warpcache.engine.device.module.Module`).
 
     Runs on one stream at a time: activation memory belongs to the module. A run on another stream than the last is
     ordered after it on the GPU.

@@ -77,7 +77,7 @@ def test_at_the_end_of_the_process_nothing_is_given_back(software_cuda: Any) -> 
         counts = lambda: [library.swcuda_count(what) for what in (b"device_blocks", b"streams", b"events")]
         # Registered first and so run last: after the one that weakref registers with its first finalizer.
         atexit.register(lambda: print(*counts()))
-        from warpcache.engine.cuda_device import CudaDevice
+        from warpcache.engine.cuda.device import CudaDevice
         from warpcache.engine.spec import TensorSpec
 
         device = CudaDevice(0)

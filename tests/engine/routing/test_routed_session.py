@@ -631,7 +631,7 @@ def test_an_auditor_that_fails_is_counted_and_costs_no_frame(
 
     backend = Backend(auditor=fail)
     with (
-        caplog.at_level(logging.WARNING, "warpcache.engine.routing.runner.audits"),
+        caplog.at_level(logging.WARNING, "warpcache.engine.routing.audits"),
         engine_of(routed_bundle, backend, age=1, audit_every=3) as engine,
     ):
         session = engine.session(clock=backend.clock)

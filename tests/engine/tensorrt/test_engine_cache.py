@@ -305,7 +305,7 @@ def test_several_are_built_in_one_go(tmp_path):
 CHILD = """
 import logging, sys
 from pathlib import Path
-from warpcache.engine.engine_cache import EngineCache, EngineKey
+from warpcache.engine.tensorrt.engine_cache import EngineCache, EngineKey
 
 def say(word):
     print(word, flush=True)

@@ -72,7 +72,7 @@ def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(run: Callable[[str], None], exits: tuple[str, ...], clock: Callable[[], float]) -> dict[str, float]:
         return {name: costs[name] for name in exits}
 
-    monkeypatch.setattr(warpcache.engine.routing.runner.plan, "measure_exit_costs", measured)
+    monkeypatch.setattr(warpcache.engine.routing.plan, "measure_exit_costs", measured)
     monkeypatch.setattr(ExitCosts, "observe", lambda self, name, ms: None)
 
 

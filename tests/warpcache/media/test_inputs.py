@@ -307,7 +307,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: st
         """
         import resource, sys, numpy as np
         from warpcache.engine.errors import InputError
-        from warpcache.inputs import save_outputs
+        from warpcache.media.inputs import save_outputs
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         rng = np.random.default_rng(0)
         frames = ({"image": rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)} for _ in range(60))

@@ -288,7 +288,7 @@ def test_a_job_that_is_ended_from_outside_leaves_nothing(make_bundle: Any, tmp_p
     bundle = make_bundle()
     code = """
     import os, signal, sys
-    import warpcache.engine.building
+    import warpcache.engine.tensorrt.engines
     from warpcache.cli import main
 
     def build_engines(*arguments, **options):

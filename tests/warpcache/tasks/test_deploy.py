@@ -218,10 +218,10 @@ def test_bundle_engines_and_kernels_are_found_alone(built: Built, edge: Path) ->
         f"""
         import json
         from pathlib import Path
-        from warpcache.engine.building import build_engines, engine_key
-        from warpcache.engine.bundle import Bundle
-        from warpcache.engine.engine_cache import EngineCache, default_folder
-        from warpcache.engine.tensorrt_flavour import Flavour
+        from warpcache.engine.tensorrt.engines import build_engines, engine_key
+        from warpcache.engine.bundle.bundle import Bundle
+        from warpcache.engine.tensorrt.engine_cache import EngineCache, default_folder
+        from warpcache.engine.tensorrt.flavour import Flavour
         from warpcache.kernels.loader import KernelLibrary
 
         bundle = Bundle.open(Path(folder) / "tiny.warp")
@@ -270,7 +270,7 @@ def test_everything_is_made_up_to_the_gpu_alone(edge: Path) -> None:
         """
         from warpcache import Engine, CudaOptions
         from warpcache.engine import DeviceError
-        from warpcache.engine.cuda_backends import choose_backend
+        from warpcache.engine.backends import choose_backend
         backend = choose_backend("tensorrt-rtx", CudaOptions(build=False))
         assert backend.name == "tensorrt-rtx"
         try:
