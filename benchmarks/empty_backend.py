@@ -19,7 +19,7 @@ from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
 
 if TYPE_CHECKING:
-    from warpcache.engine.cuda.backend import ModuleFile
+    from warpcache.engine.device.module import ModuleFile, Site
     from warpcache.kernels.array import DeviceArray
 
 __all__ = ["INPUT", "EmptyCpuModule", "EmptyCudaBackend", "EmptyCudaModule", "write_empty_bundle"]
@@ -85,33 +85,43 @@ class EmptyCudaModule:
 
 
 class EmptyCudaBackend:
-    """A `warpcache.engine.cuda.placement.CudaBackend` of such modules."""
+    """A `warpcache.engine.device.module.Backend` of such modules."""
 
     name = "empty"
 
     def prepare(self, bundle: Bundle, modules: Sequence[str], devices: Sequence[CudaDevice]) -> None:
         """Nothing is to be prepared."""
 
-    def load(self, module: ModuleFile, *, device: CudaDevice, stream: CudaStream) -> EmptyCudaModule:
+    def load(self, module: ModuleFile, site: Site) -> EmptyCudaModule:
         """A module of the right inputs and outputs."""
         return EmptyCudaModule(module)
 
 
-class EmptyCpuModule:
-    """Does nothing (a `warpcache.engine.device.module.Module`; the class is a backend of the CPU)."""
+class EmptyCpuBackend:
+    """A `warpcache.engine.device.module.Backend` of modules that do nothing, on the CPU."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        **options: Any,
-    ) -> None:
-        self.name = name
-        self.inputs = inputs
-        self.outputs = outputs
+    name = "empty"
+
+    def prepare(self, bundle: Bundle, modules: Sequence[str], devices: Sequence[Any]) -> None:
+        """Nothing is to be prepared."""
+
+    def load(self, module: ModuleFile, site: Site) -> EmptyCpuModule:
+        """A module of the right inputs and outputs."""
+        return EmptyCpuModule(module)
+
+
+class EmptyCpuModule:
+    """Does nothing (a `warpcache.engine.device.module.Module`)."""
+
+    capturable = False
+
+    def __init__(self, module: ModuleFile) -> None:
+        self.name = module.name
+        self.inputs = module.inputs
+        self.outputs = module.outputs
+
+    def launch(self, bindings: Mapping[str, Any], stream: Stream) -> None:
+        """Nothing is issued."""
 
     def enqueue(self, bindings: Mapping[str, Any], stream: Stream) -> Event:
         """Queue nothing on the stream."""

@@ -23,7 +23,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.empty_backend import INPUT, EmptyCpuModule, EmptyCudaBackend, write_empty_bundle
+from benchmarks.empty_backend import INPUT, EmptyCpuBackend, EmptyCudaBackend, write_empty_bundle
 from benchmarks.measuring import Figure
 from benchmarks.memory_growth import Growth, resident_bytes, watch_memory
 from benchmarks.mesh_to_picture import MeshToPicture
@@ -145,7 +145,7 @@ def host_time_part(setup: Setup) -> Measured:
             on_gpu(f"answer a frame, {label}", host, HOST_TARGET_US, "host", **policy)
         on_gpu("answer a frame, async, arrays on the GPU", there, None, "device", policy="async")
         for label, policy in policies.items():
-            with Engine(bundle, backend=EmptyCpuModule, threads=1, **policy) as engine, engine.session() as session:
+            with Engine(bundle, backend=EmptyCpuBackend(), threads=1, **policy) as engine, engine.session() as session:
                 _add_host_time(found, f"the same without a device, {label}", session, host, setup, None)
         round_trips = _bare_replay_us(device, setup.host_frames, setup.warmup)
         found.figures.append(Figure("bare graph replay and wait, p50", float(np.median(round_trips)), None, "us"))

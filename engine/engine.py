@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
 
-from .bundle.bundle import Bundle, Manifest
-from .bundle.roles import Route
-from .cpu.placement import Backend, CpuPlacement
-from .cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
-from .device.placement import Placement, Workspace
+from .backends import choose_backend
+from .bundle.bundle import Bundle
+from .bundle.manifest import Manifest
+from .bundle.roles import Role, Route
+from .cpu.placement import CpuPlacement
+from .cuda.options import CudaOptions, parse_device
+from .device.module import Backend
+from .device.placement import Placement, Wanted
 from .errors import ClosedError, InputError
 from .promise.calibration import Quality, Rule
 from .routing.plan import RoutingPlan, checked_audit_every, checked_deadline, checked_quality
-from .routing.runner import Routing
-from .schedule.events import OnStale, SchedulerEvent
+from .schedule.events import Answering, OnStale
 from .schedule.policy import Policy
 from .schedule.scheduler import Scheduler
 from .session.clock import Clock
+from .session.parts import SessionParts
 from .session.session import Session
-from .telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from .cuda.backend import CudaBackend
 
 __all__ = ["Backend", "Engine"]
 
@@ -53,8 +50,7 @@ class Engine:
         producers: Producer streams under ``async``, each with a copy of the producer's weights.
         device: ``"cpu"``, or a GPU: ``"cuda:0"``.
         backend: What executes the graphs: ``"onnxruntime"``, and on a GPU ``"tensorrt"`` or ``"tensorrt-rtx"``. What is
-            asked for runs, or an error says why not. Or an object of one's own: a `Backend` on the CPU, a
-            `CudaBackend` on a GPU.
+            asked for runs, or an error says why not. Or an object of one's own, a `Backend`.
         cuda: Options of a GPU; goes with such a device only.
         quality: What every frame is to keep: it is answered by the cheapest exit that does, so that no exit is to be
             chosen. None: nothing is promised. `Session.submit` takes another for a single frame.
@@ -84,7 +80,7 @@ class Engine:
         validate: bool = True,
         producers: int = 1,
         device: str = "cpu",
-        backend: str | Backend | CudaBackend = "onnxruntime",
+        backend: str | Backend = "onnxruntime",
         cuda: CudaOptions | None = None,
         quality: Quality | None = None,
         deadline_ms: float | None = None,
@@ -92,10 +88,8 @@ class Engine:
         lpips: str | Path | None = None,
     ) -> None:
         self.policy = Policy.choose(policy, age)
-        self.validate = validate
-        self.turn = threading.Lock()
-        self._max_age = max_age
-        self._on_stale: OnStale = on_stale
+        self._validate = validate
+        self._turn = threading.Lock()
         ordinal = parse_device(device)
         options = CudaOptions() if cuda is None else cuda
         if ordinal is None and cuda is not None:
@@ -107,22 +101,25 @@ class Engine:
         self._closed = False
         self._closing = threading.Lock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._check_options(exit, producers)
+        # Whatever needs neither a device nor a file is checked first.
+        self._check_options(producers, max_age)
         _check_promise_options(quality, deadline_ms, audit_every, exit=exit, on_stale=on_stale)
+        Scheduler(self.policy, Answering(max_age=max_age, on_stale=on_stale))
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        self._aged_exit = _choose_aged_exit(self.manifest, exit)
+        self._answering = self._choose_answering(exit, max_age, on_stale, routed=quality is not None)
+        self._new_scheduler()  # its own checks, before anything is loaded
         self._plan = self._plan_routing(quality, deadline_ms, audit_every, lpips)
-        self.deadline_ms = None if self._plan is None else self._plan.deadline_ms
-        self._placement = self._place(ordinal, threads, backend, options)
+        chosen = choose_backend(backend, None if ordinal is None else options) if isinstance(backend, str) else backend
+        self._placement = self._place(ordinal, threads, chosen, options)
         planned = self._plan_exits()
-        self.required_inputs = self._find_required_inputs(planned)
+        self._required_inputs = self._find_required_inputs(planned)
         with ExitStack() as undo:
             undo.callback(self._placement.close)
             if self._plan is None:
-                self._placement.load(planned)
+                self._placement.load(Wanted(planned))
             else:
-                self._placement.load(planned, predictors=self._plan.predictors, auditor=self._plan.audit_every > 0)
-                self._plan.measure(self._placement, slots=self.new_scheduler().slots, turn=self.turn)
+                self._placement.load(Wanted(planned, self._plan.predictors, auditor=self._plan.audit_every > 0))
+                self._plan.measure(self._placement, slots=self._new_scheduler().slots, turn=self._turn)
             undo.pop_all()
 
     @property
@@ -151,7 +148,7 @@ class Engine:
         """
         with self._closing:
             self._require_open()
-            session = Session(self, clock=clock)
+            session = Session(self._session_parts(), clock=clock)
             self._sessions.add(session)
             return session
 
@@ -178,78 +175,52 @@ class Engine:
     ) -> None:
         self.close()
 
-    # What sessions need of the engine.
-
-    def new_scheduler(self) -> Scheduler:
-        """A scheduler for one session. A producer stream with cores of its own counts as a device."""
-        return Scheduler(
-            self.policy,
-            devices=self._producer_count,
-            aged_exit=self._aged_exit,
-            max_age=self._max_age,
-            on_stale=self._on_stale,
-            routed=self._plan is not None,
+    def _session_parts(self) -> SessionParts:
+        """What one session needs of the engine."""
+        scheduler = self._new_scheduler()
+        return SessionParts(
+            scheduler=scheduler,
+            workspace=self._placement.workspace(scheduler.slots),
+            specs={record.spec.name: record.spec for record in self.manifest.inputs},
+            required=self._required_inputs,
+            plan=self._plan,
+            turn=self._turn,
+            validate=self._validate,
+            rule_for=self._rule_for,
+            frame_deadline=self._frame_deadline,
         )
 
-    def new_routing(
-        self,
-        workspace: Workspace,
-        *,
-        telemetry: Telemetry,
-        now: Callable[[], float],
-        post: Callable[[SchedulerEvent], None],
-        lock: threading.Condition,
-    ) -> Routing | None:
-        """What chooses one session's exits; None where nothing is promised."""
-        if self._plan is None:
-            return None
-        return Routing(self._plan, workspace, telemetry=telemetry, now=now, turn=self.turn, post=post, lock=lock)
+    def _new_scheduler(self) -> Scheduler:
+        """A scheduler for one session. A producer stream with cores of its own counts as a device."""
+        return Scheduler(self.policy, self._answering, devices=self._producer_count)
 
-    def rule_for(self, quality: Quality) -> Rule:
-        """The rule of a single frame's quality; made once, then looked up.
-
-        Raises:
-            InputError: If the engine promises nothing, or the quality cannot be promised.
-        """
+    def _rule_for(self, quality: Quality) -> Rule:
+        """The rule of a single frame's quality; made once, then looked up."""
         if self._plan is None:
             raise InputError(
                 "a frame came with a quality, but the engine has none; give Engine a quality to load exits for"
             )
         return self._plan.rule_for(checked_quality(quality))
 
-    def frame_deadline(self, deadline_ms: float) -> float:
-        """A single frame's deadline, checked.
-
-        Raises:
-            InputError: If the engine promises nothing, or it is no positive finite number.
-        """
+    def _frame_deadline(self, deadline_ms: float) -> float:
+        """A single frame's deadline, checked."""
         if self._plan is None:
             raise InputError("a frame came with a deadline, but the engine has no quality; give Engine a quality too")
         return checked_deadline(deadline_ms)
 
-    def workspace(self, slots: int) -> Workspace:
-        """Memory and lanes of one session on the device."""
-        return self._placement.workspace(slots)
-
     # Loading
 
-    def _place(
-        self, ordinal: int | None, threads: int | None, backend: str | Backend | CudaBackend, options: CudaOptions
-    ) -> Placement:
+    def _place(self, ordinal: int | None, threads: int | None, backend: Backend, options: CudaOptions) -> Placement:
         """What the bundle is going to run on; nothing is loaded yet."""
         if ordinal is None:
-            if isinstance(backend, str) and backend != "onnxruntime":
-                known = "choose device='cuda:0'" if backend in CUDA_BACKENDS else "choose 'onnxruntime'"
-                raise InputError(f"backend {backend!r} does not run on the CPU; {known}")
             return CpuPlacement(
                 self._bundle,
                 policy=self.policy,
                 producers=self._producer_count,
                 threads=threads,
-                backend=None if isinstance(backend, str) else cast(Backend, backend),
+                backend=backend,
             )
         # CUDA is imported only where it is asked for.
-        from .backends import choose_backend
         from .cuda.placement import CudaPlacement
 
         return CudaPlacement(
@@ -257,38 +228,69 @@ class Engine:
             policy=self.policy,
             producers=self._producer_count,
             ordinal=ordinal,
-            backend=choose_backend(backend, options) if isinstance(backend, str) else cast("CudaBackend", backend),
+            backend=backend,
             options=options,
-            turn=self.turn,
+            turn=self._turn,
         )
 
-    def _check_options(self, exit_: str | None, producers: int) -> None:
-        """Validate without touching a device or a file."""
-        if exit_ == "whole":
-            raise InputError("exit 'whole' reads no cache; choose another, or policy='full' for the whole generator")
+    def _check_options(self, producers: int, max_age: int | None) -> None:
         if producers < 1:
             raise InputError(f"producers is {producers}; give 1 or more")
         planned = self.policy.oldest_planned_age
-        if self._max_age is not None and planned is not None and planned > self._max_age:
+        if max_age is not None and planned is not None and planned > max_age:
             raise InputError(
-                f"policy '{self.policy}' plans for ages up to {planned}, above max_age {self._max_age}; change one"
+                f"policy '{self.policy}' plans for ages up to {planned}, above max_age {max_age}; change one"
             )
-        # The scheduler's own checks (max_age, on_stale), before anything is loaded.
-        Scheduler(self.policy, max_age=self._max_age, on_stale=self._on_stale)
+
+    def _choose_answering(
+        self, exit_: Route | None, max_age: int | None, on_stale: OnStale, *, routed: bool
+    ) -> Answering:
+        """Which exits of the bundle answer, checked against the policy."""
+        manifest = self.manifest
+        whole, plain = manifest.exact_exit, manifest.plain_exit
+        stateful = bool(manifest.state)
+        if exit_ is None:
+            # The dearest consumer is the best one; without any the generator's own remaining layers serve.
+            consumers = sorted(manifest.exits_of(Role.WARP), key=lambda record: record.cost_ratio)
+            aged = consumers[-1].name if consumers else plain or ""
+        else:
+            aged = exit_
+            if not manifest.reads_cache(aged) and manifest.role_of(aged) is not Role.BRANCH:
+                raise InputError(
+                    f"exit {aged!r} reads no cache; choose another, or policy='full' for the whole generator"
+                )
+        if self.policy.uses_cache and (manifest.module_of(Role.PRODUCER) is None or not aged):
+            raise InputError(
+                f"bundle {manifest.name!r} has no producer and no exit that reads a cache, which policy "
+                f"'{self.policy}' needs; choose policy='full'"
+            )
+        if not self.policy.uses_cache and whole is None:
+            raise InputError(
+                f"bundle {manifest.name!r} has no exit that is the whole generator, which policy 'full' answers with; "
+                "choose another policy"
+            )
+        if stateful and routed:
+            raise InputError(
+                f"bundle {manifest.name!r} carries state, and a quality chooses between exits that cannot all follow "
+                "it; leave the quality out"
+            )
+        return Answering(whole, plain, aged, max_age, on_stale, routed, stateful)
 
     def _plan_exits(self) -> tuple[Route, ...]:
         """The exits that the policy itself uses, and with a quality all that may be chosen."""
+        answering = self._answering
         if self._plan is not None:
             return self._plan.exits
-        if self.policy.kind == "full":
-            return ("whole",)
-        exits: list[Route] = ["plain"]
-        if self._aged_exit != "plain" and self.policy.oldest_planned_age != 0:
-            exits.append(self._aged_exit)
+        if not self.policy.uses_cache:
+            return () if answering.whole is None else (answering.whole,)
+        exits = [] if answering.plain is None else [answering.plain]
+        if answering.aged not in exits and self.policy.oldest_planned_age != 0:
+            exits.append(answering.aged)
         # Asked for by an age limit, so part of the plan; otherwise only a failing producer needs it.
-        asked_for = self._max_age is not None and not self.policy.foreground
-        if self._on_stale == "whole" and (asked_for or self._placement.loads_ahead):
-            exits.append("whole")
+        asked_for = answering.max_age is not None and not self.policy.foreground
+        falls_back = answering.on_stale != "raise" and not answering.stateful
+        if answering.whole is not None and falls_back and (asked_for or self._placement.loads_ahead):
+            exits.append(answering.whole)
         return tuple(exits)
 
     def _plan_routing(
@@ -303,18 +305,20 @@ class Engine:
             audit_every=audit_every,
             lpips=lpips,
             policy=self.policy,
-            max_age=self._max_age,
+            max_age=self._answering.max_age,
         )
 
     def _find_required_inputs(self, planned: tuple[Route, ...]) -> frozenset[str]:
         """The generator's inputs, and motion where a module that is going to run takes it."""
         manifest = self.manifest
-        names = [manifest.exit(route).module for route in planned]
-        if self._plan is not None:
-            names.extend(self._plan.predictors)
-        if self.policy.kind != "full":
-            names.append("producer")
-        taken = {spec.name for name in names for spec in manifest.modules[name].inputs}
+        read = [spec for route in planned for spec in manifest.exit_inputs(route)]
+        roles = [] if self._plan is None else list(self._plan.predictors)
+        if self.policy.uses_cache:
+            roles.append(Role.PRODUCER)
+        for role in roles:
+            if (name := manifest.module_of(role)) is not None:
+                read.extend(manifest.modules[name].inputs)
+        taken = {spec.name for spec in read}
         return frozenset(
             [spec.name for spec in manifest.generator_inputs]
             + [spec.name for spec in manifest.motion_inputs if spec.name in taken]
@@ -323,13 +327,6 @@ class Engine:
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError("the engine is closed; open a new one")
-
-
-def _choose_aged_exit(manifest: Manifest, exit_: Route | None) -> Route:
-    if exit_ is None:
-        return "warp" if any(record.name == "warp" for record in manifest.exits) else "plain"
-    manifest.exit(exit_)
-    return exit_
 
 
 def _check_promise_options(

@@ -140,6 +140,8 @@ class SessionStatistics:
         audit_failures: Audits that failed.
         predictor: Time from the start of a predictor to its values being on the host.
         router: Time of the router's own decision.
+        behind: Frames with whose arrival the session was as far behind as it may be, because the module that carries
+            the state could not keep up; the next one had to wait.
     """
 
     frames: int = 0
@@ -168,6 +170,7 @@ class SessionStatistics:
     audit_failures: int = 0
     predictor: LatencySummary = field(default_factory=LatencySummary)
     router: LatencySummary = field(default_factory=LatencySummary)
+    behind: int = 0
 
 
 class Telemetry:
@@ -295,6 +298,12 @@ class Telemetry:
             self._last_producer_error = f"{type(error).__name__}: {error}"
             return self._counts["producer_failures"]
 
+    def fell_behind(self) -> int:
+        """A frame arrived that the state's owner was not ready for; returns how many have."""
+        with self._lock:
+            self._counts["behind"] += 1
+            return self._counts["behind"]
+
     def snapshot(self) -> SessionStatistics:
         """Everything so far."""
         with self._lock:
@@ -302,6 +311,7 @@ class Telemetry:
             return SessionStatistics(
                 frames=frames,
                 dropped=self._counts["dropped"],
+                behind=self._counts["behind"],
                 failed=self._counts["failed"],
                 rejected=self._counts["rejected"],
                 refreshes=self._counts["refreshes"],

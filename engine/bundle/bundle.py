@@ -12,12 +12,16 @@ import dataclasses
 import hashlib
 import os
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from ..errors import BundleError
+from ..spec import Array
 from .external_data import external_tensors
 from .manifest import FORMAT, KINDS, Cut, ExitRecord, FileRecord, InputRecord, Manifest, ModuleRecord
 
@@ -66,6 +70,34 @@ class Bundle:
                 f"bundle {self.path} has no file {name!r}; it has: {', '.join(sorted(self.manifest.files))}"
             )
         return self.path / name
+
+    def first_state(self) -> dict[str, Array]:
+        """The first frame's value of every state tensor, by the name it is read by; C-contiguous.
+
+        Raises:
+            BundleError: If the file does not hold it in the state's dtype and shape.
+        """
+        found: dict[str, Array] = {}
+        for record in self.manifest.state:
+            spec = record.input
+            if record.initial is None:
+                found[spec.name] = np.zeros(spec.shape, spec.dtype)
+                continue
+            try:
+                with np.load(self.file(record.initial), allow_pickle=False) as arrays:
+                    array = arrays[spec.name]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
+                raise BundleError(
+                    f"bundle {self.path}: file {record.initial!r} does not hold the first value of state {spec.name!r} "
+                    f"({exc}); compile the bundle again"
+                ) from exc
+            if array.shape != spec.shape or array.dtype != spec.dtype:
+                raise BundleError(
+                    f"bundle {self.path}: the first value of state {spec.name!r} is {array.dtype} {list(array.shape)}, "
+                    f"but the state is {spec.dtype} {list(spec.shape)}; compile the bundle again"
+                )
+            found[spec.name] = np.ascontiguousarray(array)
+        return found
 
 
 @contextlib.contextmanager

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from ..bundle.roles import Route
-from ..device.placement import Lane, LoadedModule
+from ..bundle.roles import Role, Route
+from ..device.placement import Lane, LoadedModule, LoadedModules
 from ..device.pools import OutputPool
 from ..device.stream import Event
 from ..errors import InputError
 from ..spec import Array, TensorSpec
 from .slots import SlotBuffers
-
-if TYPE_CHECKING:
-    from .placement import CpuPlacement
 
 __all__ = ["CpuWorkspace", "DirectLane"]
 
@@ -25,26 +22,31 @@ class CpuWorkspace:
     """A session's memory on the CPU. Lanes bind it as it is: nothing is copied.
 
     Args:
-        placement: Where the modules are.
+        modules: What is loaded.
+        late: Loads the module of an exit that is needed only now.
         slots: The cache slots' memory.
         outputs: What an answer is.
+        first_state: The first value of every state tensor, by the name it is read by.
     """
 
-    def __init__(self, placement: CpuPlacement, slots: SlotBuffers, outputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self,
+        modules: LoadedModules,
+        late: Callable[[Route], LoadedModule],
+        slots: SlotBuffers,
+        outputs: tuple[TensorSpec, ...],
+        first_state: Mapping[str, Array],
+    ) -> None:
         pool = OutputPool(outputs)
         self.graphs = 0
-        self.take_outputs = pool.take
         self.reserve = pool.reserve
-        self._placement = placement
+        self._take_answer = pool.take
+        self._modules = modules
+        self._late = late
         self._slots = slots
-        self._outputs = outputs
-        self._exits: dict[Route, DirectLane] = {}
-        self._producers: dict[int, DirectLane] = {}
-        self._predictors: dict[bool, DirectLane] = {}
-        self._predictions: dict[bool, dict[str, Array]] = {}
-        self._auditor: DirectLane | None = None
+        self._first_state = first_state
+        self._lanes: dict[Route | tuple[Role, int], DirectLane] = {}
         self._audited: tuple[dict[str, Any], Array] | None = None
-        self._audit: dict[str, Array] | None = None
 
     def adopt(self, spec: TensorSpec, array: Any) -> Array:
         """What the caller gave, which must be a NumPy array."""
@@ -59,31 +61,11 @@ class CpuWorkspace:
 
     def exit(self, route: Route) -> Lane:
         """The lane of an exit."""
-        lane = self._exits.get(route)
-        if lane is None:
-            lane = self._exits[route] = DirectLane(self._placement.exit(route), self._slots)
-        return lane
+        return self._lane(route, lambda: self._late(route), self._take_answer)
 
-    def producer(self, index: int) -> Lane:
-        """The lane of a producer."""
-        lane = self._producers.get(index)
-        if lane is None:
-            lane = self._producers[index] = DirectLane(self._placement.producer(index), self._slots)
-        return lane
-
-    def predictor(self, cold: bool) -> Lane:
-        """The lane of a predictor."""
-        lane = self._predictors.get(cold)
-        if lane is None:
-            lane = self._predictors[cold] = DirectLane(self._placement.predictor(cold), self._slots)
-        return lane
-
-    def take_prediction(self, cold: bool) -> dict[str, Array]:
-        """Memory for what a predictor gives, the same every time."""
-        prediction = self._predictions.get(cold)
-        if prediction is None:
-            prediction = self._predictions[cold] = _memory(self._placement.predictor(cold).module.outputs)
-        return prediction
+    def lane(self, role: Role, index: int = 0) -> Lane:
+        """The lane of a module that answers no frame (see `Workspace.lane`)."""
+        return self._lane((role, index), lambda: self._loaded(role, index), None)
 
     def finite(self, outputs: Mapping[str, Any]) -> bool:
         """Whether an answer holds neither NaN nor Inf."""
@@ -94,16 +76,10 @@ class CpuWorkspace:
                 for array in outputs.values()
             )
 
-    def auditor(self) -> Lane:
-        """The lane of the whole generator in the background."""
-        if self._auditor is None:
-            self._auditor = DirectLane(self._placement.auditor(), self._slots)
-        return self._auditor
-
     def keep_for_audit(self, inputs: Mapping[str, Any], image: Any) -> tuple[dict[str, Any], Array]:
         """Copy what an audit needs (see `Workspace.keep_for_audit`)."""
         if self._audited is None:
-            names = self._placement.auditor().frame_inputs
+            names = self._loaded(Role.WHOLE, 0).frame_inputs
             self._audited = {name: np.empty_like(inputs[name]) for name in names}, np.empty_like(image)
         kept, picture = self._audited
         for name, copy in kept.items():
@@ -111,35 +87,92 @@ class CpuWorkspace:
         np.copyto(picture, image)
         return kept, picture
 
-    def take_audit(self) -> dict[str, Array]:
-        """Memory for the auditor's answer, the same every time."""
-        if self._audit is None:
-            self._audit = _memory(self._outputs)
-        return self._audit
-
     def close(self) -> None:
         """Nothing is held that is not freed by being forgotten."""
 
+    def _loaded(self, role: Role, index: int) -> LoadedModule:
+        if role is Role.PRODUCER:
+            return self._modules.producers[index]
+        if role.predicts:
+            return self._modules.predictors[role]
+        assert self._modules.auditor is not None, "no auditor was loaded"
+        return self._modules.auditor
+
+    def _lane(
+        self,
+        key: Route | tuple[Role, int],
+        load: Callable[[], LoadedModule],
+        take: Callable[[], dict[str, Any]] | None,
+    ) -> Lane:
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = DirectLane(load(), self._slots, take, self._first_state)
+        return lane
+
 
 class DirectLane:
-    """A module whose buffers are the caller's arrays themselves (see `Lane`)."""
+    """A module whose buffers are the caller's arrays themselves (see `Lane`).
 
-    def __init__(self, loaded: LoadedModule, slots: SlotBuffers) -> None:
+    Args:
+        loaded: The module.
+        slots: The session's cache slots.
+        take: Lends memory for an answer; None: the lane has memory of its own.
+        first_state: The first value of every state tensor.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModule,
+        slots: SlotBuffers,
+        take: Callable[[], dict[str, Any]] | None,
+        first_state: Mapping[str, Array],
+    ) -> None:
         self._loaded = loaded
         self._slots = slots
-        # A producer's outputs are the cache tensors, an exit's are the answer.
-        self._fills_slot = loaded.module.name == "producer"
+        if take is None:
+            own = {} if loaded.fills_slot else _memory(loaded.answers)
+            take = lambda: own  # noqa: E731
+        self.take_outputs = take
+        # What the module reads, what it writes, and the first value: the next frame's takes the last one's place only
+        # when the run has gone well.
+        self._state = [
+            (record, first_state[record.input.name].copy(), np.zeros(record.input.shape, record.input.dtype))
+            for record in loaded.state
+        ]
+        self._first_state = first_state
 
-    def enqueue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any]) -> Event:
+    def enqueue(
+        self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any], *, fresh: bool = False
+    ) -> Event:
         """Run the module on its stream."""
         loaded = self._loaded
         bindings = {name: inputs[name] for name in loaded.frame_inputs}
         if slot is not None:
             cache = self._slots[slot]
-            for name in cache if self._fills_slot else loaded.cache_inputs:
+            for name in cache if loaded.fills_slot else loaded.cache_inputs:
                 bindings[name] = cache[name]
         bindings.update(outputs)
-        return loaded.module.enqueue(bindings, loaded.stream)
+        if not self._state:
+            return loaded.module.enqueue(bindings, loaded.stream)
+        reads = {spec.name for spec in loaded.module.inputs}
+        for record, current, following in self._state:
+            bindings[record.output] = following
+            if record.input.name in reads:
+                bindings[record.input.name] = current
+        if fresh:
+            loaded.stream.submit(self._begin)
+        ran = loaded.module.enqueue(bindings, loaded.stream)
+        return loaded.stream.submit(lambda: self._go_on(ran))
+
+    def _begin(self) -> None:
+        for record, current, _ in self._state:
+            np.copyto(current, self._first_state[record.input.name])
+
+    def _go_on(self, ran: Event) -> None:
+        """The state becomes the next frame's, unless the run failed."""
+        ran.wait()  # it has ended, for the stream runs in order; this raises what it raised
+        for _, current, following in self._state:
+            np.copyto(current, following)
 
 
 def _memory(specs: Iterable[TensorSpec]) -> dict[str, Array]:

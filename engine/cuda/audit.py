@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,12 @@ __all__ = ["AuditMemory"]
 
 
 class AuditMemory:
-    """One frame's inputs and the picture it was answered with, and memory for the auditor's answer.
+    """One frame's inputs and the picture it was answered with.
 
     Args:
         device: The consumer's GPU, which the auditor runs on, too.
         inputs: The buffers that the auditor's lane reads.
         image: The output that is kept.
-        outputs: What the auditor gives.
         on_device: Whether answers lie in the GPU's memory.
         arrived: Recorded when arrays on the GPU were borrowed from their owner's stream.
     """
@@ -34,11 +33,9 @@ class AuditMemory:
         *,
         inputs: StaticInputs,
         image: TensorSpec,
-        outputs: Iterable[TensorSpec],
         on_device: bool,
         arrived: CudaEvent,
     ) -> None:
-        self.answer = {spec.name: device.allocate_pinned(spec) for spec in outputs}
         self._cuda = load()
         self._device = device
         self._inputs = inputs

@@ -8,25 +8,42 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from ...kernels.array import DeviceArray
 from ...kernels.driver import check, load
+from ..bundle.manifest import StateRecord
 from ..device.placement import LoadedModule
 from ..device.stream import Event
 from ..errors import BackendError, DeviceError
-from .backend import CudaModule
+from ..spec import Array
 from .buffers import CudaSlots, StaticInputs, _copy
 from .device import CudaDevice, CudaEvent, CudaStream, CudaWorkerStream
 from .graph import CudaGraph
 from .options import CudaOptions
 
-__all__ = ["CudaLane"]
+__all__ = ["CudaLane", "LaneShared"]
 
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class LaneShared:
+    """What the lanes of one session share.
+
+    Attributes:
+        arrived: Recorded when arrays on the GPU were borrowed from their owner's stream.
+        options: What the user chose.
+        first_state: The first value of every state tensor, by the name it is read by.
+    """
+
+    arrived: CudaEvent
+    options: CudaOptions
+    first_state: Mapping[str, Array]
 
 
 class CudaLane:
@@ -35,10 +52,10 @@ class CudaLane:
     Args:
         loaded: The module and its stream, a `CudaStream` or a `CudaWorkerStream`.
         inputs: Buffers for the frame's inputs on the module's GPU.
-        outputs: An exit's buffers for its outputs; None for a producer, whose outputs are a slot.
+        outputs: The buffers for its outputs, state apart; None for a producer, whose outputs are a slot.
         slots: The session's cache slots; None where no producer runs.
-        arrived: Recorded when arrays on the GPU were borrowed from their owner's stream.
-        options: What the user chose.
+        session: What all lanes of the session share.
+        take: Lends memory for what one run gives; None: nothing is given out.
     """
 
     def __init__(
@@ -48,19 +65,20 @@ class CudaLane:
         inputs: StaticInputs,
         outputs: Mapping[str, DeviceArray] | None,
         slots: CudaSlots | None,
-        arrived: CudaEvent,
-        options: CudaOptions,
+        session: LaneShared,
+        take: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self._loaded = loaded
-        self._module = cast(CudaModule, loaded.module)
+        self._module = loaded.module
         self._submit = loaded.stream
         self._stream = _issued_to(loaded.stream)
         self._device = self._stream.device
         self._inputs = inputs
         self._outputs = outputs
         self._slots = slots
-        self._arrived = arrived
-        self._options = options
+        self._arrived = session.arrived
+        self._options = session.options
+        self.take_outputs: Callable[[], dict[str, Any]] = dict if take is None else take
         self._cuda = load()
         self._uses_slot = slots is not None and (outputs is None or bool(loaded.cache_inputs))
         self._remote: dict[str, DeviceArray] | None = None
@@ -68,7 +86,10 @@ class CudaLane:
         if outputs is None and slots is not None:
             self._written = tuple(self._device.event() for _ in range(len(slots)))
             if slots.device.ordinal != self._device.ordinal:
-                self._remote = {spec.name: self._device.allocate(spec) for spec in loaded.module.outputs}
+                self._remote = {spec.name: self._device.allocate(spec) for spec in loaded.answers}
+        self._state = tuple(
+            _CarriedState(self._device, record, session.first_state[record.input.name]) for record in loaded.state
+        )
         # By slot; None is an exit that reads no slot.
         self._bindings: dict[int | None, dict[str, DeviceArray]] = {
             slot: self._bind(slot) for slot in (range(len(slots)) if slots and self._uses_slot else (None,))
@@ -91,9 +112,11 @@ class CudaLane:
         """
         self._submit.call(self._prepare)
 
-    def enqueue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any]) -> Event:
+    def enqueue(
+        self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any], *, fresh: bool = False
+    ) -> Event:
         """Run the module on its stream."""
-        return self._submit.submit(lambda: self._issue(inputs, slot, outputs))
+        return self._submit.submit(lambda: self._issue(inputs, slot, outputs, fresh))
 
     def close(self) -> None:
         """Give the graphs back; the work that runs must have ended. Safe to call twice."""
@@ -128,7 +151,7 @@ class CudaLane:
             raise BackendError(f"{why}; use graphs='auto' to go on without graphs") from cause
         logger.warning("module %r is issued call by call, without a graph: %s", self._module.name, why)
 
-    def _issue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any]) -> None:
+    def _issue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any], fresh: bool) -> None:
         """Everything of one run, in order on the stream; the calling thread waits for nothing."""
         stream = self._stream
         key = slot if self._uses_slot else None
@@ -149,6 +172,9 @@ class CudaLane:
             self._inputs.fill(name, source, stream)
         if key is not None:
             self._wait_for_slot(key)
+        if fresh:
+            for state in self._state:
+                state.begin(stream)
         if graph is not None:
             if self._options.debug and _addresses(bindings) != self._addresses[key]:
                 raise DeviceError(f"the buffers of {graph.name} are not those it was captured with; report this bug")
@@ -158,6 +184,8 @@ class CudaLane:
                 if isinstance(target, DeviceArray):
                     bindings[name] = target
             self._module.launch(bindings, stream)
+        for state in self._state:
+            state.go_on(stream)
         if key is not None:
             self._mark_slot(key)
         for name, target in outputs.items():
@@ -207,7 +235,35 @@ class CudaLane:
                 bindings.update(cache if self._remote is None else self._remote)
         if self._outputs is not None:
             bindings.update(self._outputs)
+        reads = {spec.name for spec in self._module.inputs}
+        for state in self._state:
+            bindings.update(state.arrays)
+            if state.record.input.name not in reads:
+                del bindings[state.record.input.name]
         return bindings
+
+
+class _CarriedState:
+    """One tensor that a module hands from frame to frame, at fixed addresses, so that a graph may hold them.
+
+    The module reads one buffer and writes another; the copy back is issued behind the run, so that a run that could not
+    be issued leaves the state as it was.
+    """
+
+    def __init__(self, device: CudaDevice, record: StateRecord, first: Array) -> None:
+        self.record = record
+        self._cuda = load()
+        self._first = device.upload(first)
+        self._current, self._following = device.allocate(record.input), device.allocate(record.written)
+        self.arrays = {record.input.name: self._current, record.output: self._following}
+
+    def begin(self, stream: CudaStream) -> None:
+        """Make the first value the one that is read next."""
+        check(_copy(self._cuda, self._current, self._first, stream), f"beginning state {self.record.input.name!r}")
+
+    def go_on(self, stream: CudaStream) -> None:
+        """Make what was written the one that is read next."""
+        check(_copy(self._cuda, self._current, self._following, stream), f"keeping state {self.record.input.name!r}")
 
 
 def _issued_to(stream: Any) -> CudaStream:

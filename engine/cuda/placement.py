@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from contextlib import ExitStack
 
 from ...kernels.driver import check, load
 from ...kernels.finite import FiniteKernel
 from ..bundle.bundle import Bundle
-from ..bundle.roles import Route
-from ..device.placement import LoadedModule
+from ..bundle.roles import Role, Route
+from ..device.chain import Chain
+from ..device.module import Backend, ModuleFile, Site
+from ..device.placement import LoadedModule, LoadedModules, Wanted
+from ..device.stream import Stream
 from ..errors import ClosedError, InputError
 from ..schedule.policy import Policy
-from .backend import CudaBackend, ModuleFile
 from .device import CudaDevice, CudaStream, CudaWorkerStream
 from .options import CudaOptions
-from .workspace import CudaModules, CudaWorkspace
+from .workspace import CudaWorkspace
 
 __all__ = ["CudaPlacement"]
 
@@ -45,7 +46,7 @@ class CudaPlacement:
         policy: Policy,
         producers: int,
         ordinal: int,
-        backend: CudaBackend,
+        backend: Backend,
         options: CudaOptions,
         turn: threading.Lock,
     ) -> None:
@@ -63,8 +64,8 @@ class CudaPlacement:
         self._options = options
         self._turn = turn
         self._closed = False
-        self._loaded: list[LoadedModule] = []  # all that there is to close, also where loading stops half-way
-        self._modules = CudaModules()
+        self._loaded: dict[tuple[str, Stream], LoadedModule] = {}  # to be closed, also where loading stops half-way
+        self._modules = LoadedModules()
         self._kernel: FiniteKernel | None = None
         self._devices: dict[int, CudaDevice] = {}
         with ExitStack() as undo:
@@ -75,26 +76,27 @@ class CudaPlacement:
             self._stream = self.device.stream("warpcache-consumer", priority="high")
             undo.pop_all()
 
-    def load(self, exits: Iterable[Route], *, predictors: tuple[str, ...] = (), auditor: bool = False) -> None:
-        """Build what is missing, then load the producers that the policy needs, and the rest of what is asked for."""
+    def load(self, wanted: Wanted) -> None:
+        """Build what is missing, then load the producers that the policy needs, and what is wanted."""
         manifest = self._bundle.manifest
-        wanted = {route: manifest.exit(route).module for route in exits}
-        names = {*wanted.values(), *predictors}
-        if self._policy.kind != "full":
-            names.add("producer")
-        if auditor:
-            names.add("generator")
+        roles = [*wanted.predictors, *([Role.WHOLE] if wanted.auditor else ())]
+        if self._policy.uses_cache:
+            roles.append(Role.PRODUCER)
+        names = {name for route in wanted.exits for name in manifest.exit(route).modules}
+        names |= {name for role in roles if (name := manifest.module_of(role)) is not None}
         self._backend.prepare(self._bundle, sorted(names), tuple(self._devices.values()))
-        if predictors and self._options.outputs == "device":
+        if wanted.predictors and self._options.outputs == "device":
             # Answers that a router chose are looked at before they are given out, and these do not come to the host.
             self._kernel = FiniteKernel(self.device.context)
-        self._modules = CudaModules(
+        self._modules = LoadedModules(
             producers=self._load_producers(),
-            exits={route: self._load(name, self._stream) for route, name in wanted.items()},
-            predictors={name: self._load(name, self._stream) for name in predictors},
+            exits={route: self._load_exit(route) for route in wanted.exits},
+            predictors={role: self._load_role(role, self._stream) for role in wanted.predictors},
             # A module has its activation memory for itself alone: this one is a second, for a stream that no frame
             # waits for, under every policy.
-            auditor=self._load("generator", self.device.worker_stream("warpcache-auditor")) if auditor else None,
+            auditor=self._load_role(Role.WHOLE, self.device.worker_stream("warpcache-auditor"))
+            if wanted.auditor
+            else None,
         )
         # It may hold every engine as bytes, and nothing is loaded any more.
         del self._backend
@@ -114,7 +116,7 @@ class CudaPlacement:
                 consumer=self._stream,
                 modules=self._modules,
                 kernel=self._kernel,
-                slots=0 if self._policy.kind == "full" else slots,
+                slots=slots if self._policy.uses_cache else 0,
                 options=self._options,
                 turn=self._turn,
             )
@@ -133,7 +135,7 @@ class CudaPlacement:
             for device in self._devices.values():
                 device.stop()
                 last.callback(device.close)
-            for loaded in self._loaded:
+            for loaded in self._loaded.values():
                 loaded.module.close()
             if self._kernel is not None:
                 self._kernel.close()
@@ -158,24 +160,39 @@ class CudaPlacement:
                     check((code,), f"connecting {one.name} and {two.name}")
 
     def _load_producers(self) -> tuple[LoadedModule, ...]:
-        if self._policy.kind == "full":
+        if not self._policy.uses_cache:
             return ()
         if self._policy.foreground:
-            return (self._load("producer", self._stream),)
+            return (self._load_role(Role.PRODUCER, self._stream),)
         ordinals = self._options.producer_ordinals or (self.device.ordinal,)
         return tuple(
-            self._load(
-                "producer",
+            self._load_role(
+                Role.PRODUCER,
                 self._devices[ordinals[index % len(ordinals)]].worker_stream(f"warpcache-producer-{index}"),
             )
             for index in range(self._producer_count)
         )
 
+    def _load_exit(self, route: Route) -> LoadedModule:
+        manifest = self._bundle.manifest
+        parts = [self._load(name, self._stream) for name in manifest.exit(route).modules]
+        if len(parts) == 1:
+            return parts[0]
+        return LoadedModule.of(
+            Chain(route, [part.module for part in parts], self.device.allocate), self._stream, manifest
+        )
+
+    def _load_role(self, role: Role, stream: CudaStream | CudaWorkerStream) -> LoadedModule:
+        name = self._bundle.manifest.module_of(role)
+        assert name is not None, f"the engine asked for a module of role {role}, which the bundle has not"
+        return self._load(name, stream)
+
     def _load(self, name: str, stream: CudaStream | CudaWorkerStream) -> LoadedModule:
-        issued_to = stream.cuda if isinstance(stream, CudaWorkerStream) else stream
-        file = ModuleFile.of(self._bundle, name)
-        module = stream.call(lambda: self._backend.load(file, device=stream.device, stream=issued_to))
-        # Lanes speak of a module's protocol only as far as the two kinds agree.
-        loaded = LoadedModule.of(module, stream, self._bundle.manifest)  # type: ignore[arg-type]
-        self._loaded.append(loaded)
+        """Load a module, once for each stream: exits may share their first parts."""
+        loaded = self._loaded.get((name, stream))
+        if loaded is None:
+            site = Site(stream.cuda if isinstance(stream, CudaWorkerStream) else stream)
+            file = ModuleFile.of(self._bundle, name)
+            module = stream.call(lambda: self._backend.load(file, site))
+            loaded = self._loaded[name, stream] = LoadedModule.of(module, stream, self._bundle.manifest)
         return loaded

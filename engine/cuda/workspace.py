@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from ...kernels.array import DeviceArray
 from ...kernels.finite import FiniteKernel
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
-from ..bundle.roles import Route
-from ..device.placement import Lane, LoadedModule
+from ..bundle.roles import Role, Route
+from ..device.placement import Lane, LoadedModule, LoadedModules
 from ..device.pools import DevicePool, OutputPool
 from ..errors import ClosedError, InputError, WarpcacheError
 from ..spec import AGE_INPUT, AGE_SPEC, Array, TensorSpec
@@ -23,10 +23,10 @@ from .audit import AuditMemory
 from .buffers import CudaSlots, HostInput, StaticInputs
 from .device import CudaDevice, CudaStream
 from .finite import FiniteCheck, finite_on_host
-from .lane import CudaLane
+from .lane import CudaLane, LaneShared
 from .options import CudaOptions
 
-__all__ = ["CudaModules", "CudaWorkspace"]
+__all__ = ["CudaWorkspace"]
 
 # Frames whose inputs are held at once: the one being answered, the one that is prepared, those that wait (lockstep).
 _WAITING_FRAMES = 10
@@ -34,28 +34,6 @@ _READY_FRAMES = 3
 _READY_ANSWERS = 2
 # Ages that a session's predictor is told, each held for as long as its router may name it again.
 _AGES = 320
-
-
-@dataclass(frozen=True)
-class CudaModules:
-    """What an engine has loaded for its sessions.
-
-    Attributes:
-        producers: One a producer stream; empty where none runs.
-        exits: By route.
-        predictors: By module name.
-        auditor: The whole generator once more, on a worker stream; None where nothing is audited.
-    """
-
-    producers: tuple[LoadedModule, ...] = ()
-    exits: Mapping[Route, LoadedModule] = field(default_factory=dict)
-    predictors: Mapping[str, LoadedModule] = field(default_factory=dict)
-    auditor: LoadedModule | None = None
-
-    @property
-    def background(self) -> tuple[LoadedModule, ...]:
-        """Those whose work may go on when a frame is answered."""
-        return self.producers if self.auditor is None else (*self.producers, self.auditor)
 
 
 class CudaWorkspace:
@@ -82,7 +60,7 @@ class CudaWorkspace:
         *,
         device: CudaDevice,
         consumer: CudaStream,
-        modules: CudaModules,
+        modules: LoadedModules,
         kernel: FiniteKernel | None,
         slots: int,
         options: CudaOptions,
@@ -97,11 +75,7 @@ class CudaWorkspace:
         self._intake = device.stream("warpcache-intake", priority="high")
         self._arrived = device.event()
         self._closed = False
-        self._exit_lanes: dict[Route, CudaLane] = {}
-        self._producer_lanes: list[CudaLane] = []
-        self._predictor_lanes: dict[str, CudaLane] = {}
-        self._predictions: dict[str, dict[str, Array]] = {}
-        self._audit_lane: CudaLane | None = None
+        self._lanes: dict[Route | tuple[Role, int], CudaLane] = {}
         self._audit: AuditMemory | None = None
         self._check: FiniteCheck | None = None
         specs = tuple(record.spec for record in manifest.inputs)
@@ -122,23 +96,35 @@ class CudaWorkspace:
             ring = CudaSlots(device, manifest.cache, slots) if slots else None
             shared = StaticInputs(device, (*specs, AGE_SPEC) if modules.predictors else specs)
             answers = {spec.name: device.allocate(spec) for spec in manifest.outputs}
-            for loaded in modules.producers:
-                lane = self._lane(loaded, inputs=_inputs_of(loaded), outputs=None, slots=ring, options=options)
-                self._producer_lanes.append(lane)
-                lane.prepare()
+            session = LaneShared(self._arrived, options, bundle.first_state())
+            for index, loaded in enumerate(modules.producers):
+                self._open(
+                    (Role.PRODUCER, index),
+                    CudaLane(loaded, inputs=_inputs_of(loaded), outputs=None, slots=ring, session=session),
+                )
             # These share a frame's inputs: what one of them has copied there the next one finds.
             for route, loaded in modules.exits.items():
-                lane = self._lane(loaded, inputs=shared, outputs=answers, slots=ring, options=options)
-                self._exit_lanes[route] = lane
-                lane.prepare()
-            for name, loaded in modules.predictors.items():
-                given = {spec.name: device.allocate(spec) for spec in loaded.module.outputs}
-                lane = self._lane(loaded, inputs=shared, outputs=given, slots=ring, options=options)
-                self._predictor_lanes[name] = lane
-                self._predictions[name] = {spec.name: device.allocate_pinned(spec) for spec in loaded.module.outputs}
-                lane.prepare()
+                self._open(
+                    route,
+                    CudaLane(
+                        loaded, inputs=shared, outputs=answers, slots=ring, session=session, take=self._take_answer
+                    ),
+                )
+            for role, loaded in modules.predictors.items():
+                own = {spec.name: device.allocate_pinned(spec) for spec in loaded.answers}
+                self._open(
+                    (role, 0),
+                    CudaLane(
+                        loaded,
+                        inputs=shared,
+                        outputs={spec.name: device.allocate(spec) for spec in loaded.answers},
+                        slots=ring,
+                        session=session,
+                        take=functools.partial(_given, own),
+                    ),
+                )
             if modules.auditor is not None:
-                self._open_audit(modules.auditor, manifest, options)
+                self._open_audit(modules.auditor, manifest, session)
             if kernel is not None:
                 self._check = FiniteCheck(device, kernel)
             undo.pop_all()
@@ -146,7 +132,7 @@ class CudaWorkspace:
     @property
     def graphs(self) -> int:
         """How many graphs are replayed instead of being issued call by call."""
-        return sum(lane.graphs for lane in self._lanes())
+        return sum(lane.graphs for lane in self._lanes.values())
 
     def adopt(self, spec: TensorSpec, array: Any) -> Array | DeviceArray:
         """A NumPy array as it is; anything on the GPU is borrowed by DLPack or `__cuda_array_interface__`."""
@@ -180,11 +166,6 @@ class CudaWorkspace:
         np.copyto(pinned, array)
         return HostInput(pinned, pinned.__array_interface__["data"][0])
 
-    def take_outputs(self) -> dict[str, Any]:
-        """Memory for one answer, pinned or on the GPU, the caller's alone while anything refers to it."""
-        self._require_open()
-        return self._answers.take()
-
     def reserve(self) -> None:
         """See to it that the next `take_outputs` needs no fresh memory."""
         if not self._closed:
@@ -193,22 +174,15 @@ class CudaWorkspace:
     def exit(self, route: Route) -> Lane:
         """The lane of an exit."""
         self._require_open()
-        return self._exit_lanes[route]
+        return self._lanes[route]
 
-    def producer(self, index: int) -> Lane:
-        """The lane of a producer."""
-        self._require_open()
-        return self._producer_lanes[index]
+    def lane(self, role: Role, index: int = 0) -> Lane:
+        """The lane of a module that answers no frame (see `Workspace.lane`).
 
-    def predictor(self, cold: bool) -> Lane:
-        """The lane of a predictor, on the consumer's stream: its event waits for what is issued there, and no more."""
+        A predictor's is on the consumer's stream: its event waits for what is issued there, and no more.
+        """
         self._require_open()
-        return self._predictor_lanes[_predictor_name(cold)]
-
-    def take_prediction(self, cold: bool) -> dict[str, Array]:
-        """Pinned memory for what a predictor gives, the same every time."""
-        self._require_open()
-        return self._predictions[_predictor_name(cold)]
+        return self._lanes[role, index]
 
     def finite(self, outputs: Mapping[str, Any]) -> bool:
         """Whether an answer holds neither NaN nor Inf; for one on the GPU this waits for a look at it there."""
@@ -220,23 +194,11 @@ class CudaWorkspace:
             return self._check.finite(there)
         return all(finite_on_host(array) for array in outputs.values())
 
-    def auditor(self) -> Lane:
-        """The lane of the whole generator on a low-priority stream of its own."""
-        self._require_open()
-        assert self._audit_lane is not None, "no auditor was loaded"
-        return self._audit_lane
-
     def keep_for_audit(self, inputs: Mapping[str, Any], image: Any) -> tuple[dict[str, Any], Array]:
         """Keep a frame's inputs and the picture it was answered with (see `Workspace.keep_for_audit`)."""
         self._require_open()
         assert self._audit is not None, "no auditor was loaded"
         return self._audit.keep(inputs, image)
-
-    def take_audit(self) -> dict[str, Array]:
-        """Pinned memory for the auditor's answer, the same every time."""
-        self._require_open()
-        assert self._audit is not None, "no auditor was loaded"
-        return self._audit.answer
 
     def close(self) -> None:
         """Give the graphs and the memory back, after the work that runs; safe to call twice."""
@@ -252,50 +214,49 @@ class CudaWorkspace:
         if self._closed:
             raise ClosedError("the session is closed; open a new one with engine.session()")
 
-    def _lane(
-        self,
-        loaded: LoadedModule,
-        *,
-        inputs: StaticInputs,
-        outputs: Mapping[str, DeviceArray] | None,
-        slots: CudaSlots | None,
-        options: CudaOptions,
-    ) -> CudaLane:
-        return CudaLane(loaded, inputs=inputs, outputs=outputs, slots=slots, arrived=self._arrived, options=options)
+    def _take_answer(self) -> dict[str, Any]:
+        """Memory for one answer, pinned or on the GPU, the caller's alone while anything refers to it."""
+        self._require_open()
+        return self._answers.take()
 
-    def _open_audit(self, auditor: LoadedModule, manifest: Manifest, options: CudaOptions) -> None:
+    def _open(self, key: Route | tuple[Role, int], lane: CudaLane) -> None:
+        self._lanes[key] = lane
+        lane.prepare()
+
+    def _open_audit(self, auditor: LoadedModule, manifest: Manifest, session: LaneShared) -> None:
         device = self._device
         inputs = _inputs_of(auditor)
-        given = {spec.name: device.allocate(spec) for spec in auditor.module.outputs}
-        self._audit_lane = self._lane(auditor, inputs=inputs, outputs=given, slots=None, options=options)
         self._audit = AuditMemory(
             device,
             inputs=inputs,
             image=next((spec for spec in manifest.outputs if spec.name == manifest.image_output), manifest.outputs[0]),
-            outputs=manifest.outputs,
-            on_device=options.outputs == "device",
+            on_device=session.options.outputs == "device",
             arrived=self._arrived,
         )
-        self._audit_lane.prepare()
-
-    def _lanes(self) -> tuple[CudaLane, ...]:
-        audit = () if self._audit_lane is None else (self._audit_lane,)
-        return (*self._exit_lanes.values(), *self._producer_lanes, *self._predictor_lanes.values(), *audit)
+        own = {spec.name: device.allocate_pinned(spec) for spec in auditor.answers}
+        self._open(
+            (Role.WHOLE, 0),
+            CudaLane(
+                auditor,
+                inputs=inputs,
+                outputs={spec.name: device.allocate(spec) for spec in auditor.answers},
+                slots=None,
+                session=session,
+                take=functools.partial(_given, own),
+            ),
+        )
 
     def _release(self) -> None:
-        for lane in self._lanes():
+        for lane in self._lanes.values():
             lane.close()
         # Their slots and buffers go with the lanes, what waits in the pools with these; answers stay their callers'.
-        self._exit_lanes.clear()
-        self._producer_lanes.clear()
-        self._predictor_lanes.clear()
-        self._predictions.clear()
+        self._lanes.clear()
         self._staging = self._ages = OutputPool(())
         self._answers = OutputPool(())
         for item in (self._audit, self._check, self._arrived, self._intake):
             if item is not None:
                 item.close()
-        self._audit_lane = self._audit = self._check = None
+        self._audit = self._check = None
 
 
 def _inputs_of(loaded: LoadedModule) -> StaticInputs:
@@ -317,5 +278,5 @@ def _age_pool(device: CudaDevice) -> OutputPool:
     return OutputPool((AGE_SPEC,), allocate=allocate, kept=_AGES, ready=_AGES)
 
 
-def _predictor_name(cold: bool) -> str:
-    return "predictor_cold" if cold else "predictor"
+def _given(outputs: dict[str, Any]) -> dict[str, Any]:
+    return outputs

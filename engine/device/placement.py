@@ -7,61 +7,133 @@ a frame's inputs and the way out for its answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..bundle.manifest import Manifest
-from ..bundle.roles import Route
+from ..bundle.manifest import Manifest, StateRecord
+from ..bundle.roles import Role, Route
 from ..spec import Array, TensorSpec
 from .module import Module
 from .stream import Event, Stream
 
-__all__ = ["Lane", "LoadedModule", "Placement", "Workspace"]
+__all__ = ["Lane", "LoadedModule", "LoadedModules", "Placement", "Wanted", "Workspace"]
 
 
 @dataclass(frozen=True)
 class LoadedModule:
-    """A module, the stream it was loaded for, and which of its inputs come from the frame and which from the cache."""
+    """A module, the stream it was loaded for, and where its inputs come from.
+
+    Attributes:
+        module: What runs.
+        stream: Where it runs.
+        frame_inputs: Inputs that come with the frame; a predictor's age among them.
+        cache_inputs: Inputs that are read from a cache slot.
+        state: What it hands from frame to frame: read as an input, written as an output.
+        fills_slot: Whether its outputs are a cache slot's tensors.
+    """
 
     module: Module
     stream: Stream
     frame_inputs: tuple[str, ...]
     cache_inputs: tuple[str, ...]
+    state: tuple[StateRecord, ...] = ()
+    fills_slot: bool = False
 
     @classmethod
     def of(cls, module: Module, stream: Stream, manifest: Manifest) -> LoadedModule:
-        """Sort the inputs of `module` by where they come from."""
+        """Sort the inputs and outputs of `module` by where they come from and go to."""
         cache = {spec.name for spec in manifest.cache}
+        state = {record.input.name: record for record in manifest.state}
+        read = [spec.name for spec in module.inputs]
         return cls(
             module,
             stream,
-            # A predictor's age comes with the frame's inputs.
-            frame_inputs=tuple(spec.name for spec in module.inputs if spec.name not in cache),
-            cache_inputs=tuple(spec.name for spec in module.inputs if spec.name in cache),
+            frame_inputs=tuple(name for name in read if name not in cache and name not in state),
+            cache_inputs=tuple(name for name in read if name in cache),
+            # A state may be written and not read, by a generator that only counts; never the other way round.
+            state=tuple(
+                record for record in manifest.state if any(spec.name == record.output for spec in module.outputs)
+            ),
+            fills_slot=any(spec.name in cache for spec in module.outputs),
         )
+
+    @property
+    def answers(self) -> tuple[TensorSpec, ...]:
+        """What it writes besides the state."""
+        state = {record.output for record in self.state}
+        return tuple(spec for spec in self.module.outputs if spec.name not in state)
+
+
+@dataclass(frozen=True)
+class LoadedModules:
+    """What an engine has loaded for its sessions.
+
+    Attributes:
+        producers: One a producer stream; empty where none runs.
+        exits: By route.
+        predictors: By role.
+        auditor: The whole generator once more, on a background stream; None where nothing is audited.
+    """
+
+    producers: tuple[LoadedModule, ...] = ()
+    exits: Mapping[Route, LoadedModule] = field(default_factory=dict)
+    predictors: Mapping[Role, LoadedModule] = field(default_factory=dict)
+    auditor: LoadedModule | None = None
+
+    @property
+    def background(self) -> tuple[LoadedModule, ...]:
+        """Those whose work may go on when a frame is answered."""
+        return self.producers if self.auditor is None else (*self.producers, self.auditor)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be loaded besides the producers, which follow from the policy.
+
+    Attributes:
+        exits: Names of exits.
+        predictors: Of `Role.PREDICTOR` and `Role.PREDICTOR_COLD`, those to load for the consumer's stream.
+        auditor: Also load the whole generator for a background stream, with memory of its own: a run of it and the
+            exits' may overlap.
+    """
+
+    exits: tuple[Route, ...]
+    predictors: tuple[Role, ...] = ()
+    auditor: bool = False
 
 
 class Lane(Protocol):
     """One module of one session."""
 
-    def enqueue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any]) -> Event:
+    def take_outputs(self) -> dict[str, Any]:
+        """Memory for what one run gives, by output name.
+
+        An exit's is the caller's alone while anything refers to it. A predictor's and the auditor's is the lane's own,
+        on the host, and the same every time: read it before the next run. A producer's is empty: it fills a slot.
+        """
+        ...
+
+    def enqueue(
+        self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any], *, fresh: bool = False
+    ) -> Event:
         """Run the module on its stream.
 
         Args:
             inputs: A frame's inputs as `Workspace.take_input` gave them; those that the module takes are picked.
             slot: The cache slot that an exit reads and a producer writes; None for an exit that reads none.
-            outputs: An exit's answer, as `Workspace.take_outputs` gave it; empty for a producer. A predictor's come
-                from `Workspace.take_prediction`, the auditor's from `Workspace.take_audit`.
+            outputs: From `take_outputs`.
+            fresh: The frame is the first of a sequence: state starts with its first value.
 
         Returns:
-            Done when the outputs, or the slot, are written.
+            Done when the outputs, or the slot, are written, and the state is the next frame's. A run that fails leaves
+            the state as it was.
         """
         ...
 
 
 class Workspace(Protocol):
-    """What one session has on the device: cache slots, memory for answers, and lanes through the engine's modules."""
+    """What one session has on the device: cache slots, state, memory for answers, and lanes through the modules."""
 
     @property
     def graphs(self) -> int:
@@ -90,52 +162,28 @@ class Workspace(Protocol):
         """
         ...
 
-    def take_outputs(self) -> dict[str, Any]:
-        """Memory for one answer, the caller's alone while anything refers to it."""
-        ...
-
-    def reserve(self) -> None:
-        """See to it that the next `take_outputs` needs no fresh memory; cheap where that is so."""
-        ...
-
     def exit(self, route: Route) -> Lane:
         """The lane of the exit `route`. As a mere fallback on the CPU its module is loaded when first needed."""
         ...
 
-    def producer(self, index: int) -> Lane:
-        """The lane of a producer."""
-        ...
+    def lane(self, role: Role, index: int = 0) -> Lane:
+        """The lane of a module that answers no frame.
 
-    def predictor(self, cold: bool) -> Lane:
-        """The lane of a predictor, on the consumer's stream.
-
-        ``predictor`` takes a slot, and with the frame's inputs ``age``: what `take_input` made of an `AGE_SPEC` array.
-        ``predictor_cold`` takes the frame's inputs alone, and no slot. Only a placement that loaded them has them.
+        Args:
+            role: `Role.PRODUCER`; `Role.PREDICTOR`, which takes a slot and with the frame's inputs the age, what
+                `take_input` made of an `AGE_SPEC` array; `Role.PREDICTOR_COLD`, which takes no slot; `Role.WHOLE`, the
+                auditor: the whole generator on a background stream, where it holds up no frame, fed with what
+                `keep_for_audit` gave. Only those that the placement loaded are there.
+            index: Which producer.
         """
         ...
 
-    def take_prediction(self, cold: bool) -> dict[str, Array]:
-        """Host memory for what a predictor gives, by name as its module says.
-
-        The workspace's own and the same every time: read it before the next prediction. The lane's event is done when
-        the values are there to be read.
-        """
+    def reserve(self) -> None:
+        """See to it that an exit's next `Lane.take_outputs` needs no fresh memory; cheap where that is so."""
         ...
 
     def finite(self, outputs: Mapping[str, Any]) -> bool:
-        """Whether an answer, whose lane has ended, holds neither NaN nor Inf; called for every routed frame.
-
-        Args:
-            outputs: What `take_outputs` gave and an exit's lane filled.
-        """
-        ...
-
-    def auditor(self) -> Lane:
-        """The lane of the whole generator on a background stream, where it holds up no frame.
-
-        It takes what `keep_for_audit` gave, no slot, and what `take_audit` gave. Only a placement that loaded an
-        auditor has it.
-        """
+        """Whether an answer, whose lane has ended, holds neither NaN nor Inf; called for every routed frame."""
         ...
 
     def keep_for_audit(self, inputs: Mapping[str, Any], image: Any) -> tuple[dict[str, Any], Array]:
@@ -152,10 +200,6 @@ class Workspace(Protocol):
         Returns:
             The inputs as the auditor's lane takes them; the picture on the host, complete, float32.
         """
-        ...
-
-    def take_audit(self) -> dict[str, Array]:
-        """Host memory for the auditor's answer by output name: the workspace's own and the same every time."""
         ...
 
     def close(self) -> None:
@@ -176,14 +220,8 @@ class Placement(Protocol):
         """Whether every exit that may ever run is loaded with the engine, because loading would hold up a frame."""
         ...
 
-    def load(self, exits: Iterable[Route], *, predictors: tuple[str, ...] = (), auditor: bool = False) -> None:
-        """Load the producers that the policy needs, and these exits.
-
-        Args:
-            exits: Names of exits.
-            predictors: Of ``predictor`` and ``predictor_cold``, those to load for the consumer's stream.
-            auditor: Also load the whole generator for a background stream, with memory of its own: a run of it and the
-                exits' may overlap.
+    def load(self, wanted: Wanted) -> None:
+        """Load the producers that the policy needs, and what is wanted.
 
         Raises:
             BackendError: If an executor is missing or refuses a graph.

@@ -56,6 +56,7 @@ class OnnxRuntimeModule:
         if threads < 1:
             raise InputError(f"module {name!r} was given {threads} threads; it needs at least 1")
         self.name = name
+        self.capturable = False
         self.inputs = inputs
         self.outputs = outputs
         # Calls from several sessions' threads take turns: one set of bound buffers, one set of executor threads.
@@ -72,6 +73,10 @@ class OnnxRuntimeModule:
         """
         arrays = self._check_bindings(bindings)
         return stream.submit(lambda: self._run(arrays))
+
+    def launch(self, bindings: Mapping[str, Array], stream: Stream) -> None:
+        """Run once on `stream`, without an event."""
+        self.enqueue(bindings, stream)
 
     def close(self) -> None:
         """Release the graph after the call that is running, if any; safe to call twice."""

@@ -102,7 +102,7 @@ class OnnxRuntimeCudaModule:
             raise
 
     def launch(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> None:
-        """Issue one run to `stream` (see `CudaModule.launch`).
+        """Issue one run to `stream` (see `Module.launch`).
 
         Raises:
             InputError: If a binding does not fit, or `stream` is not the one the module was loaded for.

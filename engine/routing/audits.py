@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..bundle.roles import Role
 from ..device.placement import Workspace
 from ..device.stream import Event
 from ..errors import BackendError
@@ -119,8 +120,9 @@ class Auditing:
             return
         self._ended.clear()
         try:
-            outputs = self._workspace.take_audit()
-            event = self._workspace.auditor().enqueue(audit.inputs, None, outputs)
+            lane = self._workspace.lane(Role.WHOLE)
+            outputs = lane.take_outputs()
+            event = lane.enqueue(audit.inputs, None, outputs)
         except Exception as exc:
             self._failed(audit.log, audit.frame, exc)
             self._ended.set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import CACHE_PREFIX
+from ..bundle.roles import Role
 from ..device.placement import Placement
 from ..errors import InputError
 from ..metrics.images import Lpips, measure
@@ -65,10 +65,10 @@ class RoutingPlan:
         self.deadline_ms = deadline_ms
         self.audit_every = audit_every
         self.max_age = max_age
-        self.waits_for_audits = policy.kind == "lockstep"
+        self.waits_for_audits = policy.deterministic
         self.rule_for: Callable[[Quality], Rule] = lru_cache(maxsize=_KEPT_RULES)(calibration.rule)
         self.rule = self.rule_for(quality)
-        self.has_cache = policy.kind != "full"
+        self.has_cache = policy.uses_cache
         self.columns = record.exits if self.has_cache and record.ages else ()
         self.cold_columns = record.cold_exits
         promised = record.exits if self.has_cache else record.cold_exits
@@ -77,15 +77,14 @@ class RoutingPlan:
                 f"policy 'full' makes no cache, and bundle {manifest.name!r} has no exit but the whole generator that "
                 "needs none; choose another policy"
             )
-        self.exits: tuple[str, ...] = (*promised, *(("plain",) if self.has_cache else ()), "whole")
+        exact = manifest.exits_of(*((Role.PLAIN, Role.WHOLE) if self.has_cache else (Role.WHOLE,)))
+        self.exits: tuple[str, ...] = (*promised, *(record.name for record in reversed(exact)))
         self.predictors = tuple(
-            name for name, columns in (("predictor", self.columns), ("predictor_cold", self.cold_columns)) if columns
+            role
+            for role, columns in ((Role.PREDICTOR, self.columns), (Role.PREDICTOR_COLD, self.cold_columns))
+            if columns
         )
-        self.consumers = frozenset(
-            name
-            for name in promised
-            if any(spec.name.startswith(CACHE_PREFIX) for spec in manifest.modules[manifest.exit(name).module].inputs)
-        )
+        self.consumers = frozenset(name for name in promised if manifest.reads_cache(name))
         self.costs: dict[str, float] = {}
         self.image = manifest.image_output or ""
         self._bundle = bundle
@@ -112,11 +111,12 @@ class RoutingPlan:
                 )
                 for record in self._bundle.manifest.inputs
             }
-            outputs = workspace.take_outputs()
 
             def run(name: str) -> None:
+                lane = workspace.exit(name)
+                outputs = lane.take_outputs()
                 with turn:
-                    workspace.exit(name).enqueue(inputs, 0 if self.has_cache else None, outputs).wait()
+                    lane.enqueue(inputs, 0 if self.has_cache else None, outputs).wait()
 
             self.costs = measure_exit_costs(run, self.exits, time.perf_counter)
         finally:

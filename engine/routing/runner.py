@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.roles import Route
+from ..bundle.roles import Role, Route
 from ..device.placement import Workspace
 from ..errors import BackendError, ClosedError
 from ..promise.calibration import Rule, score_value
@@ -153,8 +153,8 @@ class Routing:
         signals = None
         try:
             given = inputs if cold else {**inputs, AGE_INPUT: self._age(action.age)}
-            prediction = self._workspace.take_prediction(cold)
-            lane = self._workspace.predictor(cold)
+            lane = self._workspace.lane(Role.PREDICTOR_COLD if cold else Role.PREDICTOR)
+            prediction = lane.take_outputs()
             with self._turn:
                 lane.enqueue(given, None if cold else action.slot, prediction).wait()
                 signals = _signals(prediction, columns, cold=cold)
@@ -185,8 +185,8 @@ class Routing:
         """Run the chosen exit, and as long as an answer is not finite the next one."""
         ran = []
         for name in (chosen, *decision.ranking):
-            outputs = self._workspace.take_outputs()
             lane = self._workspace.exit(name)
+            outputs = lane.take_outputs()
             with self._turn:
                 begun = self._now()
                 lane.enqueue(inputs, action.slot, outputs).wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,6 +103,41 @@ class Policy:
     def live(self) -> bool:
         """Whether the newest input wins: a frame that waits is dropped when a newer one arrives."""
         return self.kind != "lockstep"
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether frames are answered from caches, so that producers run at all."""
+        return self.kind != "full"
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same frames are answered from the same caches every time, and all is waited for."""
+        return self.kind == "lockstep"
+
+    def wanted_cache(self, frame: int, newest: int | None, history: deque[int]) -> int | None:
+        """The frame whose cache must be made before `frame` is answered, in the foreground.
+
+        Args:
+            frame: What is to be answered.
+            newest: The frame of the newest cache; None: there is none.
+            history: Frames that arrived, oldest first; those that will not be asked for any more are taken out.
+
+        Returns:
+            None where the cache at hand serves.
+        """
+        if self.kind == "every":
+            return frame if newest is None or frame - newest >= self.period else None
+        # Lockstep. The very first frame stands in for frames before it; the frame before a gap, for those in the gap.
+        while len(history) > 1 and history[1] <= frame - self.age:
+            history.popleft()
+        return None if newest == history[0] else history[0]
+
+    def prepared_up_to(self, newest: int) -> int | None:
+        """The frame up to which caches may be made between two frames, where `newest` is the last that arrived.
+
+        So that the next frame's latency is the consumer's; None: nothing is made between frames.
+        """
+        return newest + 1 - self.age if self.kind == "lockstep" and self.age > 0 else None
 
     @property
     def oldest_planned_age(self) -> int | None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..bundle.roles import Route
 from ..routing.router import Degraded
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Frame"]
 

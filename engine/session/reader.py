@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 
 from ..errors import ClosedError, InputError
 from ..spec import Array
-
-if TYPE_CHECKING:
-    from .frame import Frame
-    from .session import Session
+from .frame import Frame
+from .intake import Intake
+from .runner import FrameRunner
 
 __all__ = ["Reader", "Rendering", "Submitted"]
 
 
-class Reader:
-    """What iterates over a session: where its frames come from, and when it ends."""
+class Reader(ABC):
+    """An iterator over a session's answers that feeds it too (a `FrameSource`)."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, runner: FrameRunner) -> None:
+        self._runner = runner
         self.period_ms: float | None = None
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Frame:
-        return self._session.next_frame(self)
+        return self._runner.next_frame(self)
 
     @property
+    @abstractmethod
     def exhausted(self) -> bool:
         """Whether no more frame will arrive."""
-        raise NotImplementedError  # each kind of reader says it; none of its own is ever made
 
     def feed(self) -> float | None:
-        """Hand in the frames that are due; returns when the next one is, None where no time is set for it."""
+        """Nothing is handed in from here."""
         return None
 
     def prepare_ahead(self) -> None:
-        """Nothing else is to do before the next frame is due: check its inputs now, off its latency."""
+        """Nothing is prepared here."""
+        return
 
     def closed(self) -> None:
-        """The session is closed; raises what the caller is to see."""
+        """The session is closed: the iterator ends."""
         raise StopIteration
 
 
@@ -52,19 +53,20 @@ class Submitted(Reader):
 
     @property
     def exhausted(self) -> bool:
-        return self._session.ended
+        return self._runner.ended
 
 
 class Rendering(Reader):
     """Frames of a stream of inputs that is there as a whole."""
 
-    def __init__(self, session: Session, inputs: Mapping[str, Array], fps: float | None) -> None:
-        super().__init__(session)
-        inputs = session.adopt(inputs)
-        self._length = _check_lengths(session, inputs)
+    def __init__(self, intake: Intake, runner: FrameRunner, inputs: Mapping[str, Array], fps: float | None) -> None:
+        super().__init__(runner)
+        self._intake = intake
+        inputs = intake.adopt(inputs)
+        self._length = _check_lengths(intake, inputs)
         # What never changes is checked once, here; what does, frame by frame.
         self._constant = {
-            name: session.take_input(name, array, keep=False) for name, array in inputs.items() if array.shape[0] == 1
+            name: intake.take(name, array, keep=False) for name, array in inputs.items() if array.shape[0] == 1
         }
         self._moving = {name: array for name, array in inputs.items() if array.shape[0] != 1}
         self._position = 0
@@ -82,24 +84,24 @@ class Rendering(Reader):
         raise ClosedError("the session was closed while it rendered; open a new one with engine.session()")
 
     def feed(self) -> float | None:
-        if self._session.closed:
+        if self._runner.closed:
             self.closed()
         if self._period is None:
-            if self._position < self._length and self._session.quiet:
+            if self._position < self._length and self._runner.quiet:
                 self.prepare_ahead()
-                self._hand_in(self._session.now())
+                self._hand_in(self._runner.now())
             return None
         if self._start is None:
-            self._start = self._session.now()
-        while self._position < self._length and self._session.has_room:
+            self._start = self._runner.now()
+        while self._position < self._length and self._runner.has_room:
             due = self._start + self._position * self._period
-            if due > self._session.now():
+            if due > self._runner.now():
                 return due
             self._hand_in(due)
         return None
 
     def prepare_ahead(self) -> None:
-        if self._session.closed:
+        if self._runner.closed:
             return
         if self._prepared is None and self._refused is None and self._position < self._length:
             try:
@@ -108,15 +110,15 @@ class Rendering(Reader):
                 self._refused = exc  # raised when the frame is due, not while frames before it are unanswered
 
     def _prepare(self) -> dict[str, Array]:
-        position, session = self._position, self._session
-        started = session.now()
+        position, runner = self._position, self._runner
+        started = runner.now()
         inputs = dict(self._constant)
         try:
             for name, array in self._moving.items():
-                inputs[name] = session.take_input(name, array[position : position + 1], keep=False)
+                inputs[name] = self._intake.take(name, array[position : position + 1], keep=False)
         except InputError as exc:
             raise InputError(f"frame {position}: {exc}") from exc
-        session.prepared((session.now() - started) * 1e3)
+        runner.prepared((runner.now() - started) * 1e3)
         return inputs
 
     def _hand_in(self, arrived: float) -> None:
@@ -124,17 +126,17 @@ class Rendering(Reader):
         inputs, refused, self._prepared, self._refused = self._prepared, self._refused, None, None
         self._position += 1
         if refused is not None:
-            self._session.reject()
+            self._runner.reject()
             raise refused
         assert inputs is not None
-        self._session.arrive(inputs, arrived)
+        self._runner.arrive(inputs, arrived)
 
 
-def _check_lengths(session: Session, inputs: Mapping[str, Array]) -> int:
+def _check_lengths(intake: Intake, inputs: Mapping[str, Array]) -> int:
     """The number of frames, after checking dtypes, shapes and that the lengths agree."""
     longest, length = "", 1
     for name, array in inputs.items():
-        spec = session.spec(name)
+        spec = intake.spec(name)
         wanted = spec.shape[1:]
         if array.dtype != np.dtype(spec.dtype):
             raise InputError(f"input {name!r} has dtype {array.dtype}, expected {spec.dtype}; convert it first")

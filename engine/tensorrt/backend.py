@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bundle.bundle import Bundle
-from ..cuda.backend import CudaModule, ModuleFile
-from ..cuda.device import CudaDevice, CudaStream
+from ..cuda.device import CudaDevice
+from ..device.module import Module, ModuleFile, Site
 from .engine_cache import EngineCache, default_folder
 from .engines import build_engines
 from .flavour import CURRENT, Flavour
@@ -57,8 +57,9 @@ class TensorRtBackend:
                 )
                 logger.info("engine of %r for %s: %s", built.module, architecture, "found" if built.reused else "built")
 
-    def load(self, module: ModuleFile, *, device: CudaDevice, stream: CudaStream) -> CudaModule:
+    def load(self, module: ModuleFile, site: Site) -> Module:
         """Load one engine; `prepare` has seen to it that it is there."""
+        device: CudaDevice = site.stream.device
         key = device.architecture, module.name
         return TensorRtModule(
             self._engines[key],

@@ -118,7 +118,7 @@ class TensorRtModule:
                 probe.close()
 
     def launch(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> None:
-        """Issue one run to `stream` and nothing else (see `CudaModule.launch`).
+        """Issue one run to `stream` and nothing else (see `Module.launch`).
 
         Raises:
             InputError: If a binding does not fit. Nothing was issued.
@@ -139,7 +139,7 @@ class TensorRtModule:
                 )
 
     def enqueue(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> Event:
-        """`launch`, and an event that is done when the outputs are written (see `CudaModule.enqueue`)."""
+        """`launch`, and an event that is done when the outputs are written (see `Module.enqueue`)."""
         # Checked before, so that what does not fit is raised here and not by the event.
         self._bindings.arrays(bindings)
         return stream.submit(lambda: self.launch(bindings, stream))

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from tests_software_tensorrt import failing, software_flavour  # type: ignore[import-not-found]
 
 from benchmarks import gpu_engine, rtx_probe
-from benchmarks.empty_backend import EmptyCpuModule, EmptyCudaBackend, write_empty_bundle
+from benchmarks.empty_backend import EmptyCpuBackend, EmptyCudaBackend, write_empty_bundle
 from benchmarks.gpu_engine import PARTS
 from benchmarks.mesh_to_picture import MeshToPicture
 from benchmarks.rtx_probe import probe_rtx
@@ -109,7 +109,7 @@ def test_the_empty_bundle_is_answered_by_replays_of_one_memset(software_cuda: An
 def test_the_empty_module_of_the_cpu_does_nothing(tmp_path: Path) -> None:
     bundle = write_empty_bundle(tmp_path)
     (frame,) = frames_for(bundle, 1)
-    with Engine(bundle, backend=EmptyCpuModule, threads=1, policy="every:3") as engine, engine.session() as session:
+    with Engine(bundle, backend=EmptyCpuBackend(), threads=1, policy="every:3") as engine, engine.session() as session:
         answers = session.frames()
         for _ in range(4):
             session.submit(frame)

@@ -18,9 +18,9 @@ import onnxruntime
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda.backend import ModuleFile
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.options import CudaOptions
+from warpcache.engine.device.module import ModuleFile, Site
 from warpcache.engine.device.stream import CpuStream, InlineStream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError
@@ -119,9 +119,7 @@ class CudaRig:
             backend = choose_backend(backend, CudaOptions(engine_cache=self._cache))
         backend.prepare(bundle, [name], [self.device])
         self._stream = self.device.stream("contract")
-        return self._stream.call(
-            lambda: backend.load(ModuleFile.of(bundle, name), device=self.device, stream=self._stream)
-        )
+        return self._stream.call(lambda: backend.load(ModuleFile.of(bundle, name), Site(self._stream)))
 
     def stream(self) -> Any:
         return self._stream

@@ -58,7 +58,7 @@ class CopyingBackend:
     def prepare(self, *arguments: Any) -> None:
         pass
 
-    def load(self, module: Any, **place: Any) -> Copying:
+    def load(self, module: Any, site: Any) -> Copying:
         return Copying(module.name, module.inputs, module.outputs)
 
 

@@ -18,11 +18,12 @@ import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda.backend import ModuleFile
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.cuda.buffers import HostInput, StaticInputs
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.cuda.options import CudaOptions, parse_device
+from warpcache.engine.device.module import ModuleFile, Site
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeviceError, InputError
 from warpcache.engine.spec import Array, TensorSpec
@@ -89,8 +90,8 @@ class Wrapping:
     def prepare(self, *arguments: Any) -> None:
         self._inner.prepare(*arguments)
 
-    def load(self, module: ModuleFile, *, device: CudaDevice, stream: CudaStream) -> Any:
-        return self._wrap(self._inner.load(module, device=device, stream=stream))
+    def load(self, module: ModuleFile, site: Site) -> Any:
+        return self._wrap(self._inner.load(module, site))
 
 
 class Wrapped:
@@ -297,7 +298,7 @@ def test_the_collector_stays_out_until_the_last_of_several_captures_has_ended(so
 def test_debugging_finds_a_buffer_that_has_moved(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
     with make_engine(policy="full") as engine, CudaDevice(0) as device:
         session = engine.session()
-        lane = session._workspace.exit("whole")
+        lane = session._parts.workspace.exit("whole")
         lane._bindings[None]["x"] = device.upload(images(1))  # type: ignore[attr-defined]
         session.submit({"x": images(1)})
         with pytest.raises(DeviceError, match=r"the buffers of module 'generator' are not those it was captured with"):
@@ -311,11 +312,11 @@ def test_debugging_finds_a_buffer_that_has_moved(make_engine: Callable[..., Engi
 def lanes(engine: Engine) -> Iterator[tuple[Any, Any, list[dict[str, Any]], dict[str, Array]]]:
     """A producer's lane, the plain exit's, the inputs of two frames, and memory for an answer; slot 0 is of frame 0."""
     with engine, engine.session() as session:
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         given = [{"x": workspace.take_input(X, frame[None], finite=True, keep=True)} for frame in images(2)]
-        producer, plain = workspace.producer(0), workspace.exit("plain")
+        producer, plain = workspace.lane(Role.PRODUCER, 0), workspace.exit("plain")
         producer.enqueue(given[0], 0, {}).wait()
-        yield producer, plain, given, workspace.take_outputs()
+        yield producer, plain, given, workspace.exit("plain").take_outputs()
 
 
 def test_an_exit_waits_on_the_gpu_for_the_cache_it_reads(

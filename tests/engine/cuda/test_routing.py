@@ -15,10 +15,11 @@ import pytest
 from tests_software_tensorrt import software_flavour  # type: ignore[import-not-found]
 
 from warpcache.engine.bundle.bundle import Bundle
-from warpcache.engine.cuda.backend import ModuleFile
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.cuda.device import CudaDevice, CudaStream
 from warpcache.engine.cuda.finite import FiniteCheck, finite_on_host
 from warpcache.engine.cuda.options import CudaOptions
+from warpcache.engine.device.module import ModuleFile, Site
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, WarpcacheError
 from warpcache.engine.promise.calibration import Quality
@@ -94,8 +95,8 @@ class Wrapping:
     def prepare(self, *arguments: Any) -> None:
         self._inner.prepare(*arguments)
 
-    def load(self, module: ModuleFile, *, device: CudaDevice, stream: CudaStream) -> Any:
-        return self._wrap(self._inner.load(module, device=device, stream=stream), stream)
+    def load(self, module: ModuleFile, site: Site) -> Any:
+        return self._wrap(self._inner.load(module, site), site.stream)
 
 
 # What is loaded
@@ -143,7 +144,7 @@ def test_what_nobody_routes_loads_none_of_it(make_engine: Callable[..., Engine],
         assert loaded == ["generator"]
         assert engine._placement._kernel is None  # type: ignore[attr-defined]
         with engine.session() as session, CudaDevice(0) as device, pytest.raises(WarpcacheError, match="nobody routed"):
-            session._workspace.finite({"image": device.upload(images(1))})
+            session._parts.workspace.finite({"image": device.upload(images(1))})
     loaded.clear()
     with make_engine(policy="full", audit_every=0, backend=Wrapping(inner, note)):
         assert sorted(loaded) == ["branch1", "generator", "predictor_cold"]
@@ -187,18 +188,21 @@ def test_a_prediction_waits_for_nothing_that_runs_elsewhere(
     make_engine: Callable[..., Engine], routed_bundle: Path, software_cuda: Any
 ) -> None:
     with make_engine(policy="async") as engine, engine.session() as session:
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         x = images(3)
         first, second = ({"x": workspace.take_input(X, frame[None], finite=True, keep=True)} for frame in x[:2])
-        workspace.producer(0).enqueue(first, 0, {}).wait()
-        producer, auditor = workspace.producer(0)._stream, workspace.auditor()._stream
+        workspace.lane(Role.PRODUCER, 0).enqueue(first, 0, {}).wait()
+        producer, auditor = workspace.lane(Role.PRODUCER, 0)._stream, workspace.lane(Role.WHOLE)._stream
         age = workspace.take_input(AGE_SPEC, np.full((1, 1), 3, np.float32), finite=False, keep=True)
-        prediction, cold = workspace.take_prediction(False), workspace.take_prediction(True)
+        prediction, cold = (
+            workspace.lane(Role.PREDICTOR).take_outputs(),
+            workspace.lane(Role.PREDICTOR_COLD).take_outputs(),
+        )
         with software_cuda.held(producer), software_cuda.held(auditor):
-            busy = workspace.producer(0).enqueue(second, 1, {})
-            audit = workspace.auditor().enqueue(first, None, workspace.take_audit())
-            workspace.predictor(False).enqueue({**second, "age": age}, 0, prediction).wait()
-            workspace.predictor(True).enqueue(second, None, cold).wait()
+            busy = workspace.lane(Role.PRODUCER, 0).enqueue(second, 1, {})
+            audit = workspace.lane(Role.WHOLE).enqueue(first, None, workspace.lane(Role.WHOLE).take_outputs())
+            workspace.lane(Role.PREDICTOR).enqueue({**second, "age": age}, 0, prediction).wait()
+            workspace.lane(Role.PREDICTOR_COLD).enqueue(second, None, cold).wait()
             assert not busy.done
             assert not audit.done
         busy.wait()
@@ -210,18 +214,18 @@ def test_a_prediction_waits_for_nothing_that_runs_elsewhere(
             for name, value in on_the_cpu(routed_bundle, module, feeds).items():
                 np.testing.assert_array_equal(found[name], value, err_msg=name)
         # The workspace's own, the same every time.
-        assert workspace.take_prediction(False) is prediction
+        assert workspace.lane(Role.PREDICTOR).take_outputs() is prediction
 
 
 def test_a_frame_is_copied_to_the_gpu_once_for_predictor_and_exit(
     make_engine: Callable[..., Engine], software_cuda: Any
 ) -> None:
     with make_engine(policy="full", audit_every=0) as engine, engine.session() as session:
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         given = {"x": workspace.take_input(X, images(1), finite=True, keep=True)}
-        prediction, outputs = workspace.take_prediction(True), workspace.take_outputs()
+        prediction, outputs = workspace.lane(Role.PREDICTOR_COLD).take_outputs(), workspace.exit("plain").take_outputs()
         before = software_cuda.count("copies")
-        workspace.predictor(True).enqueue(given, None, prediction).wait()
+        workspace.lane(Role.PREDICTOR_COLD).enqueue(given, None, prediction).wait()
         # The image there, three numbers back.
         assert software_cuda.count("copies") - before == 1 + 3
         workspace.exit("branch1").enqueue(given, None, outputs).wait()
@@ -232,7 +236,7 @@ def test_ages_take_no_memory(make_engine: Callable[..., Engine], software_cuda: 
     with make_engine(age=1, audit_every=0) as engine, engine.session() as session:
         before = software_cuda.count("pinned_bytes"), software_cuda.count("allocations")
         held = [
-            session._workspace.take_input(AGE_SPEC, np.full((1, 1), age, np.float32), finite=False, keep=True)
+            session._parts.workspace.take_input(AGE_SPEC, np.full((1, 1), age, np.float32), finite=False, keep=True)
             for age in range(256)
         ]
         assert (software_cuda.count("pinned_bytes"), software_cuda.count("allocations")) == before
@@ -279,7 +283,7 @@ def test_an_answer_on_the_gpu_is_looked_at_there(software_cuda: Any, dtype: str)
 
 def test_a_look_waits_for_no_other_stream(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
     with make_engine(policy="full", cuda={"outputs": "device"}) as engine, engine.session() as session:
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         with CudaDevice(0) as device:
             answer = {"image": device.upload(images(1))}
             placement: Any = engine._placement
@@ -305,25 +309,25 @@ def test_what_is_kept_for_an_audit_is_no_longer_the_callers(
         engine.session() as session,
         CudaDevice(0) as device,
     ):
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         mine = device.upload(x[:1])
         given = {"x": workspace.take_input(X, workspace.adopt(X, mine), finite=True, keep=True)}
-        answer = workspace.take_outputs()
+        answer = workspace.exit("plain").take_outputs()
         workspace.exit("branch1").enqueue(given, None, answer).wait()
         kept, picture = workspace.keep_for_audit(given, answer["image"])
         expected = on_the_cpu(routed_bundle, "branch1", {"x": x[:1]})["image"]
         for pointer, size_bytes in ((mine.pointer, mine.size_bytes), *written_anew(answer["image"])):
             check(load().cuMemsetD8(pointer, 0x3D, size_bytes), "writing anew")
             check(load().cuStreamSynchronize(0), "writing anew")
-        audited = workspace.take_audit()
-        workspace.auditor().enqueue(kept, None, audited).wait()
+        audited = workspace.lane(Role.WHOLE).take_outputs()
+        workspace.lane(Role.WHOLE).enqueue(kept, None, audited).wait()
         np.testing.assert_array_equal(picture, expected)
         assert picture.dtype == np.float32
         np.testing.assert_array_equal(audited["image"], on_the_cpu(routed_bundle, "generator", {"x": x[:1]})["image"])
         # The next audit, of inputs from the host, is of those.
         given = {"x": workspace.take_input(X, x[1:], finite=True, keep=True)}
         kept, _ = workspace.keep_for_audit(given, answer["image"])
-        workspace.auditor().enqueue(kept, None, audited).wait()
+        workspace.lane(Role.WHOLE).enqueue(kept, None, audited).wait()
         np.testing.assert_array_equal(audited["image"], on_the_cpu(routed_bundle, "generator", {"x": x[1:]})["image"])
 
 
@@ -341,14 +345,14 @@ def test_a_borrowed_input_may_change_hands_between_host_and_gpu(
     """An input that stays is copied for one audit only; a borrowed one between two of them takes its place."""
     x = images(2)
     with make_engine(policy="full") as engine, engine.session() as session, CudaDevice(0) as device:
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         stays = {"x": workspace.take_input(X, x[:1], finite=True, keep=True)}
         mine = device.upload(x[1:])
         borrowed = {"x": workspace.take_input(X, workspace.adopt(X, mine), finite=True, keep=True)}
-        audited = workspace.take_audit()
+        audited = workspace.lane(Role.WHOLE).take_outputs()
         for given, frame in ((stays, x[:1]), (borrowed, x[1:]), (stays, x[:1])):
             kept, _ = workspace.keep_for_audit(given, np.zeros(SHAPE, np.float32))
-            workspace.auditor().enqueue(kept, None, audited).wait()
+            workspace.lane(Role.WHOLE).enqueue(kept, None, audited).wait()
             expected = on_the_cpu(routed_bundle, "generator", {"x": frame})["image"]
             np.testing.assert_array_equal(audited["image"], expected)
 
@@ -360,15 +364,15 @@ def test_what_an_owner_has_queued_is_kept_when_it_is_there(
     software_cuda.configure(lazy=1)  # nothing runs that nobody waits for
     x = images(1)
     with make_engine(policy="full") as engine, engine.session() as session, CudaDevice(0) as device:
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         owner, mine, source = device.stream("owner"), device.allocate(X), device.upload(x)
         code = load().cuMemcpyDtoDAsync(mine.pointer, source.pointer, mine.size_bytes, owner.stream)
         check(code, "drawing")
         lent = DeviceArray(mine.pointer, SHAPE, "float32", device=0, stream=owner.handle, owner=mine)
         given = {"x": workspace.take_input(X, workspace.adopt(X, lent), finite=True, keep=True)}
         kept, _ = workspace.keep_for_audit(given, np.zeros(SHAPE, np.float32))
-        audited = workspace.take_audit()
-        workspace.auditor().enqueue(kept, None, audited).wait()
+        audited = workspace.lane(Role.WHOLE).take_outputs()
+        workspace.lane(Role.WHOLE).enqueue(kept, None, audited).wait()
         np.testing.assert_array_equal(audited["image"], on_the_cpu(routed_bundle, "generator", {"x": x})["image"])
 
 
@@ -377,7 +381,7 @@ def test_a_session_is_closed_after_the_audit_that_runs(
 ) -> None:
     with make_engine(policy="full") as engine:
         session = engine.session()
-        workspace: Any = session._workspace
+        workspace: Any = session._parts.workspace
         stream: Any = engine._placement._modules.auditor.stream  # type: ignore[attr-defined]
         given = {"x": workspace.take_input(X, images(1), finite=True, keep=True)}
         kept, _ = workspace.keep_for_audit(given, np.zeros(SHAPE, np.float32))
@@ -390,7 +394,7 @@ def test_a_session_is_closed_after_the_audit_that_runs(
 
         monkeypatch.setattr(stream, "synchronize", release_and_wait)
         software_cuda.hold(stream.cuda)
-        audit = workspace.auditor().enqueue(kept, None, workspace.take_audit())
+        audit = workspace.lane(Role.WHOLE).enqueue(kept, None, workspace.lane(Role.WHOLE).take_outputs())
         session.close()
         assert audit.done
         assert audit.error is None

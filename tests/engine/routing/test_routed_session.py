@@ -18,15 +18,18 @@ import numpy as np
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
+from warpcache.engine.device.module import Module, ModuleFile, Site
 from warpcache.engine.device.stream import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, InputError
+from warpcache.engine.onnxruntime.backend import OnnxRuntimeBackend
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing import plan as routing_plan
 from warpcache.engine.session.frame import Frame
 from warpcache.engine.session.session import Session
-from warpcache.engine.spec import Array, TensorSpec
+from warpcache.engine.spec import Array
 
 PATIENCE = 30.0
 COSTS = {"warp2": 0.5, "warp": 1.0, "branch1": 3.0, "plain": 5.0, "whole": 10.0}
@@ -75,7 +78,9 @@ class Gate:
 class Hooked:
     """A module that runs a hook before every call, on its stream."""
 
-    def __init__(self, inner: OnnxRuntimeModule, hook: Callable[[], object]) -> None:
+    capturable = False
+
+    def __init__(self, inner: Module, hook: Callable[[], object]) -> None:
         self.inner, self.hook = inner, hook
         self.name, self.inputs, self.outputs = inner.name, inner.inputs, inner.outputs
 
@@ -86,12 +91,17 @@ class Hooked:
 
         return stream.submit(work)
 
+    def launch(self, bindings: Mapping[str, Array], stream: Stream) -> None:
+        self.enqueue(bindings, stream)
+
     def close(self) -> None:
         self.inner.close()
 
 
 class Backend:
     """ONNX Runtime on a clock of its own: an exit takes what it costs; further hooks run before chosen modules."""
+
+    name = "custom"
 
     def __init__(self, costs: Mapping[str, float] = COSTS, **hooks: Callable[[], object]) -> None:
         self.clock = ManualClock()
@@ -101,21 +111,16 @@ class Backend:
         self.cores: dict[str, set[int]] = {}
         self.threads: dict[str, int] = {}
 
-    def __call__(
-        self,
-        path: Path,
-        *,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        threads: int,
-        spinning: bool,
-    ) -> Hooked:
+    def prepare(self, *what: object) -> None:
+        """Nothing is to be prepared."""
+
+    def load(self, file: ModuleFile, site: Site) -> Hooked:
+        name = file.name
         self.loaded.append(name)
-        self.threads[name] = threads
+        self.threads[name] = site.threads
         if hasattr(os, "sched_getaffinity"):
             self.cores[name] = set(os.sched_getaffinity(0))
-        module = OnnxRuntimeModule(path, name=name, inputs=inputs, outputs=outputs, threads=threads, spinning=spinning)
+        module = OnnxRuntimeBackend().load(file, site)
         exit_ = "whole" if name == "generator" else name
 
         def hook() -> None:
@@ -538,15 +543,18 @@ def test_an_interrupt_while_an_audit_is_queued_does_not_hold_up_the_next_frame(
         session = engine.session(clock=backend.clock)
         reader = session.render({"x": steered(6, warp2=GOOD, branch1=GOOD)})
         next(reader)
-        auditor = session._workspace.auditor
+        workspace: Any = session._parts.workspace
+        lane = workspace.lane
 
-        def interrupt() -> Any:
-            raise KeyboardInterrupt
+        def interrupt(role: Role, index: int = 0) -> Any:
+            if role is Role.WHOLE:
+                raise KeyboardInterrupt
+            return lane(role, index)
 
-        session._workspace.auditor = interrupt  # type: ignore[method-assign]
+        workspace.lane = interrupt
         with pytest.raises(KeyboardInterrupt):
             next(reader)
-        session._workspace.auditor = auditor  # type: ignore[method-assign]
+        workspace.lane = lane
         left: list[Frame] = []
         # On a thread, so that a broken engine fails the test instead of hanging it.
         rest = threading.Thread(target=lambda: left.extend(reader), daemon=True)

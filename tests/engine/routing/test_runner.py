@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.device.stream import Event
 from warpcache.engine.errors import BackendError, ClosedError
 from warpcache.engine.promise.calibration import Quality
@@ -54,7 +55,7 @@ class World:
         self.taken += 1
         return array
 
-    def take_outputs(self) -> dict[str, np.ndarray]:
+    def take_answer(self) -> dict[str, np.ndarray]:
         return {"image": np.zeros((1, 3, 4, 4), np.float32)}
 
     def take_prediction(self, cold: bool) -> dict[str, np.ndarray]:
@@ -70,10 +71,11 @@ class World:
         return all(bool(np.isfinite(array).all()) for array in outputs.values())
 
     def exit(self, name: str) -> Lane:
-        return Lane(lambda inputs, slot, outputs: self.run(name, slot, outputs))
+        return Lane(lambda inputs, slot, outputs: self.run(name, slot, outputs), self.take_answer)
 
-    def predictor(self, cold: bool) -> Lane:
-        return Lane(lambda inputs, slot, outputs: self.predict(cold, inputs, slot))
+    def lane(self, role: Role, index: int = 0) -> Lane:
+        cold = role is Role.PREDICTOR_COLD
+        return Lane(lambda inputs, slot, outputs: self.predict(cold, inputs, slot), lambda: self.take_prediction(cold))
 
     def run(self, name: str, slot: int | None, outputs: Mapping[str, np.ndarray]) -> None:
         self.ran.append((name, slot))
@@ -94,8 +96,11 @@ class World:
 class Lane:
     """Runs a function, as an exit's lane on the calling thread does."""
 
-    def __init__(self, run: Callable[[Mapping[str, Any], int | None, Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self, run: Callable[[Mapping[str, Any], int | None, Mapping[str, Any]], None], take: Callable[[], Any]
+    ) -> None:
         self._run = run
+        self.take_outputs = take
 
     def enqueue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any]) -> Event:
         event = Event()

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from warpcache.engine.errors import InputError, WarpcacheError
 from warpcache.engine.schedule.events import (
     Action,
+    Answering,
     ConsumerDone,
     ConsumerFailed,
     DropFrame,
@@ -47,7 +48,8 @@ class Driver:
         self.routed = options.get("routed", False)
         self.scene_start = 0
         self.lanes = 1 if policy.foreground else devices * streams
-        self.scheduler = Scheduler(policy, devices=devices, streams=streams, queue_limit=QUEUE_LIMIT, **options)
+        answering = Answering(**{"aged" if key == "aged_exit" else key: value for key, value in options.items()})
+        self.scheduler = Scheduler(policy, answering, devices=devices, streams=streams, queue_limit=QUEUE_LIMIT)
         self.arrived: list[int] = []
         self.open: list[int] = []
         self.answers: list[StartConsumer] = []
@@ -460,7 +462,7 @@ def test_after_a_cut_lockstep_begins_again_with_the_scenes_first_frame() -> None
 @pytest.mark.parametrize(
     ("options", "opening"),
     [
-        ({"devices": 0}, "devices, streams and queue_limit are 0, 1, 8; give 1 or more"),
+        ({"devices": 0}, "devices, streams and queue_limit are 0, 1, 3; give 1 or more"),
         ({"max_age": -1}, "max_age -1 is negative"),
         ({"on_stale": "wait"}, "unknown on_stale 'wait'"),
         ({"aged_exit": "whole"}, "exit 'whole' reads no cache; choose another"),
@@ -468,7 +470,7 @@ def test_after_a_cut_lockstep_begins_again_with_the_scenes_first_frame() -> None
 )
 def test_wrong_options_are_refused(options: dict[str, Any], opening: str) -> None:
     with pytest.raises(InputError) as caught:
-        Scheduler(Policy("async"), **options)
+        Driver(Policy("async"), **options)
     assert str(caught.value).startswith(opening)
 
 

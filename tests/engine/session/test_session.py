@@ -16,9 +16,11 @@ import pytest
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest
 from warpcache.engine.bundle.manifest import module_record
+from warpcache.engine.device.module import Module, ModuleFile, Site
 from warpcache.engine.device.stream import Event, InlineStream, Stream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, DeadlineError, InputError
+from warpcache.engine.onnxruntime.backend import OnnxRuntimeBackend
 from warpcache.engine.onnxruntime.cpu import OnnxRuntimeModule
 from warpcache.engine.session.frame import Frame
 from warpcache.engine.session.session import Session
@@ -73,7 +75,9 @@ class Gate:
 class Hooked:
     """A module that runs a hook before every call, on the stream."""
 
-    def __init__(self, inner: OnnxRuntimeModule, hook: Callable[[], None]) -> None:
+    capturable = False
+
+    def __init__(self, inner: Module, hook: Callable[[], None]) -> None:
         self.inner, self.hook = inner, hook
         self.name, self.inputs, self.outputs = inner.name, inner.inputs, inner.outputs
 
@@ -84,6 +88,9 @@ class Hooked:
 
         return stream.submit(work)
 
+    def launch(self, bindings: Mapping[str, Array], stream: Stream) -> None:
+        self.enqueue(bindings, stream)
+
     def close(self) -> None:
         self.inner.close()
 
@@ -91,25 +98,21 @@ class Hooked:
 class Hooks:
     """A backend: ONNX Runtime with a hook before the calls of chosen modules; notes what was loaded, and how."""
 
+    name = "custom"
+
     def __init__(self, **hooks: Callable[[], None]) -> None:
         self.hooks = hooks
         self.loaded: list[str] = []
         self.threads: dict[str, int] = {}
 
-    def __call__(
-        self,
-        path: Path,
-        *,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        threads: int,
-        spinning: bool,
-    ) -> OnnxRuntimeModule | Hooked:
-        self.loaded.append(name)
-        self.threads[name] = threads
-        module = OnnxRuntimeModule(path, name=name, inputs=inputs, outputs=outputs, threads=threads, spinning=spinning)
-        return Hooked(module, self.hooks[name]) if name in self.hooks else module
+    def prepare(self, *what: object) -> None:
+        """Nothing is to be prepared."""
+
+    def load(self, file: ModuleFile, site: Site) -> Module:
+        self.loaded.append(file.name)
+        self.threads[file.name] = site.threads
+        module = OnnxRuntimeBackend().load(file, site)
+        return Hooked(module, self.hooks[file.name]) if file.name in self.hooks else module
 
 
 class ManualClock:
@@ -498,7 +501,7 @@ def test_a_producer_that_fails_is_counted_and_the_last_cache_serves_on(
             action()
 
     with (
-        caplog.at_level(logging.WARNING, "warpcache.engine.session.session"),
+        caplog.at_level(logging.WARNING, "warpcache.engine.session.runner"),
         Engine(tiny_bundle, max_age=2, backend=Hooks(producer=sometimes)) as engine,
     ):
         session = engine.session()
@@ -599,7 +602,7 @@ def test_a_bug_on_a_producers_thread_reaches_the_reader(tiny_bundle: Path) -> No
         def broken_step(event: object) -> list[object]:
             raise RuntimeError("seeded bug")
 
-        session._scheduler.step = broken_step  # type: ignore[assignment, method-assign]
+        session._parts.scheduler.step = broken_step  # type: ignore[assignment, method-assign]
         gate.open()
         with pytest.raises(RuntimeError, match=r"^seeded bug"):
             next(session.frames())
@@ -681,17 +684,10 @@ def test_a_frame_rate_that_is_none_is_refused(tiny_bundle: Path, fps: float) -> 
 class Arithmetic:
     """A module in NumPy: y = x + 10 * style, the atlas ignored; the cache holds y."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        threads: int,
-        spinning: bool,
-    ) -> None:
-        self.name, self.inputs, self.outputs = name, inputs, outputs
+    capturable = False
+
+    def __init__(self, file: ModuleFile) -> None:
+        self.name, self.inputs, self.outputs = file.name, file.inputs, file.outputs
 
     def enqueue(self, bindings: Mapping[str, Array], stream: Stream) -> Event:
         assert set(bindings) == {spec.name for spec in (*self.inputs, *self.outputs)}
@@ -707,8 +703,23 @@ class Arithmetic:
 
         return stream.submit(work)
 
+    def launch(self, bindings: Mapping[str, Array], stream: Stream) -> None:
+        self.enqueue(bindings, stream)
+
     def close(self) -> None:
         """Nothing to release."""
+
+
+class InNumPy:
+    """The backend of such modules."""
+
+    name = "arithmetic"
+
+    def prepare(self, *what: object) -> None:
+        """Nothing is to be prepared."""
+
+    def load(self, file: ModuleFile, site: Site) -> Module:
+        return Arithmetic(file)
 
 
 @pytest.fixture
@@ -748,7 +759,7 @@ def several_inputs(tmp_path: Path) -> Bundle:
 def test_an_input_of_one_frame_serves_every_frame(several_inputs: Bundle) -> None:
     x, style = np.arange(8).reshape(4, 2), np.array([[3]])
     atlas = np.arange(12).reshape(4, 3)
-    with Engine(several_inputs, age=1, backend=Arithmetic) as engine:
+    with Engine(several_inputs, age=1, backend=InNumPy()) as engine:
         frames = list(engine.session().render({"x": x, "style": style, "atlas": atlas}))
     expected = [x[0] + 30] + [x[t - 1] + 30 + 100 * atlas[t, :2] for t in (1, 2, 3)]
     np.testing.assert_array_equal(np.concatenate([frame.outputs["y"] for frame in frames]), expected)
@@ -756,7 +767,7 @@ def test_an_input_of_one_frame_serves_every_frame(several_inputs: Bundle) -> Non
 
 def test_inputs_of_any_memory_layout_are_taken(several_inputs: Bundle) -> None:
     x = np.asfortranarray(np.arange(8).reshape(4, 2))[::-1]
-    with Engine(several_inputs, policy="full", backend=Arithmetic) as engine:
+    with Engine(several_inputs, policy="full", backend=InNumPy()) as engine:
         frames = list(engine.session().render({"x": x, "style": np.array([[0]])}))
     np.testing.assert_array_equal(np.concatenate([frame.outputs["y"] for frame in frames]), x)
 
@@ -764,10 +775,10 @@ def test_inputs_of_any_memory_layout_are_taken(several_inputs: Bundle) -> None:
 def test_motion_is_asked_for_only_where_a_module_takes_it(several_inputs: Bundle) -> None:
     inputs = {"x": np.zeros((3, 2), np.int64), "style": np.zeros((3, 1), np.int64)}
     for options in ({"policy": "full"}, {"age": 0}, {"policy": "every:2", "exit": "plain"}):
-        with Engine(several_inputs, backend=Arithmetic, **options) as engine:  # type: ignore[arg-type]
+        with Engine(several_inputs, backend=InNumPy(), **options) as engine:  # type: ignore[arg-type]
             assert len(list(engine.session().render(inputs))) == 3
     with (
-        Engine(several_inputs, backend=Arithmetic) as engine,
+        Engine(several_inputs, backend=InNumPy()) as engine,
         pytest.raises(InputError, match=r"^input 'atlas' is missing; the inputs given are 'x', 'style'"),
     ):
         engine.session().render(inputs)
@@ -776,7 +787,7 @@ def test_motion_is_asked_for_only_where_a_module_takes_it(several_inputs: Bundle
 def test_inputs_of_unequal_length_are_refused(several_inputs: Bundle) -> None:
     inputs = {"x": np.zeros((3, 2), np.int64), "style": np.zeros((4, 1), np.int64)}
     with (
-        Engine(several_inputs, policy="full", backend=Arithmetic) as engine,
+        Engine(several_inputs, policy="full", backend=InNumPy()) as engine,
         pytest.raises(InputError, match=r"^input 'style' has 4 frames and 'x' has 3; give equally many"),
     ):
         engine.session().render(inputs)
@@ -838,8 +849,8 @@ def test_an_exit_that_the_bundle_lacks_is_refused(several_inputs: Bundle) -> Non
     manifest = several_inputs.manifest
     bare = Bundle(several_inputs.path, manifest.__class__(**{**vars(manifest), "exits": manifest.exits[:2]}))
     with pytest.raises(InputError, match=r"^bundle 'several' has no exit 'warp'"):
-        Engine(bare, exit="warp", backend=Arithmetic)
-    with Engine(bare, age=1, backend=Arithmetic) as engine:
+        Engine(bare, exit="warp", backend=InNumPy())
+    with Engine(bare, age=1, backend=InNumPy()) as engine:
         inputs = {"x": np.arange(4).reshape(2, 2), "style": np.array([[0]])}
         assert [frame.route for frame in engine.session().render(inputs)] == ["plain", "plain"]
 
@@ -902,10 +913,11 @@ def test_an_engine_that_cannot_load_leaves_nothing_behind(tiny_bundle: Path) -> 
     closed: list[str] = []
 
     class Refusing(Hooks):
-        def __call__(self, path: Path, *, name: str, **options: object) -> OnnxRuntimeModule | Hooked:  # type: ignore[override]
+        def load(self, file: ModuleFile, site: Site) -> Module:
+            name = file.name
             if name == "warp":
                 raise BackendError("module 'warp' was refused")
-            module = super().__call__(path, name=name, **options)  # type: ignore[arg-type]
+            module = super().load(file, site)
             original = module.close
             module.close = lambda: (closed.append(name), original())[1]  # type: ignore[method-assign]
             return module
