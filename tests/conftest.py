@@ -23,6 +23,8 @@ from warpcache.engine.spec import AGE_SPEC, TensorSpec
 
 # The doubles of TensorRT's Python modules are imported by name, also by the process that builds engines.
 sys.path.append(str(Path(__file__).parent / "software_tensorrt"))
+# What several test files set up alike.
+sys.path.append(str(Path(__file__).parent / "support"))
 
 SIZE = 16
 CHANNELS = 8

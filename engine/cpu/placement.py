@@ -52,6 +52,7 @@ class CpuPlacement:
         self._loaded: dict[tuple[str, Stream], LoadedModule] = {}  # to be closed, also where loading stops half-way
         self._exits: dict[Route, LoadedModule] = {}
         self._modules = LoadedModules()
+        self._first_state = bundle.first_state()
         self._device = CpuDevice(threads)
         self._share = self._device.share(0 if policy.foreground else producers)
         self._inline = self._device.inline(cores=self._share.consumer_cores)
@@ -75,8 +76,8 @@ class CpuPlacement:
         """Memory and lanes for one session with so many cache slots."""
         manifest = self._bundle.manifest
         cache = manifest.cache if self._policy.uses_cache else ()
-        first_state = self._bundle.first_state()
-        return CpuWorkspace(self._modules, self._exit, SlotBuffers(cache, slots), manifest.outputs, first_state)
+        buffers = SlotBuffers(cache, slots)
+        return CpuWorkspace(self._modules, self._exit, buffers, manifest.outputs, self._first_state)
 
     def synchronize(self) -> None:
         """Wait until every producer and every audit that was started has ended."""

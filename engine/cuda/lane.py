@@ -151,7 +151,9 @@ class CudaLane:
             raise BackendError(f"{why}; use graphs='auto' to go on without graphs") from cause
         logger.warning("module %r is issued call by call, without a graph: %s", self._module.name, why)
 
-    def _issue(self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any], fresh: bool) -> None:
+    def _issue(
+        self, inputs: Mapping[str, Any], slot: int | None, outputs: Mapping[str, Any], fresh: bool = False
+    ) -> None:
         """Everything of one run, in order on the stream; the calling thread waits for nothing."""
         stream = self._stream
         key = slot if self._uses_slot else None

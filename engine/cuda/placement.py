@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 
 from ...kernels.driver import check, load
 from ...kernels.finite import FiniteKernel
@@ -17,7 +18,7 @@ from ..errors import ClosedError, InputError
 from ..schedule.policy import Policy
 from .device import CudaDevice, CudaStream, CudaWorkerStream
 from .options import CudaOptions
-from .workspace import CudaWorkspace
+from .workspace import CudaWorkspace, Placed
 
 __all__ = ["CudaPlacement"]
 
@@ -65,15 +66,15 @@ class CudaPlacement:
         self._turn = turn
         self._closed = False
         self._loaded: dict[tuple[str, Stream], LoadedModule] = {}  # to be closed, also where loading stops half-way
-        self._modules = LoadedModules()
-        self._kernel: FiniteKernel | None = None
         self._devices: dict[int, CudaDevice] = {}
+        self._kernel: FiniteKernel | None = None
         with ExitStack() as undo:
             undo.callback(self.close)
             self.device = self._open(ordinal)
             for other in options.producer_ordinals:
                 self._connect(self._open(other))
             self._stream = self.device.stream("warpcache-consumer", priority="high")
+            self._placed = Placed(self.device, self._stream, options, turn, bundle.first_state())
             undo.pop_all()
 
     def load(self, wanted: Wanted) -> None:
@@ -88,7 +89,7 @@ class CudaPlacement:
         if wanted.predictors and self._options.outputs == "device":
             # Answers that a router chose are looked at before they are given out, and these do not come to the host.
             self._kernel = FiniteKernel(self.device.context)
-        self._modules = LoadedModules(
+        modules = LoadedModules(
             producers=self._load_producers(),
             exits={route: self._load_exit(route) for route in wanted.exits},
             predictors={role: self._load_role(role, self._stream) for role in wanted.predictors},
@@ -98,6 +99,7 @@ class CudaPlacement:
             if wanted.auditor
             else None,
         )
+        self._placed = replace(self._placed, modules=modules, kernel=self._kernel)
         # It may hold every engine as bytes, and nothing is loaded any more.
         del self._backend
 
@@ -110,20 +112,11 @@ class CudaPlacement:
         if self._closed:
             raise ClosedError("the engine is closed; open a new one")
         with self._turn:
-            return CudaWorkspace(
-                self._bundle,
-                device=self.device,
-                consumer=self._stream,
-                modules=self._modules,
-                kernel=self._kernel,
-                slots=slots if self._policy.uses_cache else 0,
-                options=self._options,
-                turn=self._turn,
-            )
+            return CudaWorkspace(self._bundle.manifest, self._placed, slots=slots if self._policy.uses_cache else 0)
 
     def synchronize(self) -> None:
         """Wait until every producer and every audit that was started has ended."""
-        for loaded in self._modules.background:
+        for loaded in self._placed.modules.background:
             loaded.stream.synchronize()
 
     def close(self) -> None:

@@ -6,13 +6,13 @@ import functools
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...kernels.array import DeviceArray
 from ...kernels.finite import FiniteKernel
-from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
 from ..bundle.roles import Role, Route
 from ..device.placement import Lane, LoadedModule, LoadedModules
@@ -26,7 +26,7 @@ from .finite import FiniteCheck, finite_on_host
 from .lane import CudaLane, LaneShared
 from .options import CudaOptions
 
-__all__ = ["CudaWorkspace"]
+__all__ = ["CudaWorkspace", "Placed"]
 
 # Frames whose inputs are held at once: the one being answered, the one that is prepared, those that wait (lockstep).
 _WAITING_FRAMES = 10
@@ -36,41 +36,47 @@ _READY_ANSWERS = 2
 _AGES = 320
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What an engine has on its GPUs for all sessions.
+
+    Attributes:
+        device: The consumer's GPU.
+        consumer: The stream that frames wait for.
+        options: What the user chose.
+        turn: Held while the consumer's stream is used.
+        first_state: The first value of every state tensor, by the name it is read by.
+        modules: What is loaded.
+        kernel: What looks for NaN in answers on the GPU; None where nobody is going to ask.
+    """
+
+    device: CudaDevice
+    consumer: CudaStream
+    options: CudaOptions
+    turn: threading.Lock
+    first_state: Mapping[str, Array]
+    modules: LoadedModules = field(default_factory=LoadedModules)
+    kernel: FiniteKernel | None = None
+
+
 class CudaWorkspace:
     """One session's memory on the GPU (see `placement.Workspace`).
 
     Args:
-        bundle: What is run.
-        device: The consumer's GPU.
-        consumer: The stream that frames wait for.
-        modules: What is loaded.
-        kernel: What looks for NaN in answers on the GPU; None where nobody is going to ask.
+        manifest: Of the bundle that is run.
+        placed: What the engine has there.
         slots: How many cache slots.
-        options: What the user chose.
-        turn: Held while the consumer's stream is used.
 
     Raises:
         DeviceError: If the GPU has no room for it.
         BackendError: If a module fails, or cannot be captured where that was demanded.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        device: CudaDevice,
-        consumer: CudaStream,
-        modules: LoadedModules,
-        kernel: FiniteKernel | None,
-        slots: int,
-        options: CudaOptions,
-        turn: threading.Lock,
-    ) -> None:
-        manifest = bundle.manifest
+    def __init__(self, manifest: Manifest, placed: Placed, *, slots: int) -> None:
+        device, modules, options = placed.device, placed.modules, placed.options
         self._device = device
-        self._consumer = consumer
-        self._turn = turn
-        self._background = tuple(loaded.stream for loaded in modules.background if loaded.stream is not consumer)
+        self._turn = placed.turn
+        self._background = tuple(loaded.stream for loaded in modules.background if loaded.stream is not placed.consumer)
         # Borrowed arrays are ordered on a stream of their own, which every lane then waits for.
         self._intake = device.stream("warpcache-intake", priority="high")
         self._arrived = device.event()
@@ -96,7 +102,7 @@ class CudaWorkspace:
             ring = CudaSlots(device, manifest.cache, slots) if slots else None
             shared = StaticInputs(device, (*specs, AGE_SPEC) if modules.predictors else specs)
             answers = {spec.name: device.allocate(spec) for spec in manifest.outputs}
-            session = LaneShared(self._arrived, options, bundle.first_state())
+            session = LaneShared(self._arrived, options, placed.first_state)
             for index, loaded in enumerate(modules.producers):
                 self._open(
                     (Role.PRODUCER, index),
@@ -125,8 +131,8 @@ class CudaWorkspace:
                 )
             if modules.auditor is not None:
                 self._open_audit(modules.auditor, manifest, session)
-            if kernel is not None:
-                self._check = FiniteCheck(device, kernel)
+            if placed.kernel is not None:
+                self._check = FiniteCheck(device, placed.kernel)
             undo.pop_all()
 
     @property

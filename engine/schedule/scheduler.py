@@ -246,7 +246,9 @@ class Scheduler:
     def _begin_sequence(self, frame: int, actions: list[Action]) -> None:
         if frame <= self._newest_frame:
             raise _impossible(f"a sequence began with frame {frame}, which had arrived already")
-        actions.extend(DropFrame(waiting) for waiting in self._pending)
+        refreshing = () if self._refreshing is None else (self._refreshing,)
+        actions.extend(DropFrame(waiting) for waiting in (*refreshing, *self._pending))
+        self._refreshing = None
         for frames in (self._pending, self._owed, self._history):
             frames.clear()
         self._scene_start = frame

@@ -118,7 +118,7 @@ class Wrapped:
 
 def test_one_graph_an_exit_and_slot(make_engine: Callable[..., Engine]) -> None:
     with make_engine(age=1) as engine, engine.session() as session:
-        slots = engine.new_scheduler().slots
+        slots = engine._new_scheduler().slots
         # Producer, plain and warp have one a slot; the whole generator, loaded as a fallback, reads none.
         assert session.statistics.graphs == 3 * slots + 1
     with make_engine(age=1, cuda={"graphs": "off"}) as engine, engine.session() as session:
@@ -512,7 +512,7 @@ def test_what_a_frame_waits_for_goes_first(make_engine: Callable[..., Engine], s
     cuda = load()
     with make_engine() as engine:
         placement: Any = engine._placement
-        consumer, producer = placement._stream, placement._modules.producers[0].stream.cuda
+        consumer, producer = placement._stream, placement._placed.modules.producers[0].stream.cuda
         # CUDA's priorities: the lower the number, the earlier.
         assert check(cuda.cuStreamGetPriority(consumer.stream), "asking") < check(
             cuda.cuStreamGetPriority(producer.stream), "asking"
@@ -531,7 +531,7 @@ def test_sessions_open_in_turn_with_frames(make_engine: Callable[..., Engine], e
 
     class Watched(Wrapped):
         def launch(self, bindings: Any, stream: CudaStream) -> None:
-            if not opened[0].turn.locked():
+            if not opened[0]._turn.locked():
                 unlocked.append(self.name)
             self._inner.launch(bindings, stream)
 
@@ -556,7 +556,7 @@ def test_frames_go_on_while_a_producer_is_held(
         first = next(reader)
         assert (first.route, first.age) == ("plain", 0)
         engine.synchronize()
-        stream = engine._placement._modules.producers[0].stream.cuda  # type: ignore[attr-defined]
+        stream = engine._placement._placed.modules.producers[0].stream.cuda  # type: ignore[attr-defined]
         with software_cuda.held(stream):
             ages = []
             for _ in range(3):

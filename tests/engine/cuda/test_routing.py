@@ -152,7 +152,7 @@ def test_what_nobody_routes_loads_none_of_it(make_engine: Callable[..., Engine],
 
 def test_every_lane_has_its_graphs(make_engine: Callable[..., Engine]) -> None:
     with make_engine(age=1) as engine, engine.session() as session:
-        slots = engine.new_scheduler().slots
+        slots = engine._new_scheduler().slots
         # One a slot: producer, plain, warp, warp2, predictor; one each: branch1, whole, cold predictor, auditor.
         assert session.statistics.graphs == 5 * slots + 4
     with make_engine(age=1, cuda={"graphs": "off"}) as engine, engine.session() as session:
@@ -165,7 +165,7 @@ def test_every_lane_has_its_graphs(make_engine: Callable[..., Engine]) -> None:
 def test_frames_go_on_while_an_audit_is_held(make_engine: Callable[..., Engine], software_cuda: Any) -> None:
     with make_engine(policy="full") as engine:
         session = engine.session()
-        auditor = engine._placement._modules.auditor.stream.cuda  # type: ignore[attr-defined]
+        auditor = engine._placement._placed.modules.auditor.stream.cuda  # type: ignore[attr-defined]
         x = images(6)
         x[:, 0, 0, 2] = GOOD  # branch1, which needs an audit
         reader = session.render({"x": x})
@@ -223,7 +223,10 @@ def test_a_frame_is_copied_to_the_gpu_once_for_predictor_and_exit(
     with make_engine(policy="full", audit_every=0) as engine, engine.session() as session:
         workspace: Any = session._parts.workspace
         given = {"x": workspace.take_input(X, images(1), finite=True, keep=True)}
-        prediction, outputs = workspace.lane(Role.PREDICTOR_COLD).take_outputs(), workspace.exit("plain").take_outputs()
+        prediction, outputs = (
+            workspace.lane(Role.PREDICTOR_COLD).take_outputs(),
+            workspace.exit("branch1").take_outputs(),
+        )
         before = software_cuda.count("copies")
         workspace.lane(Role.PREDICTOR_COLD).enqueue(given, None, prediction).wait()
         # The image there, three numbers back.
@@ -287,7 +290,7 @@ def test_a_look_waits_for_no_other_stream(make_engine: Callable[..., Engine], so
         with CudaDevice(0) as device:
             answer = {"image": device.upload(images(1))}
             placement: Any = engine._placement
-            with software_cuda.held(placement._stream), software_cuda.held(placement._modules.auditor.stream.cuda):
+            with software_cuda.held(placement._stream), software_cuda.held(placement._placed.modules.auditor.stream.cuda):
                 assert workspace.finite(answer)
         workspace.close()
         with pytest.raises(ClosedError, match="the session is closed"):
@@ -312,7 +315,7 @@ def test_what_is_kept_for_an_audit_is_no_longer_the_callers(
         workspace: Any = session._parts.workspace
         mine = device.upload(x[:1])
         given = {"x": workspace.take_input(X, workspace.adopt(X, mine), finite=True, keep=True)}
-        answer = workspace.exit("plain").take_outputs()
+        answer = workspace.exit("branch1").take_outputs()
         workspace.exit("branch1").enqueue(given, None, answer).wait()
         kept, picture = workspace.keep_for_audit(given, answer["image"])
         expected = on_the_cpu(routed_bundle, "branch1", {"x": x[:1]})["image"]
@@ -382,7 +385,7 @@ def test_a_session_is_closed_after_the_audit_that_runs(
     with make_engine(policy="full") as engine:
         session = engine.session()
         workspace: Any = session._parts.workspace
-        stream: Any = engine._placement._modules.auditor.stream  # type: ignore[attr-defined]
+        stream: Any = engine._placement._placed.modules.auditor.stream  # type: ignore[attr-defined]
         given = {"x": workspace.take_input(X, images(1), finite=True, keep=True)}
         kept, _ = workspace.keep_for_audit(given, np.zeros(SHAPE, np.float32))
         wait = stream.synchronize
