@@ -31,7 +31,9 @@ from .cut.candidate import AUTO, CutCandidate
 from .cut.enumerate import enumerate_cuts
 from .cut.rank import choose_cut, rank_cuts
 from .cut.split import check_exact, split
+from .cut.state import with_state
 from .frames.clip import Clip, Stream, training_and_held
+from .frames.state import STATE_FILE, State, apart, carried, first_values, state_of, unroll
 from .frames.streams import Progress, frame_at
 from .frames.subject import Subject
 from .frames.surface import Surface
@@ -87,21 +89,44 @@ def compile_generator(
     surface = surface if surface is not None else getattr(module, "surface", None)
     # A stream made for training serves `--steps 0` as well; what the cut alone does not need is left out.
     spare = surface.atlas if surface is not None and not training else None
-    train, held = training_and_held(Clip.of(stream, without=spare), holdout, training=training)
+    frames, first = _apart_from_state(Clip.of(stream, without=spare), options.state)
+    train, held = training_and_held(
+        frames, None if holdout is None else _apart_from_state(Clip.of(holdout), options.state)[0], training=training
+    )
     surface = surface if training else None
     if isinstance(module, ModelProto):
-        model = _fixed(module, train.arrays, more=set() if surface is None else {surface.atlas})
+        model = _fixed(
+            module,
+            train.arrays,
+            more=set() if surface is None else {surface.atlas},
+            state=set(options.state.values()),
+        )
     else:
         names = set(input_names_of(module))
         motion = set() if surface is None else {surface.atlas} - names
         progress("tracing the generator", 0, 1)
-        model = trace_generator(module, {name: train.arrays[name][:1] for name in train.arrays if name not in motion})
+        lacking = sorted(set(options.state.values()) & names - set(first))
+        if lacking:
+            raise InputError(
+                f"state {lacking[0]!r} has no first value; add an array {lacking[0]!r} with a leading axis of 1 to the "
+                "inputs, zeros where the state starts with nothing"
+            )
+        example = {name: train.arrays[name][:1] for name in train.arrays if name not in motion}
+        model = trace_generator(module, example | first)
         progress("tracing the generator", 1, 1)
-    return _Compilation(Subject(model, train, held, surface), out, options, progress).run(made_from)
+    state = state_of(model, options.state, first)
+    return _Compilation(_subject(model, train, held, surface, state), out, options, progress).run(made_from)
 
 
 def split_model(
-    model: ModelProto, stream: Stream, out: Path, *, cut: str = AUTO, made_from: Mapping[str, Any], progress: Progress
+    model: ModelProto,
+    stream: Stream,
+    out: Path,
+    *,
+    cut: str = AUTO,
+    state: Mapping[str, str] | None = None,
+    made_from: Mapping[str, Any],
+    progress: Progress,
 ) -> Bundle:
     """Cut an ONNX model into a bundle; nothing is trained.
 
@@ -110,6 +135,7 @@ def split_model(
         stream: Sample frames: the cut is chosen, checked and calibrated on them.
         out: The bundle to write, ``NAME.warp``.
         cut: "auto", or names of values joined by commas.
+        state: See `CompileOptions`.
         made_from: As for `compile_generator`.
         progress: Told how far it is.
 
@@ -117,9 +143,11 @@ def split_model(
         As `compile_generator`.
     """
     refuse_out(out)
-    model = _fixed(model, stream.arrays)
-    options = CompileOptions(cut=cut, steps=0)
-    return _Compilation(Subject(model, stream, stream), out, options, progress).run(made_from)
+    options = CompileOptions(cut=cut, steps=0, state=state or {})
+    frames, first = _apart_from_state(Clip.of(stream), options.state)
+    model = _fixed(model, frames.arrays, state=set(options.state.values()))
+    subject = _subject(model, frames, frames, None, state_of(model, options.state, first))
+    return _Compilation(subject, out, options, progress).run(made_from)
 
 
 class _Compilation:
@@ -150,8 +178,10 @@ class _Compilation:
             check_promise(subject, options, self.lpips)
         plan = read_plan(self.checkpoint) if options.resume and options.steps else None
         cut, candidates = _choose(subject, plan["cut"] if plan else options.cut, self.progress)
-        parts = split(subject.model, cut)
-        check_exact(subject.model, parts, {name: array[:1] for name, array in subject.sample.items()})
+        parts = split(subject.answering, cut)
+        feeds = frame_at(subject.sample, 0)
+        check_exact(subject.answering, parts, feeds)
+        parts = with_state(subject.model, parts, [one.output for one in subject.state], feeds)
         self.models |= {"producer": parts.producer, "plain": parts.plain}
         adapter: AdapterTraining | None = None
         if options.steps:
@@ -169,7 +199,10 @@ class _Compilation:
                 self.models["producer"] = merge(trained.producer, thumbnail_graph(adapter.layout), {})
             # The cut's tensors now leave a producer that does more: still the same bits.
             split_ = dataclasses.replace(parts, producer=self.models["producer"])
-            check_exact(subject.model, split_, frame_at(subject.train.arrays, 0))
+            check_exact(subject.answering, split_, frame_at(subject.train.arrays, 0))
+        values = first_values(subject.state)
+        if values is not None:
+            self.more[STATE_FILE] = values
         costs = measure_costs(self.models, self.exits, subject)
         calibration = self._calibrate()
         if adapter is not None and options.exits is not None and calibration is not None:
@@ -220,7 +253,7 @@ class _Compilation:
         if self.subject.image_output is None:
             return None
         return calibrate(
-            self.subject.model,
+            self.subject.answering,
             self.models["producer"],
             {name: self.models[name] for name in self.exits if name != WHOLE},
             held.arrays,
@@ -265,14 +298,14 @@ class _Compilation:
 def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandidate, list[CutCandidate]]:
     """The cut, and the candidates that it was ranked among (it alone, where it was named)."""
     progress("choosing the cut", 0, 2)
-    model, sample = subject.model, subject.sample
+    model, sample = subject.answering, subject.sample
     feeds = {name: array[-1:] for name, array in sample.items()}
     frames = max(len(array) for array in sample.values())
     # Where no output is a picture, what reuse is worth is still measured on one.
     measured_on = subject.image_output or _first_float(model)
     # A typing mistake in a cut's name is found before anything is measured.
     if spec != AUTO:
-        cut = choose_cut(model, spec, sample, measured_on)
+        cut = choose_cut(model, spec, sample, measured_on, state=subject.state_inputs)
         progress("choosing the cut", 2, 2)
         return cut, [cut]
     if frames < 2:
@@ -281,14 +314,35 @@ def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandida
         )
     costs = profile_nodes(model, feeds)
     progress("choosing the cut", 1, 2)
-    ranked = rank_cuts(enumerate_cuts(model, costs), model, sample, measured_on)
+    ranked = rank_cuts(enumerate_cuts(model, costs, state=subject.state_inputs), model, sample, measured_on)
     progress("choosing the cut", 2, 2)
     return ranked[0], ranked
 
 
-def _fixed(model: ModelProto, arrays: Mapping[str, Array], more: AbstractSet[str] = frozenset()) -> ModelProto:
+def _apart_from_state(clip: Clip, wanted: Mapping[str, str]) -> tuple[Clip, dict[str, Array]]:
+    """The clip without the first values of state, and these."""
+    arrays, first = apart(wanted, clip.arrays)
+    return dataclasses.replace(clip, arrays=arrays), first
+
+
+def _subject(model: ModelProto, train: Clip, held: Clip, surface: Surface | None, state: tuple[State, ...]) -> Subject:
+    """What is compiled; with state every part begins with the first value."""
+    if not state:
+        return Subject(model, train, held, surface)
+    model = carried(model, state)
+    again = train if held is train else None
+    train = unroll(model, state, train)
+    return Subject(model, train, train if again is not None else unroll(model, state, held), surface, state)
+
+
+def _fixed(
+    model: ModelProto,
+    arrays: Mapping[str, Array],
+    more: AbstractSet[str] = frozenset(),
+    state: AbstractSet[str] = frozenset(),
+) -> ModelProto:
     """An ONNX model in normal form with the stream's sizes; `more` may be in the stream beside its inputs."""
-    known, given = input_names(model), set(arrays)
+    known, given = [name for name in input_names(model) if name not in state], set(arrays)
     missing, unexpected = sorted(set(known) - given), sorted(given - set(known) - more)
     if missing or unexpected:
         faults = [f"lack {', '.join(missing)}"] if missing else []

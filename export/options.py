@@ -46,6 +46,8 @@ class CompileOptions:
         branch_steps: Training steps of the branches; None: two thirds of `steps`.
         bank_size: Entries of a branch's guide bank; 0: none; None: as many as `BranchOptions` says.
         promise: How much is measured for the promise, instead of the defaults and `seed`.
+        state: What the generator carries from frame to frame: output of a frame -> input of the next one. The first
+            frame's value is the array of the input's name in the stream, or zeros.
 
     Raises:
         InputError: If a number is out of its range, a metric is unknown or cannot be measured, or options exclude
@@ -67,6 +69,7 @@ class CompileOptions:
     branch_steps: int | None = None
     bank_size: int | None = None
     promise: PromiseOptions | None = None
+    state: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, ok, range_ in (
@@ -85,6 +88,11 @@ class CompileOptions:
             self._refuse_without_exits()
         else:
             self._check_exits(self.exits)
+        if self.state and self.exits is not None:
+            raise InputError(
+                f"{self.exits} exits were asked for of a generator that carries state, which a promise of quality does "
+                "not cover yet; leave out --exits, or --state"
+            )
         sizes = self.adapters
         if sizes and len(sizes) != self.consumers:
             raise InputError(

@@ -36,6 +36,54 @@ OTHERS: dict[str, set[str] | None] = {
 }
 
 
+# Inside a package, from the ground up: what each folder may import of its neighbours. A folder that is not listed is a
+# mistake, and so is an arrow that is not: the floors are the architecture.
+FOLDERS: dict[str, dict[str, set[str]]] = {
+    "engine": {
+        "files": set(),
+        "metrics": set(),
+        "bundle": {"files"},
+        "schedule": {"bundle"},
+        "device": {"bundle"},
+        "promise": {"bundle", "metrics"},
+        "cpu": {"bundle", "device", "schedule"},
+        "cuda": {"bundle", "device", "schedule"},
+        "routing": {"bundle", "device", "metrics", "promise", "schedule"},
+        "session": {"bundle", "device", "promise", "routing", "schedule"},
+        "onnxruntime": {"bundle", "cuda", "device"},
+        "tensorrt": {"bundle", "cuda", "device", "files"},
+    },
+    "export": {
+        "training": {"frames"},
+        "graph": set(),
+        "frames": {"graph"},
+        "torch_graph": {"graph"},
+        "cut": {"frames", "graph"},
+        "adapter": {"cut", "frames", "graph", "training"},
+        "branches": {"frames", "graph", "torch_graph", "training"},
+        "promise": {"adapter", "frames", "graph", "training"},
+        "bundle": {"cut", "frames", "graph"},
+        "precision": {"bundle", "frames", "graph", "promise"},
+    },
+    "warpcache": {
+        "media": set(),
+        "report": {"media"},
+        "tasks": {"media", "report"},
+        "cli": {"media", "report", "tasks"},
+    },
+    "models": {"head": set()},
+    "kernels": {"reference": set()},
+}
+# What the files at a package's top may be imported by: those that every folder may (the ground), and no others.
+GROUND: dict[str, set[str]] = {
+    "engine": {"errors", "spec", "telemetry"},
+    "export": set(),
+    "warpcache": {"__init__"},
+    "models": {"rasterizer"},
+    "kernels": {"errors", "driver", "array", "arguments", "loader", "compiler"},
+}
+
+
 @dataclass(frozen=True)
 class Import:
     """One imported module as it is written in the source, made absolute."""
@@ -150,6 +198,68 @@ def test_a_planted_violation_is_found(folder: str, source: str) -> None:
 )
 def test_what_is_allowed_passes(folder: str, source: str) -> None:
     assert violations(source, folder, f"{package_of(folder)}.planted") == []
+
+
+def folder_violations(package: str, source: str, where: str, module: str, *, is_package: bool) -> list[str]:
+    """The imports of a file in folder `where` of a package that its floor does not allow, each as one line."""
+    base = package_of(package).split(".")
+    found = []
+    for item in imports(source, module, is_package=is_package):
+        parts = item.module.split(".")
+        if parts[: len(base)] != base or len(parts) == len(base):
+            continue
+        into = parts[len(base)]
+        if package == "warpcache" and into in LAYERS:
+            continue
+        allowed = FOLDERS[package][where] | {where} | GROUND[package]
+        if into not in allowed and not (package == "warpcache" and into == "__version__"):
+            found.append(f"line {item.line}: {package}/{where} imports {into}")
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("package", sorted(FOLDERS))
+def test_folders_import_downwards_only(package: str) -> None:
+    floors = FOLDERS[package]
+    there = {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()}
+    assert there == set(floors), "a folder has no floor, or a floor no folder"
+    wrong = []
+    for file in sources(package):
+        parts = file.relative_to(ROOT / package).with_suffix("").parts
+        if len(parts) == 1:
+            continue
+        is_package = parts[-1] == "__init__"
+        module = ".".join([package_of(package), *(parts[:-1] if is_package else parts)])
+        for line in folder_violations(package, file.read_text("utf-8"), parts[0], module, is_package=is_package):
+            wrong.append(f"{file.relative_to(ROOT)}: {line}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", sorted(FOLDERS))
+def test_the_floors_have_no_stairs_in_a_circle(package: str) -> None:
+    left = {folder: set(below) for folder, below in FOLDERS[package].items()}
+    while left:
+        ground = {folder for folder, below in left.items() if not below & set(left)}
+        assert ground, f"{package}: {sorted(left)} import each other in a circle"
+        left = {folder: below for folder, below in left.items() if folder not in ground}
+
+
+def test_an_arrow_up_is_found() -> None:
+    for package, where, source in (
+        ("engine", "device", "from ..cpu.device import CpuDevice"),
+        ("engine", "schedule", "def f():\n    from ..session.session import Session"),
+        ("engine", "session", "from ..engine import Engine"),
+        ("export", "graph", "from ..bundle.weights import shared_weights"),
+        ("warpcache", "report", "from ..tasks.quality_choice import QualityChoice"),
+    ):
+        module = f"{package_of(package)}.{where}.planted"
+        assert folder_violations(package, source, where, module, is_package=False), source
+
+
+@pytest.mark.parametrize("package", sorted(FOLDERS))
+def test_every_folder_says_what_lives_there(package: str) -> None:
+    for folder in FOLDERS[package]:
+        text = ast.get_docstring(ast.parse((ROOT / package / folder / "__init__.py").read_text("utf-8"))) or ""
+        assert text.count(".") >= (1 if folder == "reference" else 3), f"{package}/{folder}: three sentences"
 
 
 BLOCKED = textwrap.dedent(

@@ -209,7 +209,9 @@ def consumer_graph(consumer: WarpConsumer, layout: AdapterLayout, limits: tuple[
     )
 
 
-def producer_graph(model: ModelProto, parts: SplitModels, encoder: CacheEncoder, layout: AdapterLayout) -> ModelProto:
+def producer_graph(
+    model: ModelProto, parts: SplitModels, encoder: CacheEncoder, layout: AdapterLayout, state: Sequence[str] = ()
+) -> ModelProto:
     """The producer: everything that belongs to frame s, for the plain and the warp consumer alike.
 
     Args:
@@ -217,9 +219,10 @@ def producer_graph(model: ModelProto, parts: SplitModels, encoder: CacheEncoder,
         parts: Its halves; the plain consumer's cache tensors keep their names.
         encoder: In evaluation mode.
         layout: What the encoder reads.
+        state: Outputs of the whole that are the next frame's state.
 
     Returns:
-        Generator inputs and the atlas -> the plain cache, then the warp consumer's.
+        Generator inputs and the atlas -> the plain cache, the warp consumer's, then the state.
     """
     index = GraphIndex(model)
     origins = {origin: cache for cache, origin in parts.origins.items()}
@@ -239,7 +242,7 @@ def producer_graph(model: ModelProto, parts: SplitModels, encoder: CacheEncoder,
     encoded = export_module(_EncoderGraph(encoder, layout, list(inputs)), tuple(example), all_names, outputs)
     # An input that the trained encoder does not read has no link to make.
     links = {target: source for target, source in links.items() if target in GraphIndex(encoded).inputs}
-    joined = merge(give_out(model, list(origins)), encoded, links, [*origins, *outputs])
+    joined = merge(give_out(model, list(origins)), encoded, links, [*origins, *outputs, *state])
     return rename_values(joined, origins)
 
 

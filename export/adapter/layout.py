@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -110,7 +111,12 @@ class AdapterLayout:
 
 
 def layout_of(
-    model: ModelProto, cut: Sequence[str], surface: Surface | None, atlas_shape: tuple[int, ...] | None
+    model: ModelProto,
+    cut: Sequence[str],
+    surface: Surface | None,
+    atlas_shape: tuple[int, ...] | None,
+    *,
+    without: AbstractSet[str] = frozenset(),
 ) -> AdapterLayout:
     """What a warp adapter reads and writes for this generator and cut.
 
@@ -119,6 +125,7 @@ def layout_of(
         cut: Names of the cut's values.
         surface: The generator's declaration of its surface, or None.
         atlas_shape: Shape of the atlas array in the stream, where there is a surface.
+        without: Inputs that no consumer may read: the state.
 
     Raises:
         ExportError: If an output is no image, the images differ in size, or the declared surface does not fit.
@@ -133,6 +140,8 @@ def layout_of(
             )
     images, vectors = [], []
     for name in index.inputs:
+        if name in without:
+            continue
         spec = index.specs[name]
         dtype = torch.from_numpy(np.empty(0, spec.dtype)).dtype
         if len(spec.shape) == 4 and spec.shape[2] > 1 and spec.shape[3] > 1:

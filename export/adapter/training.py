@@ -87,9 +87,13 @@ class AdapterTraining:
         configs = _planned(plan) if plan else options.adapters
         if not configs:
             feeds = {name: array[:1] for name, array in subject.sample.items()}
-            configs = choose_configs(subject.model, layout, options.budget, feeds, options.consumers, progress=progress)
+            configs = choose_configs(
+                subject.answering, layout, options.budget, feeds, options.consumers, progress=progress
+            )
         self._configs = configs
-        self.recording = record(subject.model, layout, configs[0], train.arrays, truth=train.truth, progress=progress)
+        self.recording = record(
+            subject.answering, layout, configs[0], train.arrays, truth=train.truth, progress=progress
+        )
         self._options = DistillOptions(steps=options.steps, max_age=options.max_age, seed=options.seed, **options.train)
         torch.manual_seed(options.seed)
         self._distillation = Distillation(
@@ -98,7 +102,7 @@ class AdapterTraining:
             self.recording,
             self._options,
             perceptual=perceptual_loss(options.lpips, layout),
-            identity=_identity(subject.model, train, options),
+            identity=_identity(subject.answering, train, options),
             plan={"cut": ",".join(cut.names), **_sizes(configs)},
         )
 
@@ -128,7 +132,13 @@ class AdapterTraining:
         limits = (float(images.min()), float(images.max()))
         encoder, consumers = self._distillation.encoder.eval(), self._distillation.consumers
         return TrainedAdapter(
-            producer=producer_graph(self._subject.model, self._parts, encoder, self.layout),
+            producer=producer_graph(
+                self._subject.model,
+                self._parts,
+                encoder,
+                self.layout,
+                [one.output for one in self._subject.state],
+            ),
             consumers={
                 "warp" if k == 1 else f"warp{k}": consumer_graph(consumer.eval(), self.layout, limits)
                 for k, consumer in enumerate(consumers, 1)

@@ -72,7 +72,13 @@ def draft_manifest(
     def specs(module: str, values: Sequence[str]) -> tuple[TensorSpec, ...]:
         return tuple(index[module].specs[value] for value in values)
 
-    inputs = [InputRecord(spec) for spec in specs("generator", index["generator"].inputs)]
+    state = {one.output for one in subject.state}
+
+    def without_state(module: str) -> tuple[TensorSpec, ...]:
+        return specs(module, [name for name in index[module].outputs if name not in state])
+
+    read = [name for name in index["generator"].inputs if name not in subject.state_inputs]
+    inputs = [InputRecord(spec) for spec in specs("generator", read)]
     if subject.surface is not None:
         atlas = subject.surface.atlas
         inputs.append(InputRecord(spec_of(atlas, subject.train.arrays[atlas]), "motion"))
@@ -85,15 +91,16 @@ def draft_manifest(
             "training": dict(training),
         },
         inputs=tuple(inputs),
-        outputs=specs("generator", index["generator"].outputs),
+        outputs=without_state("generator"),
         image_output=subject.image_output,
         fps=subject.train.fps,
         cut=Cut(tuple(parts.origins.values()), tuple(candidate.to_record() for candidate in candidates)),
-        cache=specs("producer", index["producer"].outputs),
+        cache=without_state("producer"),
         modules={
             module: module_record(module, specs(module, index[module].inputs), specs(module, index[module].outputs))
             for module in models
         },
         exits=exits,
         calibration=None if calibration is None else dict(calibration),
+        state=tuple(one.record for one in subject.state),
     )

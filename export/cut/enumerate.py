@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from onnx import ModelProto
 
@@ -37,6 +38,7 @@ def enumerate_cuts(
     max_tensors: int = 4,
     max_cost_ratio: float = MAX_COST_RATIO,
     min_cost_ratio: float = MIN_COST_RATIO,
+    state: AbstractSet[str] = frozenset(),
 ) -> list[CutCandidate]:
     """List the cuts that separate a deep, costly part from a shallow one.
 
@@ -50,6 +52,7 @@ def enumerate_cuts(
         max_tensors: At most so many cached tensors.
         max_cost_ratio: At most this fraction of the whole's cost for the consumer.
         min_cost_ratio: At least this fraction.
+        state: Inputs that are state: what the consumer would read of them is cached too.
 
     Returns:
         Candidates, cheapest consumer first; may be empty.
@@ -57,12 +60,13 @@ def enumerate_cuts(
     Raises:
         InputError: If `costs` lacks a node.
     """
-    finder = _Finder(model, costs)
+    finder = _Finder(model, costs, state)
     allowed = finder.cacheable()
     best: dict[frozenset[int], tuple[int, float, frozenset[str]]] = {}
     tried: set[frozenset[str]] = set()
     for live in finder.frontiers():
-        for chosen in finder.choices(live, allowed, max_tensors):
+        for choice in finder.choices(live, allowed, max_tensors):
+            chosen = finder.with_state(choice) if finder.state else choice
             if chosen in tried:
                 continue
             tried.add(chosen)
@@ -85,9 +89,16 @@ def enumerate_cuts(
 class _Finder:
     """Costs and frontiers over one graph."""
 
-    def __init__(self, model: ModelProto, costs: Mapping[str, float]) -> None:
+    def __init__(self, model: ModelProto, costs: Mapping[str, float], state: AbstractSet[str] = frozenset()) -> None:
         self.model = model
         self.index = GraphIndex(model)
+        # What the state's inputs are passed on as (`frames.state.carried`): a consumer never reads the state itself.
+        self.state = [
+            name
+            for node, reads in zip(self.index.nodes, self.index.reads, strict=True)
+            if not state.isdisjoint(reads)
+            for name in node.output
+        ]
         missing = [name for name in self.index.names if name not in costs]
         if missing:
             raise InputError(f"the costs lack node {missing[0]!r}; profile this very model")
@@ -164,6 +175,13 @@ class _Finder:
         for first in range(len(able)):
             if len(able) - first <= max_tensors:
                 yield frozenset(able[first:])
+
+    def with_state(self, chosen: Iterable[str]) -> frozenset[str]:
+        """`chosen`, and of the state what the consumer would otherwise have to read."""
+        chosen = frozenset(chosen)
+        rest = self.index.closure(self.index.outputs, stop=chosen)
+        made = {name for i in rest for name in self.index.nodes[i].output}
+        return chosen | {name for name in self.state if name in made}
 
     def stays_exact(self, chosen: Iterable[str], rest: frozenset[int]) -> bool:
         """Whether both halves keep the kernels of the whole, as far as the graph tells."""

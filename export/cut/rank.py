@@ -16,6 +16,7 @@ import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 from onnx import ModelProto
@@ -147,6 +148,7 @@ def choose_cut(
     ages: Sequence[int] = (1, 2, 4),
     data_range: float = 2.0,
     threads: int = 1,
+    state: AbstractSet[str] = frozenset(),
 ) -> CutCandidate:
     """The cut that a user asked for, measured like the ranked ones.
 
@@ -161,6 +163,7 @@ def choose_cut(
         ages: See `rank_cuts`.
         data_range: See `rank_cuts`.
         threads: See `rank_cuts`.
+        state: See `enumerate_cuts`.
 
     Returns:
         The cut. Outputs that a named cut does not lead to are computed anew by the consumer if that is cheap, else
@@ -178,14 +181,14 @@ def choose_cut(
     if named is None:
         if ranked is None:
             costs = profile_nodes(model, feeds, threads=threads) if costs is None else costs
-            candidates = enumerate_cuts(model, costs)
+            candidates = enumerate_cuts(model, costs, state=state)
             ranked = rank_cuts(
                 candidates, model, sample_stream, image_output, ages=ages, data_range=data_range, threads=threads
             )
         if not ranked:
             raise ExportError("there is no ranked cut to choose from; name a cut yourself")
         return ranked[0]
-    finder = _Finder(model, profile_nodes(model, feeds, threads=threads) if costs is None else costs)
+    finder = _Finder(model, profile_nodes(model, feeds, threads=threads) if costs is None else costs, state)
     candidate = finder.candidate(_completed(finder, named, spec))
     image = _image_output(index, image_output)
     part = split(model, candidate)
@@ -236,6 +239,7 @@ def _completed(finder: _Finder, named: Sequence[str], spec: str) -> frozenset[st
         if not touches and finder.cost(needs) > CHEAP_OUTPUT_RATIO * finder.whole_ms and output in index.specs:
             logger.info("output %s does not depend on the cut %s; it is cached as it is", output, spec)
             chosen.append(output)
+    chosen = [*chosen, *sorted(finder.with_state(chosen) - set(chosen))]
     rest = index.closure(index.outputs, stop=chosen)
     used = finder.used(chosen, rest)
     idle = [name for name in chosen if name not in used]

@@ -13,7 +13,9 @@ from ...engine.errors import InputError
 from ...engine.spec import Array
 from ..adapter.layout import AdapterLayout, layout_of
 from ..graph.index import GraphIndex
+from ..graph.surgery import without_outputs
 from .clip import Stream
+from .state import State
 from .surface import Surface
 
 __all__ = ["Subject"]
@@ -28,22 +30,34 @@ class Subject:
         train: Frames that are trained on.
         held: Frames that are calibrated on.
         surface: Where the inputs carry the surface's motion, or None.
+        state: What the generator carries from frame to frame; `train` and `held` hold what every frame starts with.
     """
 
     model: ModelProto
     train: Stream
     held: Stream
     surface: Surface | None = None
+    state: tuple[State, ...] = ()
+
+    @cached_property
+    def answering(self) -> ModelProto:
+        """The whole without the next state: what a frame is answered with."""
+        return without_outputs(self.model, {one.output for one in self.state})
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """The generator's inputs, in its order."""
+        """The generator's inputs, in its order, the state among them."""
         return GraphIndex(self.model).inputs
+
+    @property
+    def state_inputs(self) -> frozenset[str]:
+        """Those that a frame is not fed with."""
+        return frozenset(one.input.name for one in self.state)
 
     @cached_property
     def image_output(self) -> str | None:
         """The first output that is a picture."""
-        return _image_output(self.model)
+        return _image_output(self.answering)
 
     @property
     def sample(self) -> dict[str, Array]:
@@ -53,7 +67,9 @@ class Subject:
     def layout(self, cut: Sequence[str]) -> AdapterLayout:
         """What a warp adapter reads and writes at the cut `cut`; raises as `layout_of`."""
         atlas = self._atlas()
-        return layout_of(self.model, cut, self.surface, None if atlas is None else atlas.shape)
+        return layout_of(
+            self.answering, cut, self.surface, None if atlas is None else atlas.shape, without=self.state_inputs
+        )
 
     def check(self, *, training: bool) -> None:
         """Refuse, before the cut is searched for, what could not be trained or compared in the end.

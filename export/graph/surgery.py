@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import onnx
@@ -28,6 +29,7 @@ __all__ = [
     "rename_reads",
     "rename_values",
     "shared_weights",
+    "without_outputs",
 ]
 
 
@@ -266,6 +268,18 @@ def give_out(model: ModelProto, names: Iterable[str]) -> ModelProto:
             raise ExportError(f"value {name!r} has no known dtype and shape, so it cannot be given out")
         model.graph.output.append(infos[name])
         present.add(name)
+    return model
+
+
+def without_outputs(model: ModelProto, names: AbstractSet[str]) -> ModelProto:
+    """The same model without the outputs `names`, and without the nodes that only they need."""
+    if not names:
+        return model
+    model = copy_model(model)
+    left = [value for value in model.graph.output if value.name not in names]
+    del model.graph.output[:]
+    model.graph.output.extend(left)
+    _remove_dead(model.graph)
     return model
 
 

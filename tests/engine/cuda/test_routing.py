@@ -290,7 +290,10 @@ def test_a_look_waits_for_no_other_stream(make_engine: Callable[..., Engine], so
         with CudaDevice(0) as device:
             answer = {"image": device.upload(images(1))}
             placement: Any = engine._placement
-            with software_cuda.held(placement._stream), software_cuda.held(placement._placed.modules.auditor.stream.cuda):
+            with (
+                software_cuda.held(placement._stream),
+                software_cuda.held(placement._placed.modules.auditor.stream.cuda),
+            ):
                 assert workspace.finite(answer)
         workspace.close()
         with pytest.raises(ClosedError, match="the session is closed"):
