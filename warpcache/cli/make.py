@@ -11,7 +11,18 @@ import click
 
 from ..engine.errors import ExportError, InputError
 from .failure import Failure
-from .options import COUNT, PATH, RATE, checked_metric, cut_option, json_option, lpips_option, split_names, writable
+from .options import (
+    COUNT,
+    PATH,
+    RATE,
+    checked_metric,
+    cut_option,
+    json_option,
+    lpips_option,
+    split_names,
+    state_option,
+    writable,
+)
 
 if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
@@ -78,6 +89,7 @@ EPILOG_BUILD = (
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted compile of the same bundle.")
 @click.option("--out", type=PATH, callback=writable(".warp"), required=True, help="The bundle to write, NAME.warp.")
+@state_option
 @lpips_option
 @json_option
 def compile_command(
@@ -95,6 +107,7 @@ def compile_command(
     seed: int,
     resume: bool,
     out: Path,
+    state: dict[str, str],
     lpips: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -126,6 +139,7 @@ def compile_command(
             exits=exits,
             metric=metric,
             bank_size=bank_size,
+            state=state,
             progress=progress,
             resume=resume,
         )
@@ -136,16 +150,17 @@ def compile_command(
 @click.argument("model", metavar="MODEL.onnx", type=PATH)
 @click.option("--inputs", type=PATH, required=True, help="Sample frames to choose and check the cut on.")
 @cut_option
+@state_option
 @click.option("--out", type=PATH, callback=writable(".warp"), required=True, help="The bundle to write, NAME.warp.")
 @json_option
-def split(model: Path, inputs: Path, cut: str, out: Path, json_path: Path | None) -> None:
+def split(model: Path, inputs: Path, cut: str, state: dict[str, str], out: Path, json_path: Path | None) -> None:
     """Cut an ONNX model whose PyTorch source is not at hand; nothing is trained."""
     _refuse_existing(out)
     from ..tasks.compile import split_files
     from ..tasks.progress import ProgressBar
 
     with _export_installed(), ProgressBar() as progress:
-        bundle = split_files(model, inputs=inputs, cut=cut, out=out, progress=progress)
+        bundle = split_files(model, inputs=inputs, cut=cut, state=state, out=out, progress=progress)
     _show_compiled(bundle, "split", json_path)
 
 

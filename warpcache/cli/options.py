@@ -34,6 +34,7 @@ __all__ = [
     "one_line",
     "quality_options",
     "split_names",
+    "state_option",
     "threads_option",
     "writable",
 ]
@@ -98,6 +99,24 @@ def split_names(ctx: click.Context, param: click.Parameter, text: str | None) ->
     return names
 
 
+def state_pairs(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    """State as output -> input.
+
+    Raises:
+        click.BadParameter: If a pair is none, or names what another one names too.
+    """
+    state: dict[str, str] = {}
+    for pair in pairs:
+        output, colon, name = (part.strip() for part in pair.partition(":"))
+        if not (output and colon and name):
+            raise click.BadParameter(f"{pair!r} is no pair of names; write OUT:IN, e.g. memory_next:memory", ctx, param)
+        for named, others in ((output, state.keys()), (name, state.values())):
+            if named in others:
+                raise click.BadParameter(f"{named!r} is named twice; a state has one output and one input", ctx, param)
+        state[output] = name
+    return state
+
+
 def _checked(parse: Callable[[str], object], ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     for text in value if isinstance(value, tuple) else [value]:
         if text is not None:
@@ -149,6 +168,14 @@ cut_option = click.option(
     show_default=True,
     metavar="auto|NAME[,NAME]",
     help="Tensors (or PyTorch module paths) to cut at; auto measures the candidates.",
+)
+state_option = click.option(
+    "--state",
+    multiple=True,
+    metavar="OUT:IN",
+    callback=state_pairs,
+    help="Repeatable; output OUT of a frame is input IN of the next one. The first value is the array IN of the "
+    "inputs, or zeros.",
 )
 exit_option = click.option(
     "--exit",

@@ -6,6 +6,7 @@ inside the functions: without the extra of that name the rest of the package wor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def compile_files(
     exits: int | None = None,
     metric: str | None = None,
     bank_size: int | None = None,
+    state: Mapping[str, str] | None = None,
     progress: Report,
 ) -> Bundle:
     """Compile the generator that `factory` makes.
@@ -55,6 +57,7 @@ def compile_files(
         exits: How many exits to train for a promise of quality; None: one, and no promise.
         metric: What quality is promised in, None for LPIPS where its weights are given, else FLIP.
         bank_size: Entries of the branches' guide bank, 0 for none, None for the default.
+        state: What the generator carries from frame to frame, output -> input.
         progress: Told how far it is.
 
     Raises:
@@ -76,6 +79,7 @@ def compile_files(
         exits=exits,
         metric=metric,
         bank_size=bank_size,
+        state=state or {},
     )
     module = load_factory(factory)
     if weights is not None:
@@ -98,18 +102,28 @@ def compile_files(
             "seed": seed,
             "lpips": lpips is not None,
             **promise,
+            **({"state": dict(state)} if state else {}),
         },
         progress=progress,
     )
 
 
-def split_files(model: Path, *, inputs: Path, cut: str, out: Path, progress: Report) -> Bundle:
+def split_files(
+    model: Path,
+    *,
+    inputs: Path,
+    cut: str,
+    state: Mapping[str, str] | None = None,
+    out: Path,
+    progress: Report,
+) -> Bundle:
     """Cut the ONNX model in file `model`; nothing is trained.
 
     Args:
         model: The ``.onnx`` file.
         inputs: Sample frames.
         cut: ``auto``, or names joined by commas.
+        state: What the generator carries from frame to frame, output -> input.
         out: The bundle to write.
         progress: Told how far it is.
 
@@ -126,7 +140,13 @@ def split_files(model: Path, *, inputs: Path, cut: str, out: Path, progress: Rep
         _load(inputs, input_names(proto)),
         out,
         cut=cut,
-        made_from={"model": model.name, "inputs": inputs.name, "cut": cut},
+        state=state,
+        made_from={
+            "model": model.name,
+            "inputs": inputs.name,
+            "cut": cut,
+            **({"state": dict(state)} if state else {}),
+        },
         progress=progress,
     )
 

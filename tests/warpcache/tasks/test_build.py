@@ -289,7 +289,7 @@ def test_a_job_that_is_ended_from_outside_leaves_nothing(make_bundle: Any, tmp_p
     code = """
     import os, signal, sys
     import warpcache.engine.tensorrt.engines
-    from warpcache.cli import main
+    from warpcache.cli.main import main
 
     def build_engines(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
