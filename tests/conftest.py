@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ from warpcache.engine.spec import AGE_SPEC, TensorSpec
 sys.path.append(str(Path(__file__).parent / "software_tensorrt"))
 # What several test files set up alike.
 sys.path.append(str(Path(__file__).parent / "support"))
+
+# Several processes run tests side by side, one a core: pools of threads would only make them wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SIZE = 16
 CHANNELS = 8
