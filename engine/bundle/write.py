@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError
+from ..files.atomic import disk_is_full, folder_beside
 from .bundle import _BLOCK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, SUFFIX, Bundle, _explained, _verify
 from .manifest import FILE_NAME, FileRecord, Manifest
 
@@ -49,32 +48,21 @@ def write_bundle(
             raise BundleError(
                 f"a bundle cannot hold a file called {name!r}; use a plain name.onnx, .npz or .safetensors"
             )
-    temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, so that the rename never crosses file systems and is one step.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        records = {name: _write(temporary / name, content) for name, content in files.items()}
-        manifest = dataclasses.replace(manifest, files=records)
-        text = manifest.to_json().encode()
-        if len(text) > MAX_MANIFEST_BYTES:
-            raise BundleError(f"the manifest of {path} takes {len(text)} bytes, over the limit of {MAX_MANIFEST_BYTES}")
-        _write(temporary / MANIFEST, text)
-        # mkdtemp makes a private folder; a bundle is as readable as anything else its owner writes.
-        temporary.chmod(0o777 & ~_umask())
-        _sync_folder(temporary)
-        with _explained(path):
-            _verify(temporary)
-        _move_into_place(temporary, path, overwrite)
-        temporary = None
-        # The bundle stands; that the rename may not yet be on the disk is no reason to call it unwritten.
-        with contextlib.suppress(OSError):
-            _sync_folder(path.parent)
+        with folder_beside(path, replace=overwrite, durable=True) as folder:
+            records = {name: _write(folder / name, content) for name, content in files.items()}
+            manifest = dataclasses.replace(manifest, files=records)
+            text = manifest.to_json().encode()
+            if len(text) > MAX_MANIFEST_BYTES:
+                raise BundleError(
+                    f"the manifest of {path} takes {len(text)} bytes, over the limit of {MAX_MANIFEST_BYTES}"
+                )
+            _write(folder / MANIFEST, text)
+            with _explained(path):
+                _verify(folder)
+            _check_in_the_way(path, overwrite)
     except OSError as exc:
         raise _write_error(path, files, exc) from exc
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return Bundle(path, manifest)
 
 
@@ -110,28 +98,8 @@ def _check_in_the_way(path: Path, overwrite: bool) -> None:
         raise BundleError(f"{path} exists and is not a bundle; it is not overwritten, remove it or choose another name")
 
 
-def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
-    _check_in_the_way(path, overwrite)
-    if not os.path.lexists(path):
-        temporary.rename(path)
-        return
-    # A folder cannot be renamed over a full one: the old one steps aside, and comes back if the second step fails.
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    try:
-        path.rename(aside / path.name)
-        temporary.rename(path)
-    except BaseException:
-        if (aside / path.name).exists() and not path.exists():
-            (aside / path.name).rename(path)
-        raise
-    finally:
-        # The old bundle may be removed only where the new one, or it itself, stands at `path`.
-        if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
 def _write_error(path: Path, files: Mapping[str, Path | bytes], exc: OSError) -> BundleError:
-    if exc.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+    if disk_is_full(exc):
         needed = sum(_size_of(content) for content in files.values())
         free: Any = "an unknown number of"
         with contextlib.suppress(OSError):
@@ -149,24 +117,3 @@ def _size_of(content: Path | bytes) -> int:
             return content.stat().st_size
         return 0
     return len(content)
-
-
-def _umask() -> int:
-    # There is no way to read it but to set it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a folder's entries durable, where it can be done: not on Windows, and not on every network file system."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -8,13 +8,11 @@ a file is whole and is what was asked for, not who made it: the folder must be o
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from typing import Any
 from ...kernels.compiler import cache_folder
 from ..bundle.graph_digest import graph_digest
 from ..errors import BackendError, InputError
+from ..files.atomic import PARTIAL, disk_is_full, written_beside
 from ..files.lock import FileLock
 from ..spec import TensorSpec
 
@@ -38,7 +37,6 @@ _MAGIC = b"warpcache.engine"
 _HASH_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 20
 _SUFFIX = ".engine"
-_PARTIAL = ".partial-"
 _TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -195,25 +193,15 @@ class EngineCache:
             raise BackendError("an empty engine was to be stored; the builder gave nothing, build it again")
         path = self.folder / key.file_name
         with self.locked() as held:
-            temporary = self.folder / f"{_PARTIAL}{secrets.token_hex(6)}"
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 if held:
                     # Whoever writes holds the lock: what is unfinished now is from a process that was killed.
-                    for stale in self.folder.glob(f"{_PARTIAL}*"):
+                    for stale in self.folder.glob(f"{PARTIAL}*{_SUFFIX}"):
                         stale.unlink(missing_ok=True)
-                with temporary.open("xb") as file:
-                    for part in _file_parts(key, engine):
-                        file.write(part)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-                _sync_folder(self.folder)
+                with written_beside(path, durable=True) as temporary, temporary.open("wb") as file:
+                    file.writelines(_file_parts(key, engine))
             except OSError as exc:
                 raise _explain(path, len(engine), exc) from exc
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
         logger.info("stored an engine of %d bytes as %s", len(engine), path)
         return path
 
@@ -398,7 +386,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _explain(path: Path, size_bytes: int, exc: OSError) -> InputError:
-    if exc.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+    if disk_is_full(exc):
         return InputError(
             f"the engine {path.name} of {size_bytes} bytes cannot be stored: the disk of {path.parent} is full; "
             "make room, or set WARPCACHE_CACHE to another folder"
@@ -407,15 +395,3 @@ def _explain(path: Path, size_bytes: int, exc: OSError) -> InputError:
         f"the engine {path.name} cannot be stored in {path.parent}: {exc.strerror or exc}; "
         "set WARPCACHE_CACHE to a folder that can be written"
     )
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename durable, where that can be done: not on Windows, and not on every network file system."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
-import secrets
 from pathlib import Path
+
+from ..files.atomic import written_beside
 
 __all__ = ["RuntimeCacheFile"]
 
@@ -59,14 +59,10 @@ class RuntimeCacheFile:
         """Save, beside and renamed, unless the file holds just that."""
         if content == self._held:
             return
-        beside = self.path.with_name(f"{self.path.name}.partial-{secrets.token_hex(4)}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(_MAGIC + hashlib.sha256(content).digest() + content)
-            os.replace(beside, self.path)
+            with written_beside(self.path) as temporary:
+                temporary.write_bytes(_MAGIC + hashlib.sha256(content).digest() + content)
         except OSError as exc:
             logger.warning("the runtime cache %s cannot be written (%s); the next start compiles again", self.path, exc)
-            with contextlib.suppress(OSError):
-                beside.unlink()
             return
         self._held = content

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...engine.errors import ExportError
+from ...engine.files.atomic import written_beside
 
 __all__ = ["checkpoint_plan", "load_checkpoint", "one_cycle", "save_checkpoint"]
 
@@ -43,18 +42,13 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value.contiguous() for name, value in state.items()}
     metadata = {"identity": identity, "plan": json.dumps(dict(plan), sort_keys=True), "step": str(step)}
-    partial = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        with written_beside(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
     except (OSError, SafetensorError) as exc:  # a full disk is a SafetensorError here
         raise ExportError(
             f"the checkpoint {path} cannot be written ({exc}); make room, or choose another place"
         ) from exc
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, identity: str) -> int:

@@ -11,7 +11,6 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.errors import InputError
+from ..engine.files.atomic import folder_beside
 from ..media.files import explain_write_error
 from ..report.words import size_text
 
@@ -114,20 +114,13 @@ def written_folder(out: Path) -> Iterator[Path]:
     Raises:
         InputError: If it cannot be written.
     """
-    temporary: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        yield temporary
-        if out.exists() or out.is_symlink():
-            raise InputError(f"{str(out)!r} was made by somebody else meanwhile; choose another --out")
-        temporary.rename(out)
-        temporary = None
+        with folder_beside(out) as temporary:
+            yield temporary
+            if out.exists() or out.is_symlink():
+                raise InputError(f"{str(out)!r} was made by somebody else meanwhile; choose another --out")
     except OSError as exc:
         raise explain_write_error(out, exc) from exc
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def add_bundle(folder: Path, bundle: Bundle) -> Bundle:

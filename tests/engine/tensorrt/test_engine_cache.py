@@ -381,7 +381,7 @@ def test_a_process_killed_while_building_blocks_nobody(tmp_path, children):
     assert children[0].says() == "building"
     children.append(Child(tmp_path, "second"))
     assert children[1].says() == "waiting"
-    (tmp_path / ".partial-0123").write_bytes(b"what a process leaves that is killed while it writes")
+    (tmp_path / ".partial-0123-x.engine").write_bytes(b"what a process leaves that is killed while it writes")
     children[0].end()
     assert children[1].says() == "building"
     children[1].go_on()
