@@ -23,6 +23,7 @@ from ..promise.calibration import Calibration, PromiseRecord, Quality, Rule, to_
 from ..schedule.policy import Policy
 from ..spec import Array
 from .exit_costs import measure_exit_costs
+from .router import ExitRoles
 
 __all__ = ["RoutingPlan", "checked_audit_every", "checked_deadline", "checked_quality"]
 
@@ -84,7 +85,10 @@ class RoutingPlan:
             for role, columns in ((Role.PREDICTOR, self.columns), (Role.PREDICTOR_COLD, self.cold_columns))
             if columns
         )
-        self.consumers = frozenset(name for name in promised if manifest.reads_cache(name))
+        whole = manifest.exact_exit
+        assert whole is not None, "a promise is kept against the whole generator"
+        consumers = frozenset(name for name in promised if manifest.reads_cache(name))
+        self.roles = ExitRoles(whole, manifest.plain_exit if self.has_cache else None, consumers)
         self.costs: dict[str, float] = {}
         self.image = manifest.image_output or ""
         self._bundle = bundle

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..promise.calibration import Rule, score_value
 from .exit_costs import ExitCosts
 
-__all__ = ["Decision", "Degraded", "Request", "Router", "Signals"]
+__all__ = ["Decision", "Degraded", "ExitRoles", "Request", "Router", "RouterOptions", "Signals"]
 
 Degraded = Literal["cheaper exit", "older cache", "dropped"]
 
@@ -81,6 +81,54 @@ class Decision:
     ranking: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ExitRoles:
+    """What the exits are for; those that are not named here are branches.
+
+    Attributes:
+        whole: The whole generator: exact, and always there.
+        plain: The exit that is exact at age 0, and answers at no other; None: there is none.
+        consumers: The inexact exits that read the cache.
+    """
+
+    whole: str
+    plain: str | None
+    consumers: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """How a router decides, apart from its rule.
+
+    Attributes:
+        max_age: The oldest cache that a consumer may read, in frames; None: whatever is calibrated.
+        room: Spreads beyond the margin with which a cheaper exit is taken at once.
+        hold: Frames running that a cheaper exit must have been eligible for otherwise.
+        gain: Share of the last exit's cost that a cheaper one must save to be worth a switch.
+        novel_frames: Frames running with a novelty above 1 that make a new subject.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    max_age: int | None = None
+    room: float = 1.0
+    hold: int = 4
+    gain: float = 0.05
+    novel_frames: int = 3
+
+    def __post_init__(self) -> None:
+        if self.max_age is not None and self.max_age < 0:
+            raise InputError(
+                f"max_age {self.max_age} is negative; give 0 or more frames, or None for what is calibrated"
+            )
+        if not self.room >= 0.0 or self.hold < 1 or not 0.0 <= self.gain < 1.0 or self.novel_frames < 1:
+            raise InputError(
+                f"room, hold, gain and novel_frames are {self.room}, {self.hold}, {self.gain}, {self.novel_frames}; "
+                "give room >= 0, hold >= 1, 0 <= gain < 1 and novel_frames >= 1"
+            )
+
+
 class Router:
     """Decides for one session, frame by frame.
 
@@ -91,52 +139,25 @@ class Router:
     Args:
         rule: The session's rule; `route` takes another for a single frame.
         costs: What exits cost; those with a cost are the ones to choose from. Followed by others while running.
-        consumers: The exits that read the cache, ``plain`` apart.
-        max_age: The oldest cache that a consumer may read, in frames; None: whatever is calibrated.
-        has_plain: Whether ``plain`` may answer at age 0.
-        room: Spreads beyond the margin with which a cheaper exit is taken at once.
-        hold: Frames running that a cheaper exit must have been eligible for otherwise.
-        gain: Share of the last exit's cost that a cheaper one must save to be worth a switch.
-        novel_frames: Frames running with a novelty above 1 that make a new subject.
+        exits: What they are for.
+        options: How it decides.
 
     Raises:
-        InputError: If an argument is out of range, or ``whole`` has no cost.
+        InputError: If the whole generator has no cost.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        costs: ExitCosts,
-        *,
-        consumers: frozenset[str],
-        max_age: int | None,
-        has_plain: bool,
-        room: float = 1.0,
-        hold: int = 4,
-        gain: float = 0.05,
-        novel_frames: int = 3,
-    ) -> None:
-        if max_age is not None and max_age < 0:
-            raise InputError(f"max_age {max_age} is negative; give 0 or more frames, or None for what is calibrated")
-        if not room >= 0.0 or hold < 1 or not 0.0 <= gain < 1.0 or novel_frames < 1:
-            raise InputError(
-                f"room, hold, gain and novel_frames are {room}, {hold}, {gain}, {novel_frames}; "
-                "give room >= 0, hold >= 1, 0 <= gain < 1 and novel_frames >= 1"
-            )
+    def __init__(self, rule: Rule, costs: ExitCosts, exits: ExitRoles, options: RouterOptions | None = None) -> None:
         names = costs.order()
-        if "whole" not in names:
-            raise InputError(f"exit 'whole' has no cost; there are: {', '.join(names)}")
+        if exits.whole not in names:
+            raise InputError(f"exit {exits.whole!r} has no cost; there are: {', '.join(names)}")
         self.rule = rule
         self._costs = costs
-        self._consumers = consumers
-        self._max_age = max_age
-        self._has_plain = has_plain and "plain" in names
-        self._inexact = tuple(name for name in names if name not in ("whole", "plain"))
-        self._branches = frozenset(self._inexact) - consumers
-        self._room = room
-        self._hold = hold
-        self._gain = gain
-        self._novel_frames = novel_frames
+        self._options = RouterOptions() if options is None else options
+        self._whole = exits.whole
+        self._plain = exits.plain if exits.plain in names else None
+        self._inexact = tuple(name for name in names if name not in (exits.whole, exits.plain))
+        self._consumers = exits.consumers
+        self._branches = frozenset(self._inexact) - exits.consumers
         self._last: str | None = None
         self._eligible_for = dict.fromkeys(self._inexact, 0)
         self._novel_for = 0
@@ -173,7 +194,7 @@ class Router:
             # Consumers before branches, as margins were made.
             slack = {name: beyond for name, beyond in slack.items() if name in self._consumers}
         order = self._costs.order()
-        exact = ("whole", "plain") if self._has_plain and request.age == 0 else ("whole",)
+        exact = (self._whole, self._plain if request.age == 0 else None)
         eligible = [name for name in order if name in slack or name in exact]
         if request.remaining_ms is None:
             chosen: str | None = self._steady(eligible, slack)
@@ -190,9 +211,9 @@ class Router:
         if signals is not None and chosen not in exact and chosen in signals.predicted:
             predicted = score_value(rule.quality.metric, signals.predicted[chosen])
         ranking: tuple[str, ...] = ()
-        if chosen != "whole":
+        if chosen != self._whole:
             dearer = order[order.index(chosen) + 1 :]
-            ranking = (*(name for name in dearer if name in eligible and name != "whole"), "whole")
+            ranking = (*(name for name in dearer if name in eligible and name != self._whole), self._whole)
         return Decision(chosen, predicted, degraded, scene_cut, ranking)
 
     def _slack(
@@ -221,7 +242,7 @@ class Router:
 
     def _age_allowed(self, age: int, rule: Rule) -> bool:
         """Whether a consumer may be eligible with a cache of this age."""
-        return age >= 1 and age in rule.margins and (self._max_age is None or age <= self._max_age)
+        return age >= 1 and age in rule.margins and (self._options.max_age is None or age <= self._options.max_age)
 
     def _count(self, slack: Mapping[str, float]) -> None:
         for name, frames in self._eligible_for.items():
@@ -240,8 +261,8 @@ class Router:
         for name in candidates:
             if name == self._last or ms(name) >= last_ms:
                 return name
-            settled = slack.get(name, math.inf) >= self._room or self._eligible_for[name] >= self._hold
-            if settled and not (keeps and ms(name) > (1.0 - self._gain) * last_ms):
+            settled = slack.get(name, math.inf) >= self._options.room or self._eligible_for[name] >= self._options.hold
+            if settled and not (keeps and ms(name) > (1.0 - self._options.gain) * last_ms):
                 return name
         # The last exit may not answer and nothing dearer is in time: the dearest of what is eligible.
         return candidates[-1]
@@ -278,7 +299,7 @@ class Router:
         novel = signals.novelty > 1.0
         self._novel_for = self._novel_for + 1 if novel else 0
         told = self._novelty_told and novel
-        new_subject = not told and self._novel_for >= self._novel_frames
+        new_subject = not told and self._novel_for >= self._options.novel_frames
         # A cut to another subject is one change: its caches must not be forgotten again a few frames later.
         self._novelty_told = told or new_subject or (novel and changed)
         return changed or new_subject

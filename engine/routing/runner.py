@@ -21,7 +21,7 @@ from ..telemetry import Telemetry
 from .audits import Auditing
 from .exit_costs import ExitCosts
 from .plan import RoutingPlan
-from .router import Decision, Degraded, Request, Router, Signals
+from .router import Decision, Degraded, Request, Router, RouterOptions, Signals
 
 __all__ = ["RoutedAnswer", "Routing"]
 
@@ -82,9 +82,7 @@ class Routing:
         self._turn = turn
         self._post = post
         self._costs = ExitCosts(plan.costs)
-        self._router = Router(
-            plan.rule, self._costs, consumers=plan.consumers, max_age=plan.max_age, has_plain=plan.has_cache
-        )
+        self._router = Router(plan.rule, self._costs, plan.roles, RouterOptions(max_age=plan.max_age))
         self._auditing = Auditing(plan, workspace, telemetry=telemetry, lock=lock) if plan.audit_every else None
         self._ages: dict[int, Any] = {}
 
@@ -200,7 +198,7 @@ class Routing:
                     score = None if signals is None else signals.predicted.get(name)
                     predicted = None if score is None else score_value(rule.quality.metric, score)
                     degraded = None  # all that may follow is eligible: late, but as good as promised
-                age = action.age if name in self._plan.consumers else 0
+                age = action.age if name in self._plan.roles.consumers else 0
                 return RoutedAnswer(name, outputs, age, predicted, degraded, exit_ms)
             if self._telemetry.non_finite() == 1:
                 logger.warning(

@@ -17,7 +17,7 @@ from warpcache.engine.errors import InputError, WarpcacheError
 from warpcache.engine.promise.calibration import Calibration, Quality, Rule
 from warpcache.engine.routing.audit_log import AuditLog
 from warpcache.engine.routing.exit_costs import ExitCosts
-from warpcache.engine.routing.router import Request, Router, Signals
+from warpcache.engine.routing.router import ExitRoles, Request, Router, Signals
 
 # Which frames
 
@@ -284,7 +284,7 @@ def drive(rule: Rule, *parts: dict[str, NDArray[np.float64]], by_errors: bool = 
     """Route all frames in turn, audit every eighth, each result three frames after its frame."""
     data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     run = Run()
-    router = Router(rule, ExitCosts(COSTS), consumers=frozenset({"warp", "warp2"}), max_age=None, has_plain=False)
+    router = Router(rule, ExitCosts(COSTS), ExitRoles("whole", None, frozenset({"warp", "warp2"})))
     rows = zip(*(data[name].tolist() for name in ("age", "predicted", "spread", "measured")), strict=True)
     results: dict[int, tuple[bool, float, float, float | None]] = {}
     for frame, (age, predicted, spread, measured) in enumerate(rows):

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from warpcache.engine.errors import InputError
 from warpcache.engine.promise.calibration import Quality, Rule
 from warpcache.engine.routing.exit_costs import ExitCosts
-from warpcache.engine.routing.router import Decision, Request, Router, Signals
+from warpcache.engine.routing.router import Decision, ExitRoles, Request, Router, RouterOptions, Signals
 
 MS = {"warp2": 1.5, "warp": 3.0, "branch2": 6.0, "plain": 11.0, "branch1": 12.0, "whole": 30.0}
 CONSUMERS = frozenset({"warp", "warp2"})
 BRANCHES = frozenset({"branch1", "branch2"})
 INEXACT = (*CONSUMERS, *BRANCHES)
+ROLES = ExitRoles("whole", "plain", CONSUMERS)
+WITHOUT_PLAIN = ExitRoles("whole", None, CONSUMERS)
 QUALITY = Quality("lpips", 0.05)
 SCORE = math.log(0.05)
 RULE = Rule(QUALITY, {0: 1.0, 1: 1.0, 2: 1.2, 3: 1.5})
@@ -27,7 +29,8 @@ STRICT = Rule(QUALITY, {0: 50.0, 1: 50.0, 2: 50.0, 3: 50.0})
 
 
 def make(rule: Rule = RULE, *, max_age: int | None = None, has_plain: bool = True) -> Router:
-    return Router(rule, ExitCosts(MS), consumers=CONSUMERS, max_age=max_age, has_plain=has_plain)
+    costs = MS if has_plain else {name: ms for name, ms in MS.items() if name != "plain"}
+    return Router(rule, ExitCosts(costs), ROLES if has_plain else WITHOUT_PLAIN, RouterOptions(max_age=max_age))
 
 
 def signals(
@@ -237,7 +240,7 @@ def test_from_a_branch_to_a_consumer_at_once() -> None:
 
 def test_a_consumer_that_is_dearer_than_the_whole_generator_answers_nothing() -> None:
     costs = ExitCosts({"branch1": 5.0, "whole": 6.0, "warp": 8.0})
-    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    router = Router(RULE, costs, WITHOUT_PLAIN)
     assert exits(router, [signals("branch1"), signals("warp"), signals("warp", "branch1")]) == [
         "branch1",
         "whole",
@@ -247,7 +250,7 @@ def test_a_consumer_that_is_dearer_than_the_whole_generator_answers_nothing() ->
 
 def test_equal_costs_that_jitter_cause_no_switch() -> None:
     costs = ExitCosts({"warp": 3.0, "warp2": 3.05, "whole": 30.0}, weight=1.0)
-    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    router = Router(RULE, costs, WITHOUT_PLAIN)
     frames = [signals("warp", "warp2", slack=5.0)] * 20
     chosen = []
     for index, given_ in enumerate(frames):
@@ -273,7 +276,7 @@ def test_where_nothing_dearer_is_in_time_a_cheaper_eligible_exit_answers() -> No
 
 def test_costs_that_were_followed_change_the_choice() -> None:
     costs = ExitCosts(MS)
-    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    router = Router(RULE, costs, ROLES)
     given_ = signals("warp2", "warp", slack=5.0)
     assert router.route(Request(0, 1, given_)).exit == "warp2"
     for _ in range(60):
@@ -356,14 +359,14 @@ def test_the_ranking_is_the_dearer_exits_that_may_answer() -> None:
 
 def test_no_branch_answers_where_a_consumer_is_eligible_even_one_that_is_cheaper() -> None:
     costs = ExitCosts({"branch1": 1.0, "warp": 3.0, "whole": 30.0})
-    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    router = Router(RULE, costs, WITHOUT_PLAIN)
     assert exits(router, [signals("warp", "branch1", slack=9.0)] * 6) == ["warp"] * 6
     assert router.route(Request(6, 1, signals("branch1", slack=9.0))).exit == "branch1"
 
 
 def test_a_branch_in_the_place_of_a_late_consumer_is_degraded() -> None:
     costs = ExitCosts({"branch1": 1.0, "warp": 3.0, "whole": 30.0})
-    router = Router(RULE, costs, consumers=CONSUMERS, max_age=None, has_plain=False)
+    router = Router(RULE, costs, WITHOUT_PLAIN)
     decision = router.route(Request(0, 1, signals("warp", "branch1", slack=9.0), 2.0))
     assert (decision.exit, decision.degraded) == ("branch1", "cheaper exit")
     # Alone it keeps what was promised.
@@ -485,11 +488,10 @@ def test_frames_without_a_prediction_say_nothing_of_the_scene() -> None:
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
-    given_ = {"consumers": CONSUMERS, "max_age": None, "has_plain": True, **options}
     with pytest.raises(InputError, match=message):
-        Router(RULE, ExitCosts(MS), **given_)  # type: ignore[arg-type]
+        RouterOptions(**options)  # type: ignore[arg-type]
 
 
 def test_the_whole_generator_must_have_a_cost() -> None:
     with pytest.raises(InputError, match="exit 'whole' has no cost; there are: warp"):
-        Router(RULE, ExitCosts({"warp": 1.0}), consumers=CONSUMERS, max_age=None, has_plain=False)
+        Router(RULE, ExitCosts({"warp": 1.0}), WITHOUT_PLAIN)
