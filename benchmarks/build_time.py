@@ -26,7 +26,7 @@ from benchmarks.parts import Measured, device_record, finish, run_parts, show_pa
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt.engine_cache import EngineCache
-from warpcache.engine.tensorrt.engines import build_engines, precision_of
+from warpcache.engine.tensorrt.engines import Toolchain, build_engines, precision_of
 from warpcache.engine.tensorrt.flavour import Flavour
 from warpcache.tasks.demo import demo_bundle
 
@@ -47,7 +47,7 @@ def engines_part(bundle: Bundle, runs: int) -> Measured:
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
-            built = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=EngineCache(Path(folder)))
+            built = build_engines(bundle, Toolchain(flavour, TARGETS), EngineCache(Path(folder)))
             times.append(time.perf_counter() - begin)
         if any(engine.reused for engine in built):
             raise BackendError("an engine was found in an empty cache, so the time is not that of building; report it")

@@ -11,7 +11,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.errors import BackendError, DeviceError
 from warpcache.engine.tensorrt.engine_cache import EngineCache
-from warpcache.engine.tensorrt.engines import build_engines
+from warpcache.engine.tensorrt.engines import Toolchain, build_engines
 from warpcache.engine.tensorrt.flavour import Flavour
 from warpcache.engine.tensorrt.module import TensorRtModule
 
@@ -42,7 +42,7 @@ def probe_rtx(bundle: Bundle, ordinal: int) -> list[str]:
         target = device.architecture if known else _nearest(device.architecture, flavour.targets)
         with tempfile.TemporaryDirectory() as folder:
             cache = EngineCache(Path(folder))
-            (built,) = build_engines(bundle, flavour=flavour, targets=(target,), cache=cache, modules=[_MODULE])
+            (built,) = build_engines(bundle, Toolchain(flavour, (target,)), cache, modules=[_MODULE])
             record = bundle.manifest.modules[_MODULE]
             try:
                 with closing(

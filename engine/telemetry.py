@@ -10,14 +10,20 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["STAGES", "LatencyHistogram", "LatencySummary", "SessionStatistics", "Telemetry"]
+__all__ = ["STAGES", "AnsweredFrame", "LatencyHistogram", "LatencySummary", "SessionStatistics", "Telemetry"]
 
 STAGES = ("queue_wait", "consumer", "producer", "copy")
 """Stages that are timed: from a frame's arrival to the start of its exit; the exit itself; a producer, from its start
 to its cache being ready; and the checking and copying of a frame's inputs."""
+
+_COUNTERS = (
+    *("dropped", "failed", "rejected", "refreshes", "late", "producer_runs", "producer_failures", "degraded"),
+    *("non_finite", "audits", "audit_misses", "drifts", "scene_cuts", "predictor_failures", "audit_failures"),
+)
 
 _LOWEST_MS = 1e-3
 _HIGHEST_MS = 1e6
@@ -173,6 +179,30 @@ class SessionStatistics:
     behind: int = 0
 
 
+class AnsweredFrame(NamedTuple):
+    """What is counted of one answered frame; times are in milliseconds.
+
+    Attributes:
+        route: The exit that answered.
+        age: Age of the cache in frames; 0 where the whole generator answered.
+        refreshed: Whether it waited for a new cache or for the whole generator.
+        late: Whether it came after its deadline, or after the next frame was due.
+        latency_ms: From its arrival to its answer.
+        wait_ms: From its arrival to the start of its exit.
+        consumer_ms: What the exit took.
+        degraded: Whether its deadline cost it quality.
+    """
+
+    route: str
+    age: int
+    refreshed: bool
+    late: bool
+    latency_ms: float
+    wait_ms: float
+    consumer_ms: float
+    degraded: bool = False
+
+
 class Telemetry:
     """Collects what `SessionStatistics` shows; every method may be called from any thread.
 
@@ -194,33 +224,18 @@ class Telemetry:
         self._router = LatencyHistogram()
         self._tightening = 0.0
 
-    def answered(
-        self,
-        route: str,
-        age: int,
-        *,
-        refreshed: bool,
-        late: bool,
-        latency_ms: float,
-        wait_ms: float,
-        consumer_ms: float,
-        degraded: bool = False,
-    ) -> None:
+    def answered(self, frame: AnsweredFrame) -> None:
         """One frame was answered."""
         with self._lock:
-            self._routes[route] += 1
-            self._age_sum += age
-            if age > self._age_max:
-                self._age_max = age
-            if refreshed:
-                self._counts["refreshes"] += 1
-            if late:
-                self._counts["late"] += 1
-            if degraded:
-                self._counts["degraded"] += 1
-            self._latency.record(latency_ms)
-            self._stages["queue_wait"].record(wait_ms)
-            self._stages["consumer"].record(consumer_ms)
+            self._routes[frame.route] += 1
+            self._age_sum += frame.age
+            self._age_max = max(self._age_max, frame.age)
+            self._counts["refreshes"] += frame.refreshed
+            self._counts["late"] += frame.late
+            self._counts["degraded"] += frame.degraded
+            self._latency.record(frame.latency_ms)
+            self._stages["queue_wait"].record(frame.wait_ms)
+            self._stages["consumer"].record(frame.consumer_ms)
 
     def dropped(self) -> None:
         """One frame was replaced by a newer one."""
@@ -309,15 +324,8 @@ class Telemetry:
         with self._lock:
             frames = self._routes.total()
             return SessionStatistics(
+                **{name: self._counts[name] for name in _COUNTERS},
                 frames=frames,
-                dropped=self._counts["dropped"],
-                behind=self._counts["behind"],
-                failed=self._counts["failed"],
-                rejected=self._counts["rejected"],
-                refreshes=self._counts["refreshes"],
-                late=self._counts["late"],
-                producer_runs=self._counts["producer_runs"],
-                producer_failures=self._counts["producer_failures"],
                 last_producer_error=self._last_producer_error,
                 routes=dict(self._routes),
                 age_mean=self._age_sum / frames if frames else 0.0,
@@ -325,15 +333,7 @@ class Telemetry:
                 latency_ms=self._latency.summary(),
                 stages_ms={stage: histogram.summary() for stage, histogram in self._stages.items()},
                 graphs=self._graphs,
-                degraded=self._counts["degraded"],
-                non_finite=self._counts["non_finite"],
-                audits=self._counts["audits"],
-                audit_misses=self._counts["audit_misses"],
-                drifts=self._counts["drifts"],
-                scene_cuts=self._counts["scene_cuts"],
                 tightening=self._tightening,
-                predictor_failures=self._counts["predictor_failures"],
-                audit_failures=self._counts["audit_failures"],
                 predictor=self._predictor.summary(),
                 router=self._router.summary(),
             )

@@ -38,7 +38,7 @@ from ..schedule.events import (
     StateAdvanced,
 )
 from ..spec import Array
-from ..telemetry import Telemetry
+from ..telemetry import AnsweredFrame, Telemetry
 from .clock import Clock
 from .frame import Frame
 from .parts import SessionParts
@@ -339,15 +339,17 @@ class FrameRunner:
         latency_ms = (ended - arrival.time) * 1e3
         refreshed = action.refreshed or answer.exit == self._scheduler.whole
         self._telemetry.answered(
-            answer.exit,
-            answer.age,
-            refreshed=refreshed,
-            late=(period_ms is not None and latency_ms > period_ms)
-            or (deadline_ms is not None and latency_ms > deadline_ms),
-            latency_ms=latency_ms,
-            wait_ms=(started - arrival.time) * 1e3,
-            consumer_ms=answer.exit_ms,
-            degraded=answer.degraded is not None,
+            AnsweredFrame(
+                answer.exit,
+                answer.age,
+                refreshed=refreshed,
+                late=(period_ms is not None and latency_ms > period_ms)
+                or (deadline_ms is not None and latency_ms > deadline_ms),
+                latency_ms=latency_ms,
+                wait_ms=(started - arrival.time) * 1e3,
+                consumer_ms=answer.exit_ms,
+                degraded=answer.degraded is not None,
+            )
         )
         return Frame(
             action.frame,

@@ -10,7 +10,7 @@ from ..bundle.bundle import Bundle
 from ..cuda.device import CudaDevice
 from ..device.module import Module, ModuleFile, Site
 from .engine_cache import EngineCache, default_folder
-from .engines import build_engines
+from .engines import Toolchain, build_engines
 from .flavour import CURRENT, Flavour
 from .module import TensorRtModule
 
@@ -44,10 +44,8 @@ class TensorRtBackend:
             device.context.make_current()
             for built in build_engines(
                 bundle,
-                flavour=self._flavour,
-                targets=(CURRENT,),
-                device=device.ordinal,
-                cache=cache,
+                Toolchain(self._flavour, (CURRENT,), device=device.ordinal),
+                cache,
                 modules=modules,
                 build=self._build,
             ):

@@ -16,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import BackendError, DeviceError, InputError, WarpcacheError
 from ..spec import TensorSpec
 from .flavour import Flavour
-from .network import build_engine
+from .network import BuildRequest, build_engine
 from .options import BuildOptions, ShapeProfile
 
 __all__ = [
@@ -42,27 +42,6 @@ _REQUESTS = "requests.json"
 _OUTPUT = "output.txt"
 # What may come back by name; anything else is a bug in the process, and its traceback says so.
 _ERRORS: dict[str, type[WarpcacheError]] = {kind.__name__: kind for kind in (BackendError, DeviceError, InputError)}
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """One engine to be built.
-
-    Attributes:
-        path: The ``.onnx`` file; external data is looked for beside it.
-        name: What messages call the module.
-        inputs: What the graph must take.
-        outputs: What the graph must give.
-        targets: The GPUs that the engine is for, as `Flavour.resolve` takes them.
-        options: What the builder is told beside the graph.
-    """
-
-    path: Path
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    targets: tuple[str, ...]
-    options: BuildOptions = field(default_factory=BuildOptions)
 
 
 def build_engine_isolated(request: BuildRequest, *, flavour: Flavour, device: int = 0) -> bytes:
@@ -273,9 +252,7 @@ def main(folder: Path) -> None:
         try:
             # In here, so that a library which cannot be loaded is answered like every other error.
             flavour = Flavour.of(importlib.import_module(order["module"]), order["flavour"])
-            request = _unpacked(packed)
-            arguments = {entry.name: getattr(request, entry.name) for entry in fields(request)}
-            engine = build_engine(**arguments, flavour=flavour, device=order["device"])
+            engine = build_engine(_unpacked(packed), flavour=flavour, device=order["device"])
             (folder / f"{index}.engine").write_bytes(engine)
         except tuple(_ERRORS.values()) as exc:
             error, kind = str(exc), type(exc).__name__

@@ -91,29 +91,6 @@ class EngineKey:
     def __hash__(self) -> int:
         return hash((self.digest, self.targets))
 
-    @classmethod
-    def of_file(
-        cls,
-        path: str | Path,
-        *,
-        inputs: Iterable[TensorSpec],
-        outputs: Iterable[TensorSpec],
-        precision: str,
-        flavour: str,
-        version: str,
-        targets: Iterable[str],
-        options: Mapping[str, str],
-    ) -> EngineKey:
-        """The key of the engine of an ``.onnx`` file (see the class for the rest).
-
-        Raises:
-            BundleError: If the file cannot be read as a graph.
-            InputError: As the class.
-        """
-        return cls(
-            graph_digest(path), tuple(inputs), tuple(outputs), precision, flavour, version, tuple(targets), options
-        )
-
     @cached_property
     def digest(self) -> str:
         """Hash of everything but the targets, 64 hexadecimal digits: a file may serve more targets than are asked."""

@@ -5,18 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...kernels.driver import Context
 from ..bundle.bundle import Bundle
 from ..errors import BackendError, InputError, WarpcacheError
 from .builder import BuildRequest, build_engines_isolated
-from .engine_cache import EngineCache, EngineKey
+from .engine_cache import EngineCache, EngineKey, graph_digest
 from .flavour import Flavour
 from .options import BuildOptions
 
-__all__ = ["BuiltEngine", "Progress", "build_engines", "check_targets", "engine_key", "precision_of", "without_kernels"]
+__all__ = [
+    "BuiltEngine",
+    "Progress",
+    "Toolchain",
+    "build_engines",
+    "check_targets",
+    "engine_key",
+    "precision_of",
+    "without_kernels",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +35,23 @@ Progress = Callable[[str, int, int], None]
 
 _OLDEST = {"bf16": 80, "fp8": 89}
 """The first architecture that has kernels for a type; TensorRT builds nothing for several if one of them has none."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What engines are built with, and for which GPUs.
+
+    Attributes:
+        flavour: The TensorRT that builds and will run them.
+        targets: GPUs to build for, e.g. ``("sm_86", "sm_89")``; ``("current",)`` for the one that is here.
+        options: What the builder is told.
+        device: The number of the GPU that ``"current"`` means.
+    """
+
+    flavour: Flavour
+    targets: Sequence[str]
+    options: BuildOptions = field(default_factory=BuildOptions)
+    device: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,44 +109,39 @@ def check_targets(precision: str, targets: Sequence[str]) -> None:
         )
 
 
-def engine_key(
-    bundle: Bundle,
-    module: str,
-    *,
-    flavour: Flavour,
-    targets: Sequence[str],
-    options: BuildOptions,
-    device: int = 0,
-) -> EngineKey:
-    """What the engine of one module of a bundle is found by."""
+def engine_key(bundle: Bundle, module: str, toolchain: Toolchain) -> EngineKey:
+    """What the engine of one module of a bundle is found by.
+
+    Raises:
+        BundleError: If the module's file cannot be read as a graph.
+        InputError: As `EngineKey`.
+    """
     record = bundle.manifest.modules[module]
+    flavour = toolchain.flavour
     extra: dict[str, str] = {}
     if not flavour.ahead_of_time:
         # Its kernels were timed on one model of GPU; another of the same architecture may be faster with others.
-        context = Context(device)
+        context = Context(toolchain.device)
         extra["gpu"] = context.name
         context.close()
-    return EngineKey.of_file(
-        bundle.file(record.file),
+    return EngineKey(
+        graph=graph_digest(bundle.file(record.file)),
         inputs=record.inputs,
         outputs=record.outputs,
         precision=precision_of(bundle),
         flavour=flavour.name,
         version=flavour.version,
-        targets=targets,
-        options={**options.as_key(), **extra},
+        targets=tuple(toolchain.targets),
+        options={**toolchain.options.as_key(), **extra},
     )
 
 
 def build_engines(
     bundle: Bundle,
-    *,
-    flavour: Flavour,
-    targets: Sequence[str],
+    toolchain: Toolchain,
     cache: EngineCache,
-    options: BuildOptions | None = None,
+    *,
     modules: Sequence[str] | None = None,
-    device: int = 0,
     build: bool = True,
     progress: Progress = lambda what, done, total: None,
 ) -> list[BuiltEngine]:
@@ -130,12 +151,9 @@ def build_engines(
 
     Args:
         bundle: Where the graphs are.
-        flavour: The TensorRT that builds and will run them.
-        targets: GPUs to build for, e.g. ``("sm_86", "sm_89")``; ``("current",)`` for the one that is here.
+        toolchain: What builds them, and for which GPUs.
         cache: Where engines are kept.
-        options: What the builder is told.
         modules: Which modules; None is all.
-        device: The number of the GPU that ``"current"`` means.
         build: False raises where one is missing.
         progress: Told how far it is.
 
@@ -143,14 +161,12 @@ def build_engines(
         BackendError: If TensorRT refuses a graph or a target, a target's GPU does not compute in the bundle's
             precision, an engine is missing that was not to be built, or the builder crashed.
     """
-    options = BuildOptions() if options is None else options
-    resolved = flavour.resolve(tuple(targets), device=device)
+    flavour, device = toolchain.flavour, toolchain.device
+    resolved = flavour.resolve(tuple(toolchain.targets), device=device)
     check_targets(precision_of(bundle), resolved)
+    toolchain = replace(toolchain, targets=resolved)
     names = sorted(bundle.manifest.modules) if modules is None else list(dict.fromkeys(modules))
-    keys = {
-        name: engine_key(bundle, name, flavour=flavour, targets=resolved, options=options, device=device)
-        for name in names
-    }
+    keys = {name: engine_key(bundle, name, toolchain) for name in names}
     built: dict[str, BuiltEngine] = {}
 
     def take_those_there() -> list[str]:
@@ -176,7 +192,7 @@ def build_engines(
             # Another process may have built them while we waited for the lock.
             missing = take_those_there()
             started = time.perf_counter()
-            requests = [_request(bundle, name, resolved, options) for name in missing]
+            requests = [_request(bundle, name, toolchain) for name in missing]
 
             def rescue(index: int, engine: bytes) -> None:
                 _store(cache, keys[missing[index]], engine)
@@ -205,13 +221,13 @@ def _store(cache: EngineCache, key: EngineKey, engine: bytes) -> Path | None:
         return None
 
 
-def _request(bundle: Bundle, name: str, targets: Sequence[str], options: BuildOptions) -> BuildRequest:
+def _request(bundle: Bundle, name: str, toolchain: Toolchain) -> BuildRequest:
     record = bundle.manifest.modules[name]
     return BuildRequest(
         path=bundle.file(record.file),
         name=name,
         inputs=record.inputs,
         outputs=record.outputs,
-        targets=tuple(targets),
-        options=options,
+        targets=tuple(toolchain.targets),
+        options=toolchain.options,
     )

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,40 @@ from .flavour import Flavour, deferred_interrupt
 from .io import IoTensor, check_io, dtype_name
 from .options import BuildOptions, ShapeProfile
 
-__all__ = ["build_engine"]
+__all__ = ["BuildRequest", "build_engine"]
 
 logger = logging.getLogger(__name__)
 
 
-def build_engine(
-    path: Path,
-    *,
-    name: str,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    flavour: Flavour,
-    targets: tuple[str, ...],
-    options: BuildOptions,
-    device: int = 0,
-) -> bytes:
-    """Build the engine of one module in this process.
+@dataclass(frozen=True)
+class BuildRequest:
+    """One engine to be built.
 
-    The same arguments give the same bytes with TensorRT-RTX. Ctrl-C ends the build at its next step.
-
-    Args:
+    Attributes:
         path: The ``.onnx`` file; external data is looked for beside it.
         name: What messages call the module.
         inputs: What the graph must take.
         outputs: What the graph must give.
-        flavour: The library.
         targets: The GPUs that the engine is for, as `Flavour.resolve` takes them.
         options: What the builder is told beside the graph.
+    """
+
+    path: Path
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    targets: tuple[str, ...]
+    options: BuildOptions = field(default_factory=BuildOptions)
+
+
+def build_engine(request: BuildRequest, *, flavour: Flavour, device: int = 0) -> bytes:
+    """Build the engine of one module in this process.
+
+    The same request gives the same bytes with TensorRT-RTX. Ctrl-C ends the build at its next step.
+
+    Args:
+        request: What to build.
+        flavour: The library.
         device: The number of the GPU that is built on and that ``"current"`` means.
 
     Raises:
@@ -57,15 +64,15 @@ def build_engine(
             are others than announced.
         DeviceError: If a GPU is needed and there is none.
     """
-    if not Path(path).is_file():
-        raise BackendError(f"module {name!r}: there is no file {path}; open the bundle again")
-    resolved = flavour.resolve(targets, device=device)
+    if not request.path.is_file():
+        raise BackendError(f"module {request.name!r}: there is no file {request.path}; open the bundle again")
+    resolved = flavour.resolve(request.targets, device=device)
     started = time.monotonic()
     with _on_gpu(flavour, device), flavour.log.collect() as said, deferred_interrupt() as interrupted:
-        engine = _Build(Path(path), name, inputs, outputs, flavour, said).run(resolved, options, interrupted)
+        engine = _Build(request, flavour, said).run(resolved, interrupted)
     logger.info(
         "built module %r with %s %s for %s: %.1f MB in %.2f s",
-        name,
+        request.name,
         flavour.title,
         flavour.version,
         ", ".join(resolved),
@@ -78,19 +85,9 @@ def build_engine(
 class _Build:
     """One build: the graph is read, held against the specs, and built."""
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        flavour: Flavour,
-        said: Iterable[str],
-    ) -> None:
-        self._path = path
-        self._name = name
-        self._inputs = inputs
-        self._outputs = outputs
+    def __init__(self, request: BuildRequest, flavour: Flavour, said: Iterable[str]) -> None:
+        self._request = request
+        self._where = f"module {request.name!r} ({request.path.name})"
         self._flavour = flavour
         self._trt = flavour.module
         self._said = said
@@ -105,24 +102,24 @@ class _Build:
         flag = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self._network = self._builder.create_network(flag)
 
-    def run(self, targets: tuple[str, ...], options: BuildOptions, interrupted: threading.Event) -> bytes:
+    def run(self, targets: tuple[str, ...], interrupted: threading.Event) -> bytes:
         # The parser owns weights that the network refers to: it must live until the engine is built.
         parser = self._parse()
-        network, where = self._network, f"module {self._name!r} ({self._path.name})"
+        network = self._network
         for kind, specs, found in (
-            ("input", self._inputs, self._tensors(network.num_inputs, network.get_input)),
-            ("output", self._outputs, self._tensors(network.num_outputs, network.get_output)),
+            ("input", self._request.inputs, self._tensors(network.num_inputs, network.get_input)),
+            ("output", self._request.outputs, self._tensors(network.num_outputs, network.get_output)),
         ):
-            check_io(where, kind, specs, found, remedy="compile the bundle again")
-        config = self._config(targets, options)
-        self._add_profile(config, options)
+            check_io(self._where, kind, specs, found, remedy="compile the bundle again")
+        config = self._config(targets, self._request.options)
+        self._add_profile(config)
         config.progress_monitor = _monitor(self._trt, interrupted)
         blob = self._builder.build_serialized_network(self._network, config)
         del parser
         if blob is None:
             raise BackendError(
-                f"module {self._name!r} ({self._path.name}): {self._flavour.title} cannot build it: "
-                f"{self._last() or 'it does not say why'}; try the backend 'onnxruntime', or compile the bundle "
+                f"{self._where}: {self._flavour.title} cannot build it: "
+                f"{self._reason()}; try the backend 'onnxruntime', or compile the bundle "
                 "without the layer that it names"
             )
         return bytes(blob)
@@ -130,11 +127,11 @@ class _Build:
     def _parse(self) -> Any:
         parser = self._trt.OnnxParser(self._network, self._flavour.trt_logger)
         # By path, not by content: only so the weights in the file beside it are found.
-        if parser.parse_from_file(str(self._path)):
+        if parser.parse_from_file(str(self._request.path)):
             return parser
-        refused = f"module {self._name!r} ({self._path.name}) is refused by {self._flavour.title}"
+        refused = f"{self._where} is refused by {self._flavour.title}"
         if parser.num_errors == 0:
-            raise BackendError(f"{refused}: {self._last() or 'it does not say why'}; compile the bundle again")
+            raise BackendError(f"{refused}: {self._reason()}; compile the bundle again")
         first = parser.get_error(0)
         reason = " ".join(first.desc().split()).rstrip(".")
         if parser.num_errors > 1:
@@ -155,7 +152,7 @@ class _Build:
     def _nodes(self) -> list[GraphNode]:
         """For messages only: where the file cannot be read either, the parser has said so."""
         try:
-            with self._path.open("rb") as file:
+            with self._request.path.open("rb") as file:
                 return graph_nodes(file)
         except (OSError, BundleError):
             return []
@@ -188,22 +185,21 @@ class _Build:
                 capability = getattr(trt.ComputeCapability, target.replace("sm_", "SM"))
                 if not config.set_compute_capability(capability, index):
                     raise BackendError(
-                        f"module {self._name!r}: {self._flavour.title} does not build for {target} together with "
-                        f"{', '.join(targets)}: {self._last() or 'it does not say why'}; build for fewer GPUs at a time"
+                        f"module {self._request.name!r}: {self._flavour.title} does not build for {target} together "
+                        f"with {', '.join(targets)}: {self._reason()}; build for fewer GPUs at a time"
                     )
         return config
 
-    def _add_profile(self, config: Any, options: BuildOptions) -> None:
+    def _add_profile(self, config: Any) -> None:
         """Tell which shapes a dynamic graph is built for; a fixed one needs no profile, and may have none."""
-        where = f"module {self._name!r} ({self._path.name})"
-        given = {profile.name: profile for profile in options.profiles}
-        unknown = set(given) - {spec.name for spec in self._inputs}
+        given = {profile.name: profile for profile in self._request.options.profiles}
+        specs = {spec.name: spec for spec in self._request.inputs}
+        unknown = given.keys() - specs.keys()
         if unknown:
             raise BackendError(
-                f"{where}: there are shape profiles for {_names(unknown)}, but its inputs are "
-                f"{_names(spec.name for spec in self._inputs)}; name those"
+                f"{self._where}: there are shape profiles for {_names(unknown)}, but its inputs are "
+                f"{_names(specs)}; name those"
             )
-        specs = {spec.name: spec for spec in self._inputs}
         profile, dynamic = self._builder.create_optimization_profile(), False
         for index in range(self._network.num_inputs):
             tensor = self._network.get_input(index)
@@ -212,18 +208,20 @@ class _Build:
             shapes = given.get(tensor.name, ShapeProfile(tensor.name, fixed, fixed, fixed))
             if not _holds(shapes, shape, fixed):
                 raise BackendError(
-                    f"{where}: the shape profile of {tensor.name!r}, {list(shapes.min)} to {list(shapes.max)}, does "
-                    f"not fit its shape {list(fixed)}, in the graph {list(shape)}; take in the one, and vary only what "
-                    "the other leaves open"
+                    f"{self._where}: the shape profile of {tensor.name!r}, {list(shapes.min)} to {list(shapes.max)}, "
+                    f"does not fit its shape {list(fixed)}, in the graph {list(shape)}; take in the one, and vary only "
+                    "what the other leaves open"
                 )
             if -1 in shape:
                 dynamic = True
                 profile.set_shape(tensor.name, shapes.min, shapes.opt, shapes.max)
         if dynamic and config.add_optimization_profile(profile) < 0:
             raise BackendError(
-                f"{where}: {self._flavour.title} refuses its shape profile: {self._last() or 'it does not say why'}; "
-                "give other extents"
+                f"{self._where}: {self._flavour.title} refuses its shape profile: {self._reason()}; give other extents"
             )
+
+    def _reason(self) -> str:
+        return self._last() or "it does not say why"
 
     def _last(self) -> str:
         """What the library said last, on one line."""

@@ -44,8 +44,8 @@ CHEAP_OUTPUT_RATIO = 0.05
 # beyond the size of the image, must buy.
 SCORE_DB_PER_COST_RATIO = 20.0
 SCORE_DB_PER_DOUBLING = 0.25
-# Identical frames have infinite PSNR; 60 dB is beyond what 8-bit video can show.
-PSNR_CAP_DB = 60.0
+# Where reuse is as good as it can be: identical frames have infinite PSNR; 60 dB is beyond what 8-bit video can show.
+REUSE_PSNR_CAP_DB = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -345,8 +345,8 @@ def _reuse_psnr(
 def _psnr_db(got: Array, want: Array, data_range: float) -> float:
     error = float(np.mean((got.astype(np.float64) - want.astype(np.float64)) ** 2))
     if error == 0.0:
-        return PSNR_CAP_DB
-    return min(PSNR_CAP_DB, 10.0 * math.log10(data_range**2 / error))
+        return REUSE_PSNR_CAP_DB
+    return min(REUSE_PSNR_CAP_DB, 10.0 * math.log10(data_range**2 / error))
 
 
 def _timed(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warpcache.engine.telemetry import STAGES, LatencyHistogram, LatencySummary, Telemetry
+from warpcache.engine.telemetry import STAGES, AnsweredFrame, LatencyHistogram, LatencySummary, Telemetry
 
 # What the histogram promises. A bin is 1.5 % wide and its middle is at most sqrt(1.015) - 1 = 0.75 % off.
 RELATIVE_ERROR = 0.01
@@ -67,7 +67,7 @@ def test_a_snapshot_counts_what_happened_and_does_not_change() -> None:
     telemetry = Telemetry()
     before = telemetry.snapshot()
     for route, age, refreshed, late in (("plain", 0, True, False), ("warp", 1, False, True), ("warp", 5, False, False)):
-        telemetry.answered(route, age, refreshed=refreshed, late=late, latency_ms=4.0, wait_ms=1.0, consumer_ms=3.0)
+        telemetry.answered(AnsweredFrame(route, age, refreshed, late, latency_ms=4.0, wait_ms=1.0, consumer_ms=3.0))
     telemetry.dropped()
     telemetry.rejected()
     telemetry.rejected()
@@ -98,9 +98,7 @@ def test_a_snapshot_counts_what_happened_and_does_not_change() -> None:
 
 def test_what_routing_counts_is_in_the_statistics():
     telemetry = Telemetry()
-    telemetry.answered(
-        "warp", 1, refreshed=False, late=False, latency_ms=1.0, wait_ms=0.0, consumer_ms=1.0, degraded=True
-    )
+    telemetry.answered(AnsweredFrame("warp", 1, False, False, 1.0, 0.0, 1.0, degraded=True))
     telemetry.dropped_for_deadline()
     assert [telemetry.non_finite() for _ in range(3)] == [1, 2, 3]
     assert [telemetry.predictor_failed() for _ in range(2)] == [1, 2]

@@ -308,9 +308,9 @@ def _engines(
 ) -> list[BuiltEngine]:
     """Build the engines into `folder`, which is going to be `home`; here one that cannot be kept is a failure."""
     from ..engine.tensorrt.engine_cache import EngineCache
-    from ..engine.tensorrt.engines import build_engines
+    from ..engine.tensorrt.engines import Toolchain, build_engines
 
-    engines = build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(folder), progress=progress)
+    engines = build_engines(bundle, Toolchain(flavour, targets), EngineCache(folder), progress=progress)
     lost = [engine.module for engine in engines if engine.path is None and not engine.reused]
     if lost:
         raise InputError(

@@ -56,8 +56,7 @@ def request_of(bundle: Path, module: str, **changes: Any) -> BuildRequest:
 
 def build(request: BuildRequest, flavour: Flavour) -> bytes:
     """In this process."""
-    arguments = {entry.name: getattr(request, entry.name) for entry in dataclasses.fields(request)}
-    return build_engine(**arguments, flavour=flavour)
+    return build_engine(request, flavour=flavour)
 
 
 def save_graph(
@@ -325,9 +324,8 @@ def test_full_tensorrt_builds_on_the_gpu_that_is_current(relu, monkeypatch):
 
     for module in (tensorrt_flavour, tensorrt_network):
         monkeypatch.setattr(module, "Context", context)
-    arguments = {entry.name: getattr(relu, entry.name) for entry in dataclasses.fields(relu)}
-    arguments["targets"] = ("current",)
-    engine = build_engine(**arguments, flavour=software_flavour("tensorrt"), device=1)
+    request = dataclasses.replace(relu, targets=("current",))
+    engine = build_engine(request, flavour=software_flavour("tensorrt"), device=1)
     assert engine.startswith(b"ftrt")
     assert calls == ["close 1", "current 1", "close 1"]
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from warpcache.engine.errors import BackendError, InputError
 from warpcache.engine.spec import TensorSpec
 from warpcache.engine.tensorrt import engine_cache
-from warpcache.engine.tensorrt.engine_cache import EngineCache, EngineKey, default_folder
+from warpcache.engine.tensorrt.engine_cache import EngineCache, EngineKey, default_folder, graph_digest
 
 LOGGER = "warpcache.engine.tensorrt.engine_cache"
 ENGINE = bytes(range(256)) * 2
@@ -114,12 +114,12 @@ def test_equal_keys_are_one_dictionary_entry():
 def test_a_bundle_in_another_folder_is_a_hit(tiny_bundle, tmp_path):
     rest = {name: value for name, value in vars(key()).items() if name != "graph" and name in FIELDS}
     cache = EngineCache(tmp_path / "cache")
-    cache.store(EngineKey.of_file(tiny_bundle / "plain.onnx", **rest), ENGINE)
+    cache.store(EngineKey(graph_digest(tiny_bundle / "plain.onnx"), **rest), ENGINE)
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy.warp")
-    assert cache.find(EngineKey.of_file(copy / "plain.onnx", **rest)) == ENGINE
-    assert cache.find(EngineKey.of_file(copy / "warp.onnx", **rest)) is None
+    assert cache.find(EngineKey(graph_digest(copy / "plain.onnx"), **rest)) == ENGINE
+    assert cache.find(EngineKey(graph_digest(copy / "warp.onnx"), **rest)) is None
     moved = (tmp_path / "cache").rename(tmp_path / "moved")
-    assert EngineCache(moved).find(EngineKey.of_file(copy / "plain.onnx", **rest)) == ENGINE
+    assert EngineCache(moved).find(EngineKey(graph_digest(copy / "plain.onnx"), **rest)) == ENGINE
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt import builder as tensorrt_builder
 from warpcache.engine.tensorrt.engine_cache import EngineCache
-from warpcache.engine.tensorrt.engines import build_engines, engine_key, precision_of, without_kernels
+from warpcache.engine.tensorrt.engines import Toolchain, build_engines, engine_key, precision_of, without_kernels
 from warpcache.engine.tensorrt.flavour import Flavour
 from warpcache.engine.tensorrt.options import BuildOptions
 from warpcache.kernels.driver import Context
@@ -35,19 +35,17 @@ def flavour() -> Flavour:
 def test_engines_are_built_once_and_found_again(tiny_bundle: Path, tmp_path: Path, flavour: Flavour) -> None:
     bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "engines")
     steps: list[tuple[str, int, int]] = []
-    first = build_engines(
-        bundle, flavour=flavour, targets=TARGETS, cache=cache, progress=lambda *step: steps.append(step)
-    )
+    first = build_engines(bundle, Toolchain(flavour, TARGETS), cache, progress=lambda *step: steps.append(step))
     assert [built.module for built in first] == ["generator", "plain", "producer", "warp"]
     assert all(not built.reused and built.path is not None and built.engine[:4] == b"vtrt" for built in first)
     assert all(built.targets == ("sm_86", "sm_89") for built in first)
     assert steps[0] == ("engines", 0, 4)
     assert steps[-1] == ("engines", 4, 4)
-    second = build_engines(bundle, flavour=flavour, targets=TARGETS[::-1], cache=cache)
+    second = build_engines(bundle, Toolchain(flavour, TARGETS[::-1]), cache)
     assert all(built.reused for built in second)
     assert [built.engine for built in second] == [built.engine for built in first]
     # One of the targets alone is served by the same file.
-    (warp,) = build_engines(bundle, flavour=flavour, targets=("sm_86",), cache=cache, modules=["warp"])
+    (warp,) = build_engines(bundle, Toolchain(flavour, ("sm_86",)), cache, modules=["warp"])
     assert warp.reused
     assert warp.engine == first[3].engine
 
@@ -57,9 +55,7 @@ def test_what_is_missing_is_said_where_nothing_is_to_be_built(
 ) -> None:
     cache = EngineCache(tmp_path / "engines")
     with pytest.raises(BackendError, match=r"holds no TensorRT-RTX .* engine of 'warp' for sm_89; build them with"):
-        build_engines(
-            Bundle.open(tiny_bundle), flavour=flavour, targets=("sm_89",), cache=cache, modules=["warp"], build=False
-        )
+        build_engines(Bundle.open(tiny_bundle), Toolchain(flavour, ("sm_89",)), cache, modules=["warp"], build=False)
     assert not list(cache.folder.glob("*.engine"))
 
 
@@ -81,9 +77,9 @@ def test_one_graph_that_cannot_be_built_does_not_cost_the_others(
     broken = write_bundle(tmp_path / "broken.warp", bundle.manifest, {**files, "plain.onnx": model.SerializeToString()})
     cache = EngineCache(tmp_path / "engines")
     with pytest.raises(BackendError, match=r"'plain'.*NonZero"):
-        build_engines(broken, flavour=flavour, targets=TARGETS, cache=cache)
+        build_engines(broken, Toolchain(flavour, TARGETS), cache)
     others = build_engines(
-        broken, flavour=flavour, targets=TARGETS, cache=cache, modules=["generator", "producer", "warp"], build=False
+        broken, Toolchain(flavour, TARGETS), cache, modules=["generator", "producer", "warp"], build=False
     )
     assert all(built.reused for built in others)
 
@@ -96,9 +92,8 @@ def test_an_engine_that_cannot_be_stored_is_used_all_the_same(
     with caplog.at_level(logging.WARNING, "warpcache.engine"):
         (built,) = build_engines(
             Bundle.open(tiny_bundle),
-            flavour=flavour,
-            targets=("sm_86",),
-            cache=EngineCache(in_the_way),
+            Toolchain(flavour, ("sm_86",)),
+            EngineCache(in_the_way),
             modules=["warp"],
         )
     assert built.path is None
@@ -121,11 +116,11 @@ def test_an_interrupt_keeps_what_is_ready(
     monkeypatch.setattr(tensorrt_builder, "_run", interrupted)
     bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "engines")
     with pytest.raises(KeyboardInterrupt):
-        build_engines(bundle, flavour=flavour, targets=TARGETS, cache=cache)
+        build_engines(bundle, Toolchain(flavour, TARGETS), cache)
     monkeypatch.undo()
     with cache.locked() as held:
         assert held
-    built = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=cache)
+    built = build_engines(bundle, Toolchain(flavour, TARGETS), cache)
     assert [one.reused for one in built] == [True, True, False, False]
 
 
@@ -133,7 +128,7 @@ def test_what_another_process_built_meanwhile_is_taken(
     tiny_bundle: Path, tmp_path: Path, flavour: Flavour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
-    theirs = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=EngineCache(tmp_path / "theirs"))
+    theirs = build_engines(bundle, Toolchain(flavour, TARGETS), EngineCache(tmp_path / "theirs"))
 
     class Late(EngineCache):
         """A cache whose lock another process held, which has stored its engines when we get it."""
@@ -149,7 +144,7 @@ def test_what_another_process_built_meanwhile_is_taken(
     monkeypatch.setattr(
         "warpcache.engine.tensorrt.engines.build_engines_isolated", lambda *_, **__: pytest.fail("built again")
     )
-    found = build_engines(bundle, flavour=flavour, targets=TARGETS, cache=ours)
+    found = build_engines(bundle, Toolchain(flavour, TARGETS), ours)
     assert all(built.reused for built in found)
     assert [built.engine for built in found] == [built.engine for built in theirs]
 
@@ -184,7 +179,7 @@ def test_gpus_that_do_not_compute_in_a_precision_are_refused(
         "warpcache.engine.tensorrt.engines.build_engines_isolated", lambda *_, **__: pytest.fail("built")
     )
     with pytest.raises(BackendError, match=rf"^{precision} does not run on {', '.join(lacking)}: it takes sm_8"):
-        build_engines(bundle, flavour=flavour, targets=targets, cache=EngineCache(tmp_path / "engines"))
+        build_engines(bundle, Toolchain(flavour, targets), EngineCache(tmp_path / "engines"))
 
 
 def test_full_tensorrts_engines_are_kept_by_the_model_of_the_gpu(tiny_bundle: Path, software_cuda: Any) -> None:
@@ -192,9 +187,9 @@ def test_full_tensorrts_engines_are_kept_by_the_model_of_the_gpu(tiny_bundle: Pa
 
     bundle, options = Bundle.open(tiny_bundle), BuildOptions()
     context = Context(0)
-    full = engine_key(bundle, "warp", flavour=software_flavour("tensorrt"), targets=("sm_90",), options=options)
+    full = engine_key(bundle, "warp", Toolchain(software_flavour("tensorrt"), ("sm_90",), options))
     assert full.options["gpu"] == context.name
-    rtx = engine_key(bundle, "warp", flavour=software_flavour("tensorrt-rtx"), targets=("sm_86",), options=options)
+    rtx = engine_key(bundle, "warp", Toolchain(software_flavour("tensorrt-rtx"), ("sm_86",), options))
     assert "gpu" not in rtx.options
     context.close()
 

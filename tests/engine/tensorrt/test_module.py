@@ -61,16 +61,8 @@ def rtx() -> Flavour:
 def engine_of(bundle: Path, name: str, flavour: Flavour) -> tuple[bytes, Any]:
     opened = Bundle.open(bundle)
     record = opened.manifest.modules[name]
-    engine = build_engine(
-        opened.file(record.file),
-        name=name,
-        inputs=record.inputs,
-        outputs=record.outputs,
-        flavour=flavour,
-        targets=(CURRENT,),
-        options=BuildOptions(),
-    )
-    return engine, record
+    request = Request(opened.file(record.file), name, record.inputs, record.outputs, (CURRENT,))
+    return build_engine(request, flavour=flavour), record
 
 
 @pytest.fixture
@@ -486,9 +478,7 @@ def dynamic(tmp_path: Path, device: CudaDevice) -> Callable[..., TensorRtModule]
     def loaded(flavour: Flavour, rows: int, out_rows: int | None = None) -> TensorRtModule:
         options = BuildOptions(profiles=(ShapeProfile("x", (1, 3), (2, 3), (4, 3)),))
         x, y = TensorSpec("x", "float32", (2, 3)), TensorSpec("y", "float32", (2, 3))
-        engine = build_engine(
-            path, name="m", inputs=(x,), outputs=(y,), flavour=flavour, targets=(CURRENT,), options=options
-        )
+        engine = build_engine(Request(path, "m", (x,), (y,), (CURRENT,), options), flavour=flavour)
         return TensorRtModule(
             engine,
             name="m",

@@ -54,8 +54,7 @@ def rtx(model: ModelProto, folder: Path, targets: tuple[str, ...] = ("sm_86", "s
     """Bytes of the TensorRT-RTX engine that is made of a model."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from warpcache.engine.tensorrt.flavour import Flavour
-    from warpcache.engine.tensorrt.network import build_engine
-    from warpcache.engine.tensorrt.options import BuildOptions
+    from warpcache.engine.tensorrt.network import BuildRequest, build_engine
 
     path = folder / "model.onnx"
     onnx.save(model, path)
@@ -67,16 +66,14 @@ def rtx(model: ModelProto, folder: Path, targets: tuple[str, ...] = ("sm_86", "s
         )
         for value in (*model.graph.input, *model.graph.output)
     }
-    engine = build_engine(
+    request = BuildRequest(
         path,
         name="model",
         inputs=tuple(specs[value.name] for value in model.graph.input),
         outputs=tuple(specs[value.name] for value in model.graph.output),
-        flavour=Flavour.load("tensorrt-rtx"),
         targets=targets,
-        options=BuildOptions(),
     )
-    return len(engine)
+    return len(build_engine(request, flavour=Flavour.load("tensorrt-rtx")))
 
 
 # What the emulation is compared with is ONNX's own reference in NumPy, which computes float16 graphs in float16.

@@ -206,7 +206,7 @@ def test_each_precision_converts_answers_and_builds(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from warpcache.engine.tensorrt.engine_cache import EngineCache
-    from warpcache.engine.tensorrt.engines import build_engines
+    from warpcache.engine.tensorrt.engines import Toolchain, build_engines
     from warpcache.engine.tensorrt.flavour import Flavour
 
     before = content(three)
@@ -231,9 +231,7 @@ def test_each_precision_converts_answers_and_builds(
         assert "conv2" in {path for i, _ in enumerate(model.graph.node) for path in GraphIndex(model).scopes(i)}
     # Weights are in the bundle once, in the type that they are computed in.
     assert bundle.file("weights.safetensors").stat().st_size < three.file("weights.safetensors").stat().st_size
-    built = build_engines(
-        bundle, flavour=Flavour.load("tensorrt-rtx"), targets=targets, cache=EngineCache(tmp_path / "engines")
-    )
+    built = build_engines(bundle, Toolchain(Flavour.load("tensorrt-rtx"), targets), EngineCache(tmp_path / "engines"))
     assert sorted(engine.module for engine in built) == ["generator", "plain", "producer", "warp"]
 
 

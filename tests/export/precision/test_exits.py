@@ -434,11 +434,11 @@ def test_a_calibration_that_is_measured_again_keeps_the_promise(tmp_path: Path) 
 def test_every_module_builds(exits: Bundle, half: Bundle, tmp_path: Path, precision: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from warpcache.engine.tensorrt.engine_cache import EngineCache
-    from warpcache.engine.tensorrt.engines import build_engines
+    from warpcache.engine.tensorrt.engines import Toolchain, build_engines
     from warpcache.engine.tensorrt.flavour import Flavour
 
     bundle = exits if precision == "fp32" else half
     flavour, cache = Flavour.load("tensorrt-rtx"), EngineCache(tmp_path / "engines")
-    built = build_engines(bundle, flavour=flavour, targets=("sm_86", "sm_120"), cache=cache)
+    built = build_engines(bundle, Toolchain(flavour, ("sm_86", "sm_120")), cache)
     assert sorted(engine.module for engine in built) == sorted(exits.manifest.modules)
     assert len({engine.digest for engine in built}) == len(built)

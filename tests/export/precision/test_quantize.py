@@ -147,8 +147,7 @@ def test_it_answers_like_the_original_and_tensorrt_takes_it(kind: str, tmp_path:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from warpcache.engine.spec import TensorSpec
     from warpcache.engine.tensorrt.flavour import Flavour
-    from warpcache.engine.tensorrt.network import build_engine
-    from warpcache.engine.tensorrt.options import BuildOptions
+    from warpcache.engine.tensorrt.network import BuildRequest, build_engine
     from warpcache.export.graph.run import run_session
     from warpcache.export.precision.parity import open_answering
 
@@ -162,16 +161,14 @@ def test_it_answers_like_the_original_and_tensorrt_takes_it(kind: str, tmp_path:
     # Eight bits of the range, of which typical values use a few: a few percent. None at all would mean no quantisation.
     assert 1e-3 < error < 0.15
     onnx.save(half, tmp_path / "m.onnx")
-    engine = build_engine(
+    request = BuildRequest(
         tmp_path / "m.onnx",
         name="m",
         inputs=(TensorSpec("x", "float32", (1, 3, 8, 8)),),
         outputs=(TensorSpec("y", "float32", (1, 4, 16, 16)),),
-        flavour=Flavour.load("tensorrt-rtx"),
         targets=("sm_86", "sm_89", "sm_120") if kind == "int8" else ("sm_89", "sm_120"),
-        options=BuildOptions(),
     )
-    assert len(engine) > 0
+    assert len(build_engine(request, flavour=Flavour.load("tensorrt-rtx"))) > 0
 
 
 def test_what_is_not_named_stays_as_it_is() -> None:

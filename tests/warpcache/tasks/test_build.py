@@ -383,9 +383,7 @@ def test_a_folder_of_engines_beside_the_bundle_is_the_cache(make_bundle: Any, tm
         warpcache.engine.tensorrt.engines.engine_key(
             Bundle.open(bundle),
             engine.module,
-            flavour=built.flavour,
-            targets=("sm_89",),
-            options=warpcache.engine.tensorrt.engines.BuildOptions(),
+            warpcache.engine.tensorrt.engines.Toolchain(built.flavour, ("sm_89",)),
         )
         for engine in built.engines
     ]

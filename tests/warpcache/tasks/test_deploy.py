@@ -218,7 +218,7 @@ def test_bundle_engines_and_kernels_are_found_alone(built: Built, edge: Path) ->
         f"""
         import json
         from pathlib import Path
-        from warpcache.engine.tensorrt.engines import build_engines, engine_key
+        from warpcache.engine.tensorrt.engines import Toolchain, build_engines, engine_key
         from warpcache.engine.bundle.bundle import Bundle
         from warpcache.engine.tensorrt.engine_cache import EngineCache, default_folder
         from warpcache.engine.tensorrt.flavour import Flavour
@@ -230,7 +230,7 @@ def test_bundle_engines_and_kernels_are_found_alone(built: Built, edge: Path) ->
         found = {{}}
         for target in {TARGETS!r}:
             # One GPU at a time, as a machine asks; build=False raises where one is missing.
-            for engine in build_engines(bundle, flavour=flavour, targets=(target,), cache=cache, build=False):
+            for engine in build_engines(bundle, Toolchain(flavour, (target,)), cache, build=False):
                 found[f"{{engine.module}} {{target}}"] = engine.reused and engine.size_bytes
         # Without a compiler: what is not in the folder's cache is an error before the driver is asked for.
         sys.modules["cuda.bindings.nvrtc"] = sys.modules["cuda.core"] = None
