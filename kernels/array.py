@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .driver import first_line
 from .errors import InputError
 
 __all__ = ["DeviceArray"]
@@ -183,8 +184,7 @@ def _viewed(source: Any, stream: int, name: str) -> DeviceArray:
         view = StridedMemoryView.from_any_interface(source, stream_ptr=stream)
     # The owner's code runs here, and cuda.core's; their exceptions share no base class but this one.
     except Exception as exc:
-        text = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise InputError(f"{name} cannot be borrowed: {text}; give a plain array on the GPU") from exc
+        raise InputError(f"{name} cannot be borrowed: {first_line(exc)}; give a plain array on the GPU") from exc
     return DeviceArray(
         int(view.ptr),
         tuple(view.shape),

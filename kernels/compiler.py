@@ -23,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .driver import first_line
 from .errors import BackendError
 
 __all__ = ["ARCHITECTURES", "cache_folder", "cached_cubin", "compile_cubin"]
@@ -228,9 +229,8 @@ def _nvrtc() -> Any:
         ) from exc
     # cuda-bindings raises RuntimeError, cuda-pathfinder its own error, which is one.
     except RuntimeError as exc:
-        first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise BackendError(
-            f"NVRTC, CUDA's run-time compiler, was not found ({first}); install it with "
+            f"NVRTC, CUDA's run-time compiler, was not found ({first_line(exc)}); install it with "
             'pip install "nvidia-cuda-nvrtc==13.0.*"'
         ) from exc
     return nvrtc

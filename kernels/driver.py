@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import DeviceError
 
-__all__ = ["OLDEST_DRIVER", "Context", "check", "cuda_version", "device_count", "load", "size_text"]
+__all__ = ["OLDEST_DRIVER", "Context", "check", "cuda_version", "device_count", "first_line", "load", "size_text"]
 
 OLDEST_DRIVER = 12_000
 """The oldest driver that serves, as `cuDriverGetVersion` counts: CUDA 12.0."""
@@ -45,7 +45,7 @@ def _bindings() -> Any:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as exc:
         raise DeviceError(
-            f'cuda-python cannot be imported ({_first_line(exc)}); install it with pip install "warpcache[cuda]"'
+            f'cuda-python cannot be imported ({first_line(exc)}); install it with pip install "warpcache[cuda]"'
         ) from exc
 
 
@@ -57,7 +57,7 @@ def _initialised() -> Any:
     # cuda-bindings raises RuntimeError, cuda-pathfinder its own DynamicLibNotFoundError (also a RuntimeError).
     except RuntimeError as exc:
         # What is said of a library that is simply not there is this sentence once more.
-        reason = "" if type(exc).__name__ == "DynamicLibNotFoundError" else f" ({_first_line(exc)})"
+        reason = "" if type(exc).__name__ == "DynamicLibNotFoundError" else f" ({first_line(exc)})"
         raise DeviceError(f"no NVIDIA driver was found{reason}; install the driver of this machine's GPU") from exc
     check((code,), "starting the CUDA driver")
     version = int(check(cuda.cuDriverGetVersion(), "asking the CUDA driver for its version"))
@@ -248,5 +248,6 @@ def _sentence(code: Any, doing: str) -> str:
     return f"{doing} failed: {meaning} ({name}); `warpcache doctor` says what is here"
 
 
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
+    """An error's message, its first line where a library wrote several; the error's type where it says nothing."""
     return (str(exc).strip() or type(exc).__name__).splitlines()[0]

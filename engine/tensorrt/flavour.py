@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from ...kernels.driver import Context
+from ...kernels.driver import Context, first_line
 from ..errors import BackendError, DeviceError
 
 __all__ = ["CURRENT", "Flavour", "FlavourName", "Log", "deferred_interrupt"]
@@ -265,7 +265,7 @@ def _imported(name: FlavourName) -> ModuleType:
     except (ImportError, OSError, RuntimeError) as exc:
         # The wheels' loaders raise what they like when a shared library does not open.
         raise BackendError(
-            f"{_TITLES[name]} is installed but cannot be loaded ({_first_line(exc)}); install it again with "
+            f"{_TITLES[name]} is installed but cannot be loaded ({first_line(exc)}); install it again with "
             f"{_install(name)}"
         ) from exc
 
@@ -331,7 +331,3 @@ def _trt_logger(trt: Any, log: Log) -> Any:
                 log.take(known, text)
 
     return ForwardingLogger()
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

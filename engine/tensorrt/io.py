@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BackendError
 from ..spec import TensorSpec
 
-__all__ = ["IoTensor", "check_io", "dtype_name"]
+__all__ = ["IoTensor", "check_io", "dtype_name", "last_said", "names_text"]
 
 # TensorRT's names of the data types that NumPy has too: inputs and outputs are of these.
 _DTYPES = {
@@ -59,10 +59,10 @@ def check_io(
     Raises:
         BackendError: Naming the tensor and both sides.
     """
-    if set(found) != {spec.name for spec in announced}:
+    names = {spec.name for spec in announced}
+    if set(found) != names:
         raise BackendError(
-            f"{where}: the graph's {kind}s are {_names(found)}, but {_names(spec.name for spec in announced)} were "
-            f"announced; {remedy}"
+            f"{where}: the graph's {kind}s are {names_text(found)}, but {names_text(names)} were announced; {remedy}"
         )
     for spec in announced:
         tensor = found[spec.name]
@@ -85,5 +85,11 @@ def check_io(
             )
 
 
-def _names(names: Iterable[str]) -> str:
+def names_text(names: Iterable[str]) -> str:
+    """Names as a message lists them."""
     return ", ".join(repr(name) for name in sorted(names)) or "none"
+
+
+def last_said(lines: Iterable[str], otherwise: object = "it does not say why") -> str:
+    """What the library said last, on one line."""
+    return "; ".join(" ".join(line.split()) for line in list(lines)[-2:]) or str(otherwise)

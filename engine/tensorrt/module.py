@@ -17,7 +17,7 @@ from ..device.stream import Event
 from ..errors import BackendError, ClosedError
 from ..spec import TensorSpec
 from .flavour import Flavour, deferred_interrupt
-from .io import IoTensor, check_io, dtype_name
+from .io import IoTensor, check_io, dtype_name, last_said
 from .runtime_cache import RuntimeCacheFile
 
 __all__ = ["TensorRtModule"]
@@ -135,7 +135,7 @@ class TensorRtModule:
             errors = self._log.errors
             if not context.execute_async_v3(stream.handle):
                 raise BackendError(
-                    f"module {self.name!r} failed in {self._flavour.title}: {_said(self._log.since(errors))}"
+                    f"module {self.name!r} failed in {self._flavour.title}: {last_said(self._log.since(errors))}"
                 )
 
     def enqueue(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> Event:
@@ -169,7 +169,7 @@ class TensorRtModule:
         # The bindings answer a library that gives no runtime with a TypeError.
         except (TypeError, RuntimeError) as exc:
             raise BackendError(
-                f"{self._flavour.title} gives no runtime ({_said(said, exc)}); `warpcache doctor` says what is here"
+                f"{self._flavour.title} gives no runtime ({last_said(said, exc)}); `warpcache doctor` says what is here"
             ) from exc
 
     def _check_engine(self, engine: bytes, said: Iterable[str]) -> None:
@@ -213,7 +213,7 @@ class TensorRtModule:
         }
         bits = self._flavour.module.EngineInvalidityDiagnostics
         found = [text for bit, text in sentences.items() if int(diagnostics) & int(getattr(bits, bit))]
-        return " and ".join(found) or f"{_said(said)}; build it again"
+        return " and ".join(found) or f"{last_said(said)}; build it again"
 
     def _load(self, engine: bytes, said: Iterable[str]) -> Any:
         loaded = self._runtime.deserialize_cuda_engine(engine)
@@ -222,7 +222,7 @@ class TensorRtModule:
             raise BackendError(
                 f"the engine of module {self.name!r} ({len(engine) / 2**20:.1f} MiB) is refused by "
                 f"{self._flavour.title} {self._flavour.version} on {self._device.name}, which has {free >> 20} of "
-                f"{total >> 20} MiB free: {_said(said)}; build it again on this machine"
+                f"{total >> 20} MiB free: {last_said(said)}; build it again on this machine"
             )
         return loaded
 
@@ -260,7 +260,7 @@ class TensorRtModule:
             context = engine.create_execution_context(config)
         if context is None:
             raise BackendError(
-                f"module {self.name!r}: {self._flavour.title} makes no execution context: {_said(said)}; "
+                f"module {self.name!r}: {self._flavour.title} makes no execution context: {last_said(said)}; "
                 "close other programs that use the GPU, or build the engine again"
             )
         return context
@@ -282,7 +282,7 @@ class TensorRtModule:
             if not context.set_input_shape(spec.name, spec.shape):
                 raise BackendError(
                     f"module {self.name!r}: the engine does not serve input {spec.name!r} of shape {list(spec.shape)}: "
-                    f"{_said(said)}; build it with a profile that takes that in"
+                    f"{last_said(said)}; build it with a profile that takes that in"
                 )
         if not dynamic:
             return
@@ -342,8 +342,3 @@ class TensorRtModule:
         content = self._cache.serialize()
         if content is not None:
             self._cache_file.write(bytes(content))
-
-
-def _said(lines: Iterable[str], otherwise: object = "it does not say why") -> str:
-    """What the library said last, on one line."""
-    return "; ".join(" ".join(line.split()) for line in list(lines)[-2:]) or str(otherwise)

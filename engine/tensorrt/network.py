@@ -20,7 +20,7 @@ from ..bundle.external_data import GraphNode, graph_nodes
 from ..errors import BackendError, BundleError
 from ..spec import TensorSpec
 from .flavour import Flavour, deferred_interrupt
-from .io import IoTensor, check_io, dtype_name
+from .io import IoTensor, check_io, dtype_name, last_said, names_text
 from .options import BuildOptions, ShapeProfile
 
 __all__ = ["BuildRequest", "build_engine"]
@@ -96,7 +96,7 @@ class _Build:
         # The bindings answer a library that gives no builder with a TypeError.
         except (TypeError, RuntimeError) as exc:
             raise BackendError(
-                f"{flavour.title} gives no builder ({self._last() or exc}); `warpcache doctor` says what is here"
+                f"{flavour.title} gives no builder ({last_said(said, exc)}); `warpcache doctor` says what is here"
             ) from exc
         # The flag is what TensorRT 10 needs for the types to come from the graph alone; later ones do it always.
         flag = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -119,7 +119,7 @@ class _Build:
         if blob is None:
             raise BackendError(
                 f"{self._where}: {self._flavour.title} cannot build it: "
-                f"{self._reason()}; try the backend 'onnxruntime', or compile the bundle "
+                f"{last_said(self._said)}; try the backend 'onnxruntime', or compile the bundle "
                 "without the layer that it names"
             )
         return bytes(blob)
@@ -131,7 +131,7 @@ class _Build:
             return parser
         refused = f"{self._where} is refused by {self._flavour.title}"
         if parser.num_errors == 0:
-            raise BackendError(f"{refused}: {self._reason()}; compile the bundle again")
+            raise BackendError(f"{refused}: {last_said(self._said)}; compile the bundle again")
         first = parser.get_error(0)
         reason = " ".join(first.desc().split()).rstrip(".")
         if parser.num_errors > 1:
@@ -186,7 +186,7 @@ class _Build:
                 if not config.set_compute_capability(capability, index):
                     raise BackendError(
                         f"module {self._request.name!r}: {self._flavour.title} does not build for {target} together "
-                        f"with {', '.join(targets)}: {self._reason()}; build for fewer GPUs at a time"
+                        f"with {', '.join(targets)}: {last_said(self._said)}; build for fewer GPUs at a time"
                     )
         return config
 
@@ -197,8 +197,8 @@ class _Build:
         unknown = given.keys() - specs.keys()
         if unknown:
             raise BackendError(
-                f"{self._where}: there are shape profiles for {_names(unknown)}, but its inputs are "
-                f"{_names(specs)}; name those"
+                f"{self._where}: there are shape profiles for {names_text(unknown)}, but its inputs are "
+                f"{names_text(specs)}; name those"
             )
         profile, dynamic = self._builder.create_optimization_profile(), False
         for index in range(self._network.num_inputs):
@@ -217,15 +217,9 @@ class _Build:
                 profile.set_shape(tensor.name, shapes.min, shapes.opt, shapes.max)
         if dynamic and config.add_optimization_profile(profile) < 0:
             raise BackendError(
-                f"{self._where}: {self._flavour.title} refuses its shape profile: {self._reason()}; give other extents"
+                f"{self._where}: {self._flavour.title} refuses its shape profile: {last_said(self._said)}; "
+                "give other extents"
             )
-
-    def _reason(self) -> str:
-        return self._last() or "it does not say why"
-
-    def _last(self) -> str:
-        """What the library said last, on one line."""
-        return "; ".join(" ".join(line.split()) for line in list(self._said)[-2:])
 
 
 def _find(nodes: Sequence[GraphNode], index: int, name: str, operator: str) -> GraphNode | None:
@@ -243,10 +237,6 @@ def _holds(profile: ShapeProfile, graph: tuple[int, ...], wanted: tuple[int, ...
         low <= extent <= high and (there == -1 or low == high)
         for low, high, there, extent in zip(profile.min, profile.max, graph, wanted, strict=True)
     )
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in sorted(names)) or "none"
 
 
 @contextlib.contextmanager
