@@ -94,7 +94,7 @@ class EngineKey:
     @cached_property
     def digest(self) -> str:
         """Hash of everything but the targets, 64 hexadecimal digits: a file may serve more targets than are asked."""
-        record = self.record()
+        record = self.to_record()
         del record["targets"]
         return hashlib.sha256(_canonical({"schema": _SCHEMA, **record})).hexdigest()
 
@@ -103,7 +103,7 @@ class EngineKey:
         """Name of the file that `EngineCache.store` writes."""
         return f"{self.digest}-{'+'.join(self.targets)}{_SUFFIX}"
 
-    def record(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """The key as JSON-ready values, the same for equal keys."""
         return {
             "graph": self.graph,
@@ -282,7 +282,7 @@ def _file_parts(key: EngineKey, engine: bytes) -> Iterator[bytes]:
     header = _canonical(
         {
             "schema": _SCHEMA,
-            "key": key.record(),
+            "key": key.to_record(),
             "engine": {"size_bytes": len(engine), "sha256": hashlib.sha256(engine).hexdigest()},
         }
     )
@@ -331,7 +331,7 @@ def _check_header(start: bytes, file: Any, path: Path, key: EngineKey) -> dict[s
         raise _Unusable("its header is damaged") from None
     if schema != _SCHEMA:
         raise _UnknownSchema(f"its schema is {schema!r}, this version knows {_SCHEMA}; it is built again")
-    record = {**key.record(), "targets": _targets_of(path.name, key.digest)}
+    record = {**key.to_record(), "targets": _targets_of(path.name, key.digest)}
     expected = content.get("engine")
     if content.get("key") != record:
         raise _Unusable("it was built from something else than its name says")
