@@ -22,7 +22,7 @@ from ..engine.errors import InputError
 from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
 from .adapter.distill import read_plan
-from .adapter.layout import AdapterLayout
+from .adapter.layout import AdapterLayout, subject_layout
 from .adapter.training import AdapterTraining, perceptual_loss
 from .branches.branches import train_branches
 from .bundle.manifest import WHOLE, draft_manifest, measure_costs
@@ -44,7 +44,9 @@ from .graph.trace import input_names_of, trace_generator
 from .options import DEFAULT_STEPS, CompileOptions
 from .promise.calibrate import calibrate
 from .promise.check import check_promise
+from .promise.exit_quality import ExitModels, PromiseTerms
 from .promise.predictor import thumbnail_graph
+from .promise.predictor_fit import PromiseFrames
 from .promise.promise import CALIBRATION_FILE, PromiseOptions, make_promise
 
 __all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "split_model"]
@@ -173,9 +175,11 @@ class _Compilation:
     def run(self, made_from: Mapping[str, Any]) -> Bundle:
         """Every stage in turn; the bundle, verified."""
         subject, options = self.subject, self.options
-        subject.check(training=options.steps > 0)
+        subject.check()
+        if options.steps:
+            subject_layout(subject, ())  # refuses what no adapter can be trained for
         if options.exits is not None:
-            check_promise(subject, options, self.lpips)
+            check_promise(subject, options.promised_metric, options.max_age, self.lpips)
         plan = read_plan(self.checkpoint) if options.resume and options.steps else None
         cut, candidates = _choose(subject, plan["cut"] if plan else options.cut, self.progress)
         parts = split(subject.answering, cut)
@@ -188,7 +192,13 @@ class _Compilation:
             if not options.resume:
                 self._forget()
             adapter = AdapterTraining(
-                subject, parts, cut, options, checkpoint=self.checkpoint, plan=plan, progress=self.progress
+                subject,
+                parts,
+                cut,
+                options.adapter_options(),
+                checkpoint=self.checkpoint,
+                plan=plan,
+                progress=self.progress,
             )
             branches = self._train_branches(adapter)
             trained = adapter.run()
@@ -268,19 +278,19 @@ class _Compilation:
         """The promise's record; its predictors become modules, its rows a file of the bundle."""
         subject, options = self.subject, self.options
         assert subject.image_output is not None  # else `check_promise` had refused
-        promise = make_promise(
-            {name: self.models[name] for name in self.exits if name not in (WHOLE, "plain")},
-            subject.model,
-            self.models["producer"],
-            layout,
-            subject.train.arrays,
-            subject.held.arrays,
-            options.promised_metric,
-            range(1, options.max_age + 1),
+        models = ExitModels(
+            exits={name: self.models[name] for name in self.exits if name not in (WHOLE, "plain")},
+            generator=subject.model,
+            producer=self.models["producer"],
             image_output=subject.image_output,
-            costs={record.name: record.cost_ratio for record in costs},
             plain=self.models["plain"],
-            lpips=self.lpips,
+            costs={record.name: record.cost_ratio for record in costs},
+        )
+        promise = make_promise(
+            models,
+            layout,
+            PromiseFrames(subject.train.arrays, subject.held.arrays),
+            PromiseTerms(options.promised_metric, range(1, options.max_age + 1), self.lpips),
             options=options.promise or PromiseOptions(seed=options.seed),
             progress=self.progress,
         )

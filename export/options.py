@@ -11,7 +11,9 @@ from typing import Any
 from ..engine.errors import InputError
 from ..engine.metrics.lpips import LPIPS_VARIABLE
 from ..engine.promise.calibration import canonical_metric
+from .adapter.distill import DistillOptions
 from .adapter.layout import AdapterConfig
+from .adapter.training import AdapterOptions
 from .branches.branches import BranchOptions
 from .cut.candidate import AUTO
 from .promise.promise import PromiseOptions
@@ -126,6 +128,11 @@ class CompileOptions:
     def promised_metric(self) -> str:
         """What quality is promised in, by its name in `quality.METRICS`."""
         return self.metric or ("lpips" if self.lpips is not None else "flip")
+
+    def adapter_options(self) -> AdapterOptions:
+        """How the adapter is trained."""
+        train = DistillOptions(steps=self.steps, max_age=self.max_age, seed=self.seed, **self.train)
+        return AdapterOptions(train, self.budget, self.consumers, self.adapters, self.lpips)
 
     def branch_options(self) -> BranchOptions:
         """How the branches are trained.

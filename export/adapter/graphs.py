@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -154,7 +155,6 @@ def _largest_within(
     progress: Progress,
 ) -> tuple[int, float]:
     """The first step of the ladder that fits the budget, or else its last, and that one's measured cost."""
-    low, high = 0, len(ladder) - 1  # cost falls along the ladder, so bisection finds the first that fits
     ratios: dict[int, float] = {}
 
     def fits(k: int) -> bool:
@@ -171,12 +171,8 @@ def _largest_within(
         progress("fitting the adapter to the budget", trials, max(trials, len(ladder).bit_length()))
         return ratios[k] <= budget * _BUDGET_MARGIN
 
-    while low < high:
-        middle = (low + high) // 2
-        if fits(middle):
-            high = middle
-        else:
-            low = middle + 1
+    # Cost falls along the ladder, so bisection finds the first that fits.
+    low = bisect.bisect_left(range(len(ladder) - 1), True, key=fits)
     if low not in ratios:
         fits(low)
     return low, ratios[low]
@@ -200,7 +196,7 @@ def consumer_graph(consumer: WarpConsumer, layout: AdapterLayout, limits: tuple[
     if layout.surface is not None:
         names.append(CACHE_ATLAS)
         example.append(torch.zeros(1, 3, *layout.atlas_size))
-    inputs = _input_examples(layout)
+    inputs = layout.input_examples()
     return export_module(
         _ConsumerGraph(consumer, layout, list(inputs), limits),
         (*example, *inputs.values()),
@@ -226,7 +222,7 @@ def producer_graph(
     """
     index = GraphIndex(model)
     origins = {origin: cache for cache, origin in parts.origins.items()}
-    inputs = _input_examples(layout)
+    inputs = layout.input_examples()
     taps = [torch.zeros(index.specs[name].shape) for name, *_ in layout.taps]
     images = [torch.zeros(index.specs[name].shape) for name, _ in layout.outputs]
     names = [f"tap.{k}" for k in range(len(taps))] + [f"image.{k}" for k in range(len(images))]
@@ -284,10 +280,3 @@ class _EncoderGraph(nn.Module):
         if layout.surface is not None:
             out.append(rest[-1].clone())  # a graph may not hand an input straight through
         return tuple(out)
-
-
-def _input_examples(layout: AdapterLayout) -> dict[str, Tensor]:
-    """One zero tensor per generator input, by name."""
-    examples = {i.name: torch.zeros(1, i.channels, i.height, i.width, dtype=i.dtype) for i in layout.images}
-    examples |= {vector.name: torch.zeros(vector.shape, dtype=vector.dtype) for vector in layout.vectors}
-    return examples

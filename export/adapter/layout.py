@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from onnx import ModelProto
+from torch import Tensor
 
-from ...engine.errors import ExportError
+from ...engine.errors import ExportError, InputError
+from ..frames.subject import Subject
 from ..frames.surface import Surface
 from ..graph.index import GraphIndex
 
-__all__ = ["AdapterConfig", "AdapterLayout", "ImageInput", "VectorInput", "layout_of"]
+__all__ = ["AdapterConfig", "AdapterLayout", "ImageInput", "VectorInput", "layout_of", "subject_layout"]
 
 CACHE_FEATURES = "cache.features"
 
@@ -109,6 +111,11 @@ class AdapterLayout:
         """Channels of all outputs together."""
         return sum(c for _, c in self.outputs)
 
+    def input_examples(self) -> dict[str, Tensor]:
+        """One zero tensor per generator input, by name."""
+        examples = {i.name: torch.zeros(1, i.channels, i.height, i.width, dtype=i.dtype) for i in self.images}
+        return examples | {vector.name: torch.zeros(vector.shape, dtype=vector.dtype) for vector in self.vectors}
+
 
 def layout_of(
     model: ModelProto,
@@ -167,6 +174,21 @@ def layout_of(
         surface=surface,
         atlas_size=(0, 0) if surface is None or atlas_shape is None else (atlas_shape[2], atlas_shape[3]),
     )
+
+
+def subject_layout(subject: Subject, cut: Sequence[str]) -> AdapterLayout:
+    """What a warp adapter reads and writes for a generator that is compiled, at the cut `cut`.
+
+    Raises:
+        InputError: If the atlas is not float32.
+        ExportError: As `layout_of`.
+    """
+    atlas = None if subject.surface is None else subject.train.arrays.get(subject.surface.atlas)
+    shape = None if atlas is None else atlas.shape
+    layout = layout_of(subject.answering, cut, subject.surface, shape, without=subject.state_inputs)
+    if subject.surface is not None and atlas is not None and atlas.dtype != np.float32:
+        raise InputError(f"the atlas {subject.surface.atlas!r} has dtype {atlas.dtype}; convert it to float32")
+    return layout
 
 
 def _vector_channels(shape: tuple[int, ...]) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from onnx import ModelProto
 from torch import Tensor
@@ -21,17 +19,37 @@ from ..cut.split import SplitModels
 from ..frames.clip import Stream
 from ..frames.streams import Progress
 from ..frames.subject import Subject
-from ..options import CompileOptions
+from ..training.checkpoint import data_digest
 from ..training.perceptual import PerceptualLoss
 from .distill import Distillation, DistillOptions
 from .graphs import choose_configs, consumer_graph, producer_graph
-from .layout import AdapterConfig, AdapterLayout
+from .layout import AdapterConfig, AdapterLayout, subject_layout
 from .network import CacheEncoder, WarpConsumer
 from .recording import record
 
-__all__ = ["AdapterTraining", "TrainedAdapter", "perceptual_loss"]
+__all__ = ["AdapterOptions", "AdapterTraining", "TrainedAdapter", "perceptual_loss"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How many consumers, how large, and how to train them.
+
+    Attributes:
+        train: How to train.
+        budget: The largest consumer's cost as a fraction of the generator's.
+        consumers: Their number.
+        sizes: A size a consumer, the largest first, all with the same encoding; none: the largest that the budget
+            allows.
+        lpips: Weights file of LPIPS, a training loss where it is given.
+    """
+
+    train: DistillOptions
+    budget: float = 0.1
+    consumers: int = 1
+    sizes: tuple[AdapterConfig, ...] = ()
+    lpips: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -75,34 +93,30 @@ class AdapterTraining:
         subject: Subject,
         parts: SplitModels,
         cut: CutCandidate,
-        options: CompileOptions,
+        options: AdapterOptions,
         *,
         checkpoint: Path,
         plan: Mapping[str, Any] | None,
         progress: Progress,
     ) -> None:
         self._subject, self._parts, self._checkpoint, self._progress = subject, parts, checkpoint, progress
-        train = subject.train
-        self.layout = layout = subject.layout(cut.names)
-        configs = _planned(plan) if plan else options.adapters
+        model, train = subject.answering, subject.train
+        self.layout = layout = subject_layout(subject, cut.names)
+        configs = _planned(plan) if plan else options.sizes
         if not configs:
             feeds = {name: array[:1] for name, array in subject.sample.items()}
-            configs = choose_configs(
-                subject.answering, layout, options.budget, feeds, options.consumers, progress=progress
-            )
+            configs = choose_configs(model, layout, options.budget, feeds, options.consumers, progress=progress)
         self._configs = configs
-        self.recording = record(
-            subject.answering, layout, configs[0], train.arrays, truth=train.truth, progress=progress
-        )
-        self._options = DistillOptions(steps=options.steps, max_age=options.max_age, seed=options.seed, **options.train)
-        torch.manual_seed(options.seed)
+        self.recording = record(model, layout, configs[0], train.arrays, truth=train.truth, progress=progress)
+        self._options = options.train
+        torch.manual_seed(options.train.seed)
         self._distillation = Distillation(
             CacheEncoder(layout, configs[0]),
             [WarpConsumer(layout, config) for config in configs],
             self.recording,
             self._options,
             perceptual=perceptual_loss(options.lpips, layout),
-            identity=_identity(subject.answering, train, options),
+            identity=_identity(model, train, options),
             plan={"cut": ",".join(cut.names), **_sizes(configs)},
         )
 
@@ -112,10 +126,7 @@ class AdapterTraining:
         Raises:
             ExportError: If it cannot be written, is damaged or belongs to another run.
         """
-        if self._checkpoint.exists():
-            self._distillation.load(self._checkpoint)
-        else:
-            self._distillation.save(self._checkpoint)
+        self._distillation.keep(self._checkpoint)
 
     def run(self) -> TrainedAdapter:
         """Train, from the checkpoint on where there is one.
@@ -131,14 +142,9 @@ class AdapterTraining:
         images = self.recording.images
         limits = (float(images.min()), float(images.max()))
         encoder, consumers = self._distillation.encoder.eval(), self._distillation.consumers
+        state = [one.output for one in self._subject.state]
         return TrainedAdapter(
-            producer=producer_graph(
-                self._subject.model,
-                self._parts,
-                encoder,
-                self.layout,
-                [one.output for one in self._subject.state],
-            ),
+            producer=producer_graph(self._subject.model, self._parts, encoder, self.layout, state),
             consumers={
                 "warp" if k == 1 else f"warp{k}": consumer_graph(consumer.eval(), self.layout, limits)
                 for k, consumer in enumerate(consumers, 1)
@@ -173,13 +179,9 @@ def _planned(plan: Mapping[str, Any]) -> tuple[AdapterConfig, ...]:
     return tuple(AdapterConfig(**size) for size in (plan["adapter"], *plan.get("smaller", ())))
 
 
-def _identity(model: ModelProto, train: Stream, options: CompileOptions) -> str:
+def _identity(model: ModelProto, train: Stream, options: AdapterOptions) -> str:
     """What a checkpoint belongs to: this generator, these frames, this loss and number of consumers."""
-    digest = hashlib.sha256(model.SerializeToString(deterministic=True))
-    arrays = dict(train.arrays) if train.truth is None else {**train.arrays, "the truth": train.truth}
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    digest = data_digest(model, train.arrays if train.truth is None else {**train.arrays, "the truth": train.truth})
     digest.update(f"perceptual {options.lpips is not None}".encode())
     if options.consumers > 1:
         digest.update(f"consumers {options.consumers}".encode())

@@ -8,7 +8,6 @@ is as wide as the rest allows, both measured here. All branches are trained toge
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from ..frames.streams import Progress
 from ..graph.index import GraphIndex
 from ..graph.profile import time_model
 from ..torch_graph.module import GraphModule
-from ..training.checkpoint import checkpoint_plan
-from .graphs import branch_graph, lookup_graph, prefix_graph
+from ..training.checkpoint import checkpoint_plan, data_digest
+from .graphs import branch_graph, prefix_graph
 from .plan import BranchPlan, Guide, choose_depths, choose_widths, make_guides, near_frames, slim_rest
-from .training import BranchNetwork, BranchTraining, TrainOptions
+from .training import BranchNetwork, BranchTraining, Lesson, TrainOptions
 
 __all__ = ["Branch", "BranchOptions", "default_costs", "train_branches"]
 
@@ -38,8 +37,8 @@ _COSTS = (0.12, 0.30)
 
 
 @dataclass(frozen=True)
-class BranchOptions:
-    """How many branches, which, and how to train them.
+class BranchOptions(TrainOptions):
+    """How many branches, which, and how to train them; see `TrainOptions` for the others.
 
     Attributes:
         count: Number of branches.
@@ -49,34 +48,18 @@ class BranchOptions:
             spread from 0.12 to 0.30.
         joint: Train the first layers too; then every branch has its own.
         bank_size: Entries of the guide bank; 0 does without.
-        steps: Optimiser steps.
-        batch: Frames a step.
-        peak_rate: Learning rate at the top of its one cycle.
-        seed: Of the frames drawn.
-        detail_weight: Of the L1 between horizontal and vertical differences, beside 1 for the L1.
-        perceptual_weight: Of the perceptual distance, where there is one.
-        moved: Share of a step's frames that are moved, turned and scaled at random, the generator's answer to that
-            being the target; 0: none.
-        checkpoint_every: Steps between checkpoints.
 
     Raises:
         InputError: If a number is out of its range, or a list does not hold one entry a branch.
     """
 
+    steps: int = 2000
     count: int = 2
     places: Sequence[Sequence[str]] | None = None
     widths: Sequence[float] | None = None
     costs: Sequence[float] | None = None
     joint: bool = False
     bank_size: int = 256
-    steps: int = 2000
-    batch: int = 4
-    peak_rate: float = 1e-3
-    seed: int = 0
-    detail_weight: float = 0.5
-    perceptual_weight: float = 0.3
-    moved: float = 0.5
-    checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         for name, value, ok, range_ in (
@@ -168,21 +151,14 @@ def train_branches(
     training = BranchTraining(
         networks,
         [guides[plan.depth].bank if plan.depth in guides else None for plan in plans],
-        None if shared is None or options.joint else GraphModule(shared),
-        {name: torch.from_numpy(array) for name, array in arrays.items()},
-        torch.from_numpy(np.ascontiguousarray(images)),
-        TrainOptions(
-            steps=options.steps,
-            batch=options.batch,
-            peak_rate=options.peak_rate,
-            seed=options.seed,
-            detail_weight=options.detail_weight,
-            perceptual_weight=options.perceptual_weight,
-            moved=options.moved,
+        Lesson(
+            {name: torch.from_numpy(array) for name, array in arrays.items()},
+            torch.from_numpy(np.ascontiguousarray(images)),
+            shared=None if shared is None or options.joint else GraphModule(shared),
+            whole=GraphModule(model) if options.moved else None,
             near=near_frames(len(images)),
-            checkpoint_every=options.checkpoint_every,
         ),
-        whole=GraphModule(model) if options.moved else None,
+        options,
         perceptual=perceptual,
         identity=identity,
         plan={"branches": [dataclasses.asdict(plan) for plan in plans]},
@@ -239,14 +215,11 @@ def _emit(
     limits: tuple[float, float],
 ) -> ModelProto:
     """A trained branch as one graph."""
-    lookup = None
-    if network.lookup is not None and guide is not None:
-        lookup = lookup_graph(network.lookup, guide.values, guide.shapes)
     return branch_graph(
         prefix_graph(model, plan.depth) if network.prefix is None else network.prefix.write_back(),
         network.rest.write_back(),
-        lookup,
-        guide.target if guide is not None else None,
+        None if guide is None else guide.graph(network.lookup),
+        None if guide is None else guide.target,
         GraphIndex(model).outputs,
         limits,
     )
@@ -296,10 +269,7 @@ def _check(index: GraphIndex, arrays: Mapping[str, Array], images: Array) -> Non
 
 def _identity(model: ModelProto, arrays: Mapping[str, Array], options: BranchOptions, perceptual: bool) -> str:
     """What a checkpoint belongs to: this generator, these frames, these options and this loss."""
-    digest = hashlib.sha256(model.SerializeToString(deterministic=True))
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].tobytes())
+    digest = data_digest(model, arrays)
     said = dataclasses.asdict(dataclasses.replace(options, checkpoint_every=0))
     digest.update(json.dumps(said | {"perceptual": perceptual}, sort_keys=True).encode())
     return digest.hexdigest()

@@ -29,7 +29,6 @@ __all__ = [
     "cover_radius",
     "fit_keys",
     "guide_value",
-    "look_up",
     "make_bank",
     "pool_features",
 ]
@@ -180,22 +179,6 @@ def make_bank(
 def cover_radius(points: Floats, centres: Floats) -> float:
     """Largest distance of any point [T, D] from its nearest centre [K, D]."""
     return max(float(np.sqrt(((centres - point) ** 2).sum(1).min())) for point in points.astype(np.float64))
-
-
-def look_up(bank: GuideBank, features: Floats) -> Floats:
-    """What the bank gives for pooled features [N, F], in plain NumPy and float64: float32 [N, C, h, w].
-
-    The slow reference of `GuideLookup`.
-    """
-    found = []
-    for feature in features.astype(np.float64):
-        key = feature @ bank.projection.astype(np.float64) + bank.offset
-        squared = ((bank.keys - key) ** 2).sum(1)
-        nearest = np.argsort(squared, kind="stable")[:NEAREST]
-        weights = np.exp(squared[nearest[0]] - squared[nearest])
-        weights /= weights.sum() * (1.0 + np.exp(min(squared[nearest[0]] - _FADE, 700.0)))
-        found.append(np.tensordot(weights, bank.values[nearest].astype(np.float64), 1))
-    return np.stack(found).astype(np.float32)
 
 
 class GuideLookup(nn.Module):

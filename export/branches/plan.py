@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -79,6 +79,10 @@ class Guide:
     def lookup(self) -> GuideLookup:
         """A fresh look-up, which adds nothing yet."""
         return GuideLookup(self.bank, self.shapes)
+
+    def graph(self, lookup: GuideLookup | None = None) -> ModelProto:
+        """A look-up, trained or fresh, as a graph."""
+        return lookup_graph(lookup or self.lookup(), self.values, self.shapes)
 
     @property
     def target(self) -> str:
@@ -191,54 +195,56 @@ def choose_widths(
         ExportError: If no plan is left.
     """
     plans: list[BranchPlan] = []
-    least = np.inf
-    trials = _WIDTHS.bit_length() * len(places)
+    least, rounds = np.inf, _WIDTHS.bit_length()
     for k, (depth, cost) in enumerate(zip(places, costs, strict=True)):
-        guide, known = guides.get(depth), dict[int, float]()
-        lookup = None if guide is None else lookup_graph(guide.lookup(), guide.values, guide.shapes)
-        build = functools.partial(untrained_graph, model, lookup=lookup, target=None if guide is None else guide.target)
 
-        def ratio(
-            width: int,
-            build: Callable[[BranchPlan], ModelProto] = build,
-            depth: tuple[str, ...] = depth,
-            known: dict[int, float] = known,
-            k: int = k,
-        ) -> float:
-            if width not in known:
-                try:
-                    graph = build(BranchPlan(depth, width / _WIDTHS))
-                except ExportError:
-                    if width == 1:
-                        raise  # nothing there can be slimmed at all
-                    known[width] = np.inf  # so wide that every layer is kept whole
-                    return known[width]
-                times = time_model({"whole": model, "branch": graph}, feeds, threads=1, repeats=12)
-                # The fastest runs: on a machine that does other work too, medians tell of that work.
-                known[width] = times["branch"].min_ms / times["whole"].min_ms
-                progress("choosing the branches", min(k * _WIDTHS.bit_length() + len(known), trials), trials)
-            return known[width]
+        def tell(tried: int, k: int = k) -> None:
+            progress("choosing the branches", min(k * rounds + tried, len(places) * rounds), len(places) * rounds)
 
-        low, high = 1, _WIDTHS
-        found = ratio(low)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if ratio(middle) <= cost:
-                low = middle
-            else:
-                high = middle - 1
-        found = ratio(low)
-        least = min(least, found)
-        plan = BranchPlan(depth, low / _WIDTHS)
-        if found <= _DEAREST and plan not in plans:
+        width, ratio = _widest(model, depth, guides.get(depth), feeds, cost, tell)
+        least = min(least, ratio)
+        plan = BranchPlan(depth, width / _WIDTHS)
+        if ratio <= _DEAREST and plan not in plans:
             plans.append(plan)
     if not plans:
         raise ExportError(
             f"the cheapest branch costs {least:.0%} of the generator, and one above {_DEAREST:.0%} is not worth "
             "having; compile without branches"
         )
-    progress("choosing the branches", trials, trials)
+    progress("choosing the branches", len(places) * rounds, len(places) * rounds)
     return plans
+
+
+def _widest(
+    model: ModelProto,
+    depth: tuple[str, ...],
+    guide: Guide | None,
+    feeds: Mapping[str, Array],
+    cost: float,
+    tell: Callable[[int], None],
+) -> tuple[int, float]:
+    """The largest width at a depth that meets a cost, or else 1, and what it costs; `tell` counts the measurements."""
+    lookup, target = (None, None) if guide is None else (guide.graph(), guide.target)
+    known: dict[int, float] = {}
+
+    def ratio(width: int) -> float:
+        if width not in known:
+            try:
+                graph = untrained_graph(model, BranchPlan(depth, width / _WIDTHS), lookup=lookup, target=target)
+            except ExportError:
+                if width == 1:
+                    raise  # nothing there can be slimmed at all
+                known[width] = np.inf  # so wide that every layer is kept whole
+                return known[width]
+            times = time_model({"whole": model, "branch": graph}, feeds, threads=1, repeats=12)
+            # The fastest runs: on a machine that does other work too, medians tell of that work.
+            known[width] = times["branch"].min_ms / times["whole"].min_ms
+            tell(len(known))
+        return known[width]
+
+    ratio(1)  # refuses here what cannot be slimmed
+    width = 1 + bisect.bisect_left(range(2, _WIDTHS + 1), True, key=lambda width: ratio(width) > cost)
+    return width, ratio(width)
 
 
 def untrained_graph(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,41 +22,45 @@ from torch.nn import functional
 
 from ...engine.errors import ExportError
 from ..torch_graph.module import GraphModule
-from ..training.checkpoint import load_checkpoint, one_cycle, save_checkpoint
+from ..training.loop import LoopOptions, TrainingLoop
 from ..training.losses import detail_loss, same_crops
 from .guide_bank import GuideBank, GuideLookup, pool_features
 
-__all__ = ["BranchNetwork", "BranchTraining", "TrainOptions"]
+__all__ = ["BranchNetwork", "BranchTraining", "Lesson", "TrainOptions"]
 
 # Steps between new keys of a bank whose branch trains its first layers, which drift slowly.
 _REKEY_EVERY = 100
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """How to train.
+class TrainOptions(LoopOptions):
+    """How to train; see `LoopOptions` for the others.
 
     Attributes:
-        steps: Optimiser steps.
-        batch: Frames a step.
-        peak_rate: Learning rate at the top of its one cycle.
-        seed: Of the frames drawn.
-        detail_weight: Of the L1 between horizontal and vertical differences, beside 1 for the L1.
-        perceptual_weight: Of the perceptual distance, where there is one.
-        moved: Share of a step's frames whose image inputs are moved, turned and scaled at random.
-        near: Entries of a bank made from frames less than this many away are not found in training.
-        checkpoint_every: Steps between checkpoints.
+        moved: Share of a step's frames that are moved, turned and scaled at random, the generator's answer to that
+            being the target; 0: none.
     """
 
-    steps: int
-    batch: int = 4
-    peak_rate: float = 1e-3
-    seed: int = 0
-    detail_weight: float = 0.5
-    perceptual_weight: float = 0.3
     moved: float = 0.5
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What branches are trained on.
+
+    Attributes:
+        inputs: Generator inputs, [T, ...]; [1, ...] where one never changes.
+        images: The generator's outputs, channels together, float32 [T, C, H, W].
+        shared: Generator inputs -> the depth values of all branches, frozen; None where no branch reads any.
+        whole: Generator inputs -> the generator's outputs, which answers moved frames; None: no frame is moved.
+        near: Entries of a bank made from frames less than this many away are not found in training.
+    """
+
+    inputs: Mapping[str, Tensor]
+    images: Tensor
+    shared: GraphModule | None = None
+    whole: GraphModule | None = None
     near: int = 1
-    checkpoint_every: int = 200
 
 
 class BranchNetwork(nn.Module):
@@ -94,9 +97,7 @@ class BranchNetwork(nn.Module):
         Returns:
             Every output, channels together, [N, C, H, W].
         """
-        values = dict(given)
-        if self.prefix is not None:
-            values |= self.prefix({name: given[name] for name in self.prefix.input_names})
+        values = self._with_prefix(given)
         if self.lookup is not None:
             read = [values[name] for name in self.guided]
             target = self.guided[self.lookup.target]
@@ -107,85 +108,53 @@ class BranchNetwork(nn.Module):
 
     def features(self, given: Mapping[str, Tensor]) -> Tensor:
         """Pooled features of the depth, [N, F], for a bank's keys."""
-        values = dict(given)
-        if self.prefix is not None:
-            values |= self.prefix({name: given[name] for name in self.prefix.input_names})
+        values = self._with_prefix(given)
         return pool_features([values[name].float() for name in self.guided])
 
+    def _with_prefix(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is given, and what the branch's own first layers make of it."""
+        if self.prefix is None:
+            return dict(given)
+        return {**given, **self.prefix({name: given[name] for name in self.prefix.input_names})}
 
-class BranchTraining:
-    """One training run of several branches, resumable from its checkpoint file.
+
+class BranchTraining(TrainingLoop):
+    """One training run of several branches, resumable from its checkpoint file; every branch's L1 is told of.
 
     Args:
         branches: Trained in place.
         banks: Every branch's bank, or None.
-        shared: Generator inputs -> the depth values of all branches, frozen; None where no branch reads any.
-        inputs: Generator inputs, [T, ...]; [1, ...] where one never changes.
-        images: The generator's outputs, channels together, float32 [T, C, H, W].
+        lesson: What they are trained on.
         options: How to train.
-        whole: Generator inputs -> the generator's outputs, which answers moved frames; None: no frame is moved.
         perceptual: A perceptual distance between two batches of images, scalar, or None.
-        identity: What the checkpoint must belong to; another identity is refused.
-        plan: What was decided before training, JSON-ready.
+        identity: As for `TrainingLoop`.
+        plan: As for `TrainingLoop`.
+
+    Raises:
+        ExportError: If there are fewer than 2 frames.
     """
+
+    options: TrainOptions
 
     def __init__(
         self,
         branches: Sequence[BranchNetwork],
         banks: Sequence[GuideBank | None],
-        shared: GraphModule | None,
-        inputs: Mapping[str, Tensor],
-        images: Tensor,
+        lesson: Lesson,
         options: TrainOptions,
         *,
-        whole: GraphModule | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         identity: str = "",
         plan: Mapping[str, Any] | None = None,
     ) -> None:
-        if len(images) < 2:
-            raise ExportError(f"training needs at least 2 frames, the inputs hold {len(images)}; give a longer clip")
-        self.branches, self.banks, self.shared = nn.ModuleList(branches), list(banks), shared
-        self.inputs, self.images = inputs, images
-        self.moving = [name for name, array in inputs.items() if _is_image(array)]
-        self.whole = whole if self.moving else None
-        self.options, self.perceptual, self.identity, self.plan = options, perceptual, identity, plan or {}
+        frames = len(lesson.images)
+        if frames < 2:
+            raise ExportError(f"training needs at least 2 frames, the inputs hold {frames}; give a longer clip")
+        self.branches, self.banks, self.lesson, self.perceptual = list(branches), list(banks), lesson, perceptual
+        self.moving = [name for name, array in lesson.inputs.items() if _is_image(array)]
         # Everything stays in the default layout: channels-last convolutions are a little faster on CPUs, but a group
         # normalisation's backward pass is ten times slower there and takes more than they save.
-        self.optimizer = torch.optim.Adam(
-            [parameter for parameter in self.branches.parameters() if parameter.requires_grad],
-            lr=options.peak_rate,
-            betas=(0.9, 0.99),
-        )
-        self.step = 0
-
-    def run(
-        self, *, checkpoint: Path | None = None, on_step: Callable[[int, dict[str, float]], None] | None = None
-    ) -> None:
-        """Train until all steps are done.
-
-        Args:
-            checkpoint: File to resume from, if it is there, and to save to; removed by the caller when it is done.
-            on_step: Told the number of steps done and every branch's L1.
-        """
-        if checkpoint is not None and checkpoint.exists():
-            self.step = load_checkpoint(checkpoint, self.branches, self.optimizer, identity=self.identity)
-        elif checkpoint is not None:
-            self._save(checkpoint)  # so that an early interrupt, too, leaves the plan
-        self.branches.train()
-        losses = None
-        while self.step < self.options.steps:
-            losses = self._train_step()
-            self.step += 1
-            if self.step % _REKEY_EVERY == 0 or self.step == self.options.steps:
-                self._rekey()
-            if on_step is not None:
-                on_step(self.step, losses)
-            if checkpoint is not None and self.step % self.options.checkpoint_every == 0:
-                self._save(checkpoint)
-        if checkpoint is not None and losses is not None and self.step % self.options.checkpoint_every:
-            self._save(checkpoint)  # what comes after may be interrupted too
-        self.branches.eval()
+        super().__init__(nn.ModuleList(branches), options, clipped=branches, identity=identity, plan=plan)
 
     def answers(self, frames: Tensor, *, exclude: bool, inputs: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Every branch's answer to `frames` (int64 [N]): float32 [N, C, H, W].
@@ -199,8 +168,8 @@ class BranchTraining:
         found = []
         for branch, bank in zip(self.branches, self.banks, strict=True):
             excluded = None
-            if bank is not None and exclude and self.options.near:
-                excluded = (torch.from_numpy(bank.frames)[None] - frames[:, None]).abs() < self.options.near
+            if bank is not None and exclude and self.lesson.near:
+                excluded = (torch.from_numpy(bank.frames)[None] - frames[:, None]).abs() < self.lesson.near
             found.append(branch(given, excluded).float())
         return found
 
@@ -208,22 +177,21 @@ class BranchTraining:
         """The stream's inputs of frames."""
         return {
             name: array.expand(len(frames), *array.shape[1:]) if len(array) == 1 else array[frames]
-            for name, array in self.inputs.items()
+            for name, array in self.lesson.inputs.items()
         }
 
     @torch.no_grad()
     def _with_depth(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs, and what the shared first layers make of them."""
-        if self.shared is None:
-            return dict(inputs)
-        return {**inputs, **self.shared({name: inputs[name] for name in self.shared.input_names})}
+        shared = self.lesson.shared
+        return dict(inputs) if shared is None else {**inputs, **shared({n: inputs[n] for n in shared.input_names})}
 
     @torch.no_grad()
     def _moved(self, frames: Tensor, random: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs and targets of a step, some of them moved; a frame's image inputs all alike."""
-        inputs, target = self._inputs(frames), self.images[frames]
+        inputs, target, whole = self._inputs(frames), self.lesson.images[frames], self.lesson.whole
         count = round(self.options.moved * len(frames))
-        if self.whole is None or count == 0:
+        if whole is None or count == 0 or not self.moving:
             return inputs, target
         placements = torch.from_numpy(_placements(count, random))
         for name in self.moving:
@@ -233,50 +201,38 @@ class BranchTraining:
                 images[:count], grid.to(images.dtype), padding_mode="border", align_corners=False
             )
             inputs[name] = images
-        # In full precision, whatever the step runs in: this is what is to be learnt.
-        with torch.autocast("cpu", enabled=False):
-            got = self.whole({name: inputs[name][:count] for name in self.whole.input_names})
+        got = whole({name: inputs[name][:count] for name in whole.input_names})
         target = target.clone()
-        target[:count] = torch.cat([got[name] for name in self.whole.output_names], 1)
+        target[:count] = torch.cat([got[name] for name in whole.output_names], 1)
         return inputs, target
 
-    def _train_step(self) -> dict[str, float]:
-        # Seeded by the step, so that a resumed run draws the same frames as one that was never stopped.
-        random = np.random.default_rng([self.options.seed, self.step])
-        count = len(self.images)
-        frames = torch.from_numpy(random.choice(count, self.options.batch, replace=self.options.batch > count))
-        inputs, target = self._moved(frames, random)
-        told: dict[str, float] = {}
-        # bfloat16 is 3 to 4 times faster than float32 on CPUs that have it.
-        with torch.autocast("cpu", torch.bfloat16):
-            answers = self.answers(frames, exclude=True, inputs=inputs)
-            total = torch.zeros(())
-            for k, answer in enumerate(answers, 1):
-                error = functional.l1_loss(answer, target)
-                total = total + error
-                if self.options.detail_weight:
-                    total = total + self.options.detail_weight * detail_loss(answer, target)
-                told[f"branch{k}"] = float(error.detach())
-            if self.perceptual is not None and self.options.perceptual_weight:
-                *squares, wanted = same_crops([*answers, target], random)
-                distance = self.perceptual(torch.cat(squares), wanted.repeat(len(squares), 1, 1, 1))
-                # The distance is a mean over all; every branch is to weigh as much as it would alone.
-                total = total + self.options.perceptual_weight * len(squares) * distance
-                told["perceptual"] = float(distance.detach())
-        for group in self.optimizer.param_groups:
-            group["lr"] = one_cycle(self.step, self.options.steps, self.options.peak_rate)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        for branch in self.branches:
-            nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
-        self.optimizer.step()
-        return told
+    def losses(self, random: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the branches' losses on some frames, and every branch's L1."""
+        options, count = self.options, len(self.lesson.images)
+        frames = torch.from_numpy(random.choice(count, options.batch, replace=options.batch > count))
+        with torch.autocast("cpu", enabled=False):  # in full precision: this is what is to be learnt
+            inputs, target = self._moved(frames, random)
+        told: dict[str, Tensor] = {}
+        answers = self.answers(frames, exclude=True, inputs=inputs)
+        total = torch.zeros(())
+        for k, answer in enumerate(answers, 1):
+            told[f"branch{k}"] = functional.l1_loss(answer, target)
+            total = total + told[f"branch{k}"]
+            if options.detail_weight:
+                total = total + options.detail_weight * detail_loss(answer, target)
+        if self.perceptual is not None and options.perceptual_weight:
+            *squares, wanted = same_crops([*answers, target], random)
+            told["perceptual"] = self.perceptual(torch.cat(squares), wanted.repeat(len(squares), 1, 1, 1))
+            # The distance is a mean over all; every branch is to weigh as much as it would alone.
+            total = total + options.perceptual_weight * len(squares) * told["perceptual"]
+        return total, told
 
     @torch.no_grad()
-    def _rekey(self) -> None:
-        """New keys for banks whose branch trains the layers that make them."""
+    def after_step(self) -> None:
+        """New keys now and then, and at the end, for banks whose branch trains the layers that make them."""
+        if self.step % _REKEY_EVERY and self.step != self.options.steps:
+            return
         for branch, bank in zip(self.branches, self.banks, strict=True):
-            assert isinstance(branch, BranchNetwork)
             if bank is None or branch.lookup is None or branch.prefix is None:
                 continue
             features = [
@@ -284,9 +240,6 @@ class BranchTraining:
                 for first in range(0, len(bank.frames), 16)
             ]
             branch.lookup.rekey(torch.cat(features) @ branch.lookup.projection + branch.lookup.offset)
-
-    def _save(self, path: Path) -> None:
-        save_checkpoint(path, self.branches, self.optimizer, step=self.step, identity=self.identity, plan=self.plan)
 
 
 def _is_image(array: Tensor) -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 from onnx import ModelProto
 
 from ...engine.errors import InputError
 from ...engine.spec import Array
-from ..adapter.layout import AdapterLayout, layout_of
 from ..graph.index import GraphIndex
 from ..graph.surgery import without_outputs
 from .clip import Stream
@@ -64,19 +61,11 @@ class Subject:
         """The generator's inputs over the whole training part: its beginning may hardly move."""
         return {name: self.train.arrays[name] for name in self.inputs}
 
-    def layout(self, cut: Sequence[str]) -> AdapterLayout:
-        """What a warp adapter reads and writes at the cut `cut`; raises as `layout_of`."""
-        atlas = self._atlas()
-        return layout_of(
-            self.answering, cut, self.surface, None if atlas is None else atlas.shape, without=self.state_inputs
-        )
-
-    def check(self, *, training: bool) -> None:
-        """Refuse, before the cut is searched for, what could not be trained or compared in the end.
+    def check(self) -> None:
+        """Refuse, before the cut is searched for, what could not be compared in the end.
 
         Raises:
-            InputError: If truth or atlas do not fit.
-            ExportError: If the generator is none that an adapter can be trained for.
+            InputError: If the truth does not fit.
         """
         specs = GraphIndex(self.model).specs
         for stream in (self.train, self.held):
@@ -89,14 +78,6 @@ class Subject:
                     f"the truth is {list(stream.truth.shape[1:])} a frame, but output {self.image_output!r} is "
                     f"{list(specs[self.image_output].shape[1:])}; make them alike, or leave it out"
                 )
-        if training:
-            self.layout(())
-            atlas = self._atlas()
-            if self.surface is not None and atlas is not None and atlas.dtype != np.float32:
-                raise InputError(f"the atlas {self.surface.atlas!r} has dtype {atlas.dtype}; convert it to float32")
-
-    def _atlas(self) -> Array | None:
-        return None if self.surface is None else self.train.arrays.get(self.surface.atlas)
 
 
 def _image_output(model: ModelProto) -> str | None:

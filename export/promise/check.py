@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from ...engine.errors import InputError
@@ -12,21 +14,18 @@ from ...engine.promise.conformal import allowed_losses
 from ...engine.spec import AGE_INPUT
 from ..frames.subject import Subject
 from ..graph.index import GraphIndex
-from ..options import CompileOptions
-from .promise import split_blocks
+from .promise import CONFIDENCE, split_blocks
 
 __all__ = ["check_promise", "least_held_frames"]
 
-# What callers name by default.
-_CONFIDENCE = 0.95
 
-
-def check_promise(subject: Subject, options: CompileOptions, lpips: Lpips | None) -> None:
+def check_promise(subject: Subject, promised: str, max_age: int, lpips: Lpips | None) -> None:
     """Refuse what no promise can be made of, before anything is trained.
 
     Args:
         subject: The generator and its frames.
-        options: With exits.
+        promised: Metric, by its name in `quality.METRICS`.
+        max_age: Oldest cache that is promised for, in frames.
         lpips: LPIPS where its weights are at hand.
 
     Raises:
@@ -44,7 +43,7 @@ def check_promise(subject: Subject, options: CompileOptions, lpips: Lpips | None
             "leave out --exits"
         )
     shape = GraphIndex(subject.model).specs[subject.image_output].shape[1:]
-    metric = METRICS[options.promised_metric]
+    metric = METRICS[promised]
     option = metric_option(metric.name)
     others = "; choose another --metric"
     if metric.channels is not None and shape[0] != metric.channels:
@@ -57,10 +56,10 @@ def check_promise(subject: Subject, options: CompileOptions, lpips: Lpips | None
             f"metric {option} needs images of {metric.smallest_side} pixels a side or more, but output "
             f"{subject.image_output!r} is {shape[1]}x{shape[2]}{others}"
         )
-    needed = least_held_frames(options.max_age)
+    needed = least_held_frames(max_age)
     if subject.held.frames < needed:
         raise InputError(
-            f"a promise at ages up to {options.max_age} and confidence {_CONFIDENCE:g} needs {needed} held-back frames "
+            f"a promise at ages up to {max_age} and confidence {CONFIDENCE:g} needs {needed} held-back frames "
             f"at least, but there are {subject.held.frames}; give a longer clip, --holdout or a smaller --max-age"
         )
     # Once on nothing, so that a package that is missing is found now.
@@ -73,10 +72,7 @@ def least_held_frames(max_age: int) -> int:
 
     Conformal risk control allows no frame to be lost below (n + 1) (1 - confidence) >= 1; see `engine.conformal`.
     """
-    frames = max_age + 1
-    while not _enough(frames, max_age):
-        frames += 1
-    return frames
+    return next(frames for frames in itertools.count(max_age + 1) if _enough(frames, max_age))
 
 
 def _enough(frames: int, max_age: int) -> bool:
@@ -84,4 +80,4 @@ def _enough(frames: int, max_age: int) -> bool:
         _, calibrated = split_blocks(frames, max_age, frames)
     except InputError:
         return False
-    return allowed_losses(sum(map(len, calibrated)), 1.0 - _CONFIDENCE) >= 0
+    return allowed_losses(sum(map(len, calibrated)), 1.0 - CONFIDENCE) >= 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,44 @@ from ..frames.streams import Progress, frame_at
 from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
 
-__all__ = ["Measured", "measure_exits", "reads_cache"]
+__all__ = ["ExitModels", "Measured", "PromiseTerms", "measure_exits", "reads_cache"]
+
+
+@dataclass(frozen=True)
+class ExitModels:
+    """Exits, and the models that they are compared with and fed from.
+
+    Attributes:
+        exits: Those that are not exact, name -> module: consumers read cache tensors, branches do not.
+        generator: The whole.
+        producer: Frame inputs -> cache tensors; it need not give the thumbnail yet.
+        image_output: The output that quality is measured on.
+        plain: The plain consumer, where its work is to be counted too.
+        costs: Cost of every exit as a fraction of the whole's, where savings are to be told of; those of ``predictor``
+            and ``predictor_cold`` count where they are there.
+    """
+
+    exits: Mapping[str, ModelProto]
+    generator: ModelProto
+    producer: ModelProto
+    image_output: str
+    plain: ModelProto | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromiseTerms:
+    """What is promised.
+
+    Attributes:
+        metric: As `canonical_metric` takes it.
+        ages: Ages of consumers' caches in frames, 1 or more.
+        lpips: LPIPS to use; without it, its weights are found by WARPCACHE_LPIPS.
+    """
+
+    metric: str
+    ages: Sequence[int]
+    lpips: Lpips | None = None
 
 
 @dataclass(frozen=True)
@@ -45,16 +82,11 @@ def reads_cache(model: ModelProto) -> bool:
 
 
 def measure_exits(
-    exits: Mapping[str, ModelProto],
-    generator: ModelProto,
-    producer: ModelProto,
+    models: ExitModels,
     arrays: Mapping[str, Array],
     frames: Sequence[int],
-    ages: Sequence[int],
-    metric: str,
+    terms: PromiseTerms,
     *,
-    image_output: str,
-    lpips: Lpips | None = None,
     progress: Progress,
     stage: str = "measuring the exits",
 ) -> Measured:
@@ -64,15 +96,10 @@ def measure_exits(
     the same at every age.
 
     Args:
-        exits: Exit name -> module; at least one.
-        generator: The whole.
-        producer: Frame inputs -> cache tensors.
+        models: The exits, at least one, and what they are measured with.
         arrays: The stream, name -> [T, ...]; an array of leading extent 1 serves every frame.
         frames: Frames to answer, each at the ages that the stream's beginning leaves it.
-        ages: Ages of consumers' caches in frames, 1 or more.
-        metric: As `canonical_metric` takes it.
-        image_output: The output that is compared.
-        lpips: LPIPS to use; without it, its weights are found by WARPCACHE_LPIPS.
+        terms: Metric and ages.
         progress: Told how far it is, by frames.
         stage: What it is told.
 
@@ -83,11 +110,12 @@ def measure_exits(
         InputError: If the metric is unknown or cannot be measured on these images.
         ExportError: If an exit gives NaN or Inf, or a model fails.
     """
-    metric = canonical_metric(metric)
+    exits, ages, image_output = models.exits, sorted(set(terms.ages)), models.image_output
     consumers = {name: open_session(model) for name, model in exits.items() if reads_cache(model)}
     branches = {name: open_session(model) for name, model in exits.items() if name not in consumers}
-    distance = _distance(metric, GraphIndex(generator).specs[image_output].shape, lpips)
-    whole, source = open_session(generator), open_session(producer)
+    shape = GraphIndex(models.generator).specs[image_output].shape
+    distance = _distance(canonical_metric(terms.metric), shape, terms.lpips)
+    whole, source = open_session(models.generator), open_session(models.producer)
     caches: dict[int, dict[str, Array]] = {}
     columns = {name: column for column, name in enumerate(exits)}
     rows: list[tuple[int, int, NDArray[np.float64]]] = []
@@ -104,7 +132,7 @@ def measure_exits(
             # Frames rise, so a cache older than the oldest that this frame reads is read no more.
             for s in [s for s in caches if s < t - max(ages, default=0)]:
                 del caches[s]
-            for age in sorted(a for a in set(ages) if a <= t):
+            for age in [age for age in ages if age <= t]:
                 if t - age not in caches:
                     caches[t - age] = run_session(source, frame_at(arrays, t - age))
                 feeds = {**inputs, **caches[t - age]}

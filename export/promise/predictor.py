@@ -12,7 +12,7 @@ gets the same prediction.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,6 @@ __all__ = [
     "Thumbnail",
     "ThumbnailScale",
     "cold_graph",
-    "input_examples",
     "thumbnail_graph",
     "warm_graph",
 ]
@@ -88,7 +87,7 @@ class Thumbnail(nn.Module):
         """Of every image input, the pixels that stand for it: float32 [N, C, h, w], h and w at most 32."""
         picked = {}
         for image in self.layout.images:
-            down, across = _picking(image.height), _picking(image.width)
+            down, across = _steps(image.height, _PICKED), _steps(image.width, _PICKED)
             x = inputs[image.name][:, :, down // 2 :: down, across // 2 :: across]
             picked[image.name] = x.float()
         return picked
@@ -99,7 +98,7 @@ class Thumbnail(nn.Module):
         parts = []
         for image in self.layout.images:
             x = picked[image.name]
-            kernel = _averaging(x.shape[2]), _averaging(x.shape[3])
+            kernel = _steps(x.shape[2], _SIDE), _steps(x.shape[3], _SIDE)
             if kernel != (1, 1):
                 x = functional.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
             parts.append(x.flatten(1))
@@ -240,7 +239,7 @@ class Features(nn.Module):
         """Numbers above 0 that sum up the surface's backward flow on a coarse grid, [N, 5], in grid_sample units."""
         name, first, last = surface.uv
         mask_name, channel = surface.mask
-        step_down, step_across = (_coarsening(side) for side in picked[name].shape[2:])
+        step_down, step_across = (_steps(side, _MOTION_SIDE) for side in picked[name].shape[2:])
         coarse = (..., slice(step_down // 2, None, step_down), slice(step_across // 2, None, step_across))
         uv = picked[name][:, first:last][coarse]
         mask = picked[mask_name][:, channel : channel + 1][coarse]
@@ -364,94 +363,56 @@ def thumbnail_graph(layout: AdapterLayout) -> ModelProto:
     Every image input comes to at most 8x8 (pixels are picked, 32x32 at most, then averaged), vectors stay as they are
     up to 512 elements and are averaged to fewer beyond.
     """
-    inputs = input_examples(layout)
-    return export_module(
-        _ThumbnailGraph(Thumbnail(layout), list(inputs)), tuple(inputs.values()), list(inputs), [CACHE_THUMBNAIL]
-    )
+    inputs, thumbnail = layout.input_examples(), Thumbnail(layout)
+    graph = _Positional(lambda *tensors: thumbnail(dict(zip(inputs, tensors, strict=True))), thumbnail=thumbnail)
+    return export_module(graph, tuple(inputs.values()), list(inputs), [CACHE_THUMBNAIL])
 
 
 def warm_graph(predictor: Predictor) -> ModelProto:
     """The module ``predictor``: inputs of frame t, the cached thumbnail and atlas, and the age -> what `warm` gives."""
     layout = predictor.features.layout
-    inputs = input_examples(layout)
-    size = len(predictor.features.mean)
-    names, example = [CACHE_THUMBNAIL], [torch.zeros(1, size)]
+    inputs = layout.input_examples()
+    cached = {CACHE_THUMBNAIL: torch.zeros(1, len(predictor.features.mean))}
     if layout.surface is not None:
-        names.append(CACHE_ATLAS)
-        example.append(torch.zeros(1, 3, *layout.atlas_size))
-    return export_module(
-        _WarmGraph(predictor, list(inputs)),
-        (torch.ones(1, 1), *example, *inputs.values()),
-        [AGE_INPUT, *names, *inputs],
-        ["predicted", "spread", "novelty", "change"],
-    )
+        cached[CACHE_ATLAS] = torch.zeros(1, 3, *layout.atlas_size)
+    given = {AGE_INPUT: torch.ones(1, 1), **cached, **inputs}
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        by_name = dict(zip(given, tensors, strict=True))
+        of_frame = {name: by_name[name] for name in inputs}
+        return predictor.warm(of_frame, by_name[CACHE_THUMBNAIL], by_name.get(CACHE_ATLAS), by_name[AGE_INPUT])
+
+    outputs = ["predicted", "spread", "novelty", "change"]
+    return export_module(_Positional(call, predictor=predictor), tuple(given.values()), list(given), outputs)
 
 
 def cold_graph(predictor: Predictor) -> ModelProto:
     """The module ``predictor_cold``: inputs of frame t -> what `cold` gives."""
-    inputs = input_examples(predictor.features.layout)
-    return export_module(
-        _ColdGraph(predictor, list(inputs)),
-        tuple(inputs.values()),
-        list(inputs),
-        ["predicted", "spread", "novelty"],
-    )
+    inputs = predictor.features.layout.input_examples()
+    graph = _Positional(lambda *tensors: predictor.cold(dict(zip(inputs, tensors, strict=True))), predictor=predictor)
+    return export_module(graph, tuple(inputs.values()), list(inputs), ["predicted", "spread", "novelty"])
 
 
-def input_examples(layout: AdapterLayout) -> dict[str, Tensor]:
-    """One zero tensor per generator input, by name."""
-    examples = {i.name: torch.zeros(1, i.channels, i.height, i.width, dtype=i.dtype) for i in layout.images}
-    examples |= {vector.name: torch.zeros(vector.shape, dtype=vector.dtype) for vector in layout.vectors}
-    return examples
+class _Positional(nn.Module):
+    """Modules as the exporter takes them: positional tensors in, which `call` hands on; weights by the parts' names."""
 
-
-class _ThumbnailGraph(nn.Module):
-    def __init__(self, thumbnail: Thumbnail, names: Sequence[str]) -> None:
+    def __init__(self, call: Callable[..., Tensor | tuple[Tensor, ...]], **parts: nn.Module) -> None:
         super().__init__()
-        self.thumbnail, self.names = thumbnail, list(names)
+        self.call = call
+        for name, part in parts.items():
+            self.add_module(name, part)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        made: Tensor = self.thumbnail(dict(zip(self.names, tensors, strict=True)))
-        return made
-
-
-class _WarmGraph(nn.Module):
-    def __init__(self, predictor: Predictor, names: Sequence[str]) -> None:
-        super().__init__()
-        self.predictor, self.names = predictor, list(names)
-
-    def forward(self, age: Tensor, cached: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        tensors = list(rest)
-        atlas = tensors.pop(0) if self.predictor.features.layout.surface is not None else None
-        return self.predictor.warm(dict(zip(self.names, tensors, strict=True)), cached, atlas, age)
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.call(*tensors)
 
 
-class _ColdGraph(nn.Module):
-    def __init__(self, predictor: Predictor, names: Sequence[str]) -> None:
-        super().__init__()
-        self.predictor, self.names = predictor, list(names)
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return self.predictor.cold(dict(zip(self.names, tensors, strict=True)))
-
-
-def _picking(side: int) -> int:
-    """Steps in which pixels are picked along a side."""
-    return math.ceil(side / _PICKED)
-
-
-def _averaging(side: int) -> int:
-    """Picked pixels along a side that become one of the thumbnail."""
-    return math.ceil(side / _SIDE)
-
-
-def _coarsening(side: int) -> int:
-    """Steps among the picked pixels in which the surface's motion is looked at."""
-    return math.ceil(side / _MOTION_SIDE)
+def _steps(side: int, most: int) -> int:
+    """Steps in which a side is gone along so that `most` are the most."""
+    return math.ceil(side / most)
 
 
 def _picked_positions(side: int) -> list[int]:
-    return list(range(side))[_picking(side) // 2 :: _picking(side)]
+    return list(range(side))[_steps(side, _PICKED) // 2 :: _steps(side, _PICKED)]
 
 
 def _thumbnail_cells(image: ImageInput) -> int:
@@ -459,7 +420,7 @@ def _thumbnail_cells(image: ImageInput) -> int:
     cells = 1
     for side in (image.height, image.width):
         picked = len(_picked_positions(side))
-        cells *= math.ceil(picked / _averaging(picked))
+        cells *= math.ceil(picked / _steps(picked, _SIDE))
     return cells
 
 
@@ -468,7 +429,7 @@ def _picked_centres(height: int, width: int) -> Tensor:
     sides = []
     for side in (height, width):
         picked = _picked_positions(side)
-        step = _coarsening(len(picked))
+        step = _steps(len(picked), _MOTION_SIDE)
         sides.append((torch.tensor(picked[step // 2 :: step]) + 0.5) * (2.0 / side) - 1.0)
     y, x = sides
     return torch.stack([x.expand(len(y), len(x)), y[:, None].expand(len(y), len(x))])[None]

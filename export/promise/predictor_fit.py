@@ -13,7 +13,7 @@ adds is scaled by how much it helped on blocks that it was not trained on (stack
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from ..training.k_centres import k_centres
 from .exit_quality import Measured
 from .predictor import BRANCH_DRIFT, LEAST_SPREAD, Features, Head, Predictor, Thumbnail, ThumbnailScale
 
-__all__ = ["fit_predictor"]
+__all__ = ["PromiseFrames", "fit_predictor"]
 
 Floats = NDArray[np.float64]
 
@@ -52,10 +52,22 @@ _LEAST_GAIN = 0.02
 _FRAMES = 16
 
 
+@dataclass(frozen=True)
+class PromiseFrames:
+    """The streams that a promise is made from, name -> [T, ...], with the atlas where there is a surface.
+
+    Attributes:
+        train: What the exits were trained on.
+        held: What was held back from them.
+    """
+
+    train: Mapping[str, Array]
+    held: Mapping[str, Array]
+
+
 def fit_predictor(
     layout: AdapterLayout,
-    train: Mapping[str, Array],
-    held: Mapping[str, Array],
+    frames: PromiseFrames,
     trained: Measured,
     unseen: Measured,
     *,
@@ -67,10 +79,9 @@ def fit_predictor(
 
     Args:
         layout: Says which inputs there are, and where the surface's motion is.
-        train: Training stream, name -> [T, ...].
-        held: Held-back stream; novelty and change are measured against all of it.
-        trained: Exits on frames of `train`.
-        unseen: The same exits on those frames of `held` that may be fitted to.
+        frames: Both streams; novelty and change are measured against all of the held-back one.
+        trained: Exits on training frames.
+        unseen: The same exits on those held-back frames that may be fitted to.
         blocks: How many blocks those frames are.
         seed: Of the network's first weights and of the rows drawn.
         steps: Of the network's training; 0 leaves the network out.
@@ -87,7 +98,7 @@ def fit_predictor(
             f"{', '.join(unseen.exits) or 'none'} on held-back ones; measure the same ones on both, one at least"
         )
     ages = sorted(set(trained.age[trained.age > 0].tolist()) | set(unseen.age[unseen.age > 0].tolist()))
-    scale = _scale(layout, train, held, ages)
+    scale = _scale(layout, frames, ages)
     features = Features(layout, scale).eval()
     # An exit that reads the cache has no score without one.
     reads = np.isnan(trained.scores[trained.age == 0]).all(0) if (trained.age == 0).any() else None
@@ -100,9 +111,9 @@ def fit_predictor(
         if not len(columns):
             heads.append(None)
             continue
-        rows = [_rows(features, arrays, m, columns, with_cache) for arrays, m in ((train, trained), (held, unseen))]
-        least = LEAST_SPREAD if with_cache else BRANCH_DRIFT
-        heads.append(_fit_head(rows[0], rows[1], blocks, seed, steps, least))
+        known = _rows(features, frames.train, trained, columns, with_cache)
+        new = _rows(features, frames.held, unseen, columns, with_cache)
+        heads.append(_fit_head(known, new, blocks, seed, steps, LEAST_SPREAD if with_cache else BRANCH_DRIFT))
     return Predictor(features, heads[0], heads[1]).eval()
 
 
@@ -144,12 +155,10 @@ def _rows(
     return _Rows(torch.cat(made), measured.scores[np.ix_(chosen, columns)], frame)
 
 
-def _scale(
-    layout: AdapterLayout, train: Mapping[str, Array], held: Mapping[str, Array], ages: list[int]
-) -> ThumbnailScale:
+def _scale(layout: AdapterLayout, frames: PromiseFrames, ages: list[int]) -> ThumbnailScale:
     """What thumbnails of the training frames are like, and how far those of the held-back ones lie from them."""
     thumbnail = Thumbnail(layout)
-    known = _thumbnails(thumbnail, train).numpy().astype(np.float64)
+    known = _thumbnails(thumbnail, frames.train).numpy().astype(np.float64)
     groups = thumbnail.groups()
     variance = known.var(0)
     # What hardly varies in the clip must not be infinitely far where it does: a fiftieth of its group's deviation at
@@ -174,7 +183,7 @@ def _scale(
         min(_POSE, len(directions)),
     )
     features = Features(layout, scale)
-    unseen = _thumbnails(thumbnail, held)
+    unseen = _thumbnails(thumbnail, frames.held)
     novelty = float(features.cold(unseen)[1].max())
     # The change as the graph computes it; of a stream that does not move it is 0, and any change is then another scene.
     changes = [
@@ -182,12 +191,8 @@ def _scale(
         for age in ages
         if age < len(unseen)
     ]
-    return ThumbnailScale(
-        scale.mean,
-        scale.deviation,
-        scale.basis,
-        scale.centres,
-        scale.pose,
+    return replace(
+        scale,
         novelty=max(_BEYOND * novelty, 1e-3),
         change=max(_BEYOND * max(changes, default=0.0), 1e-3),
     )

@@ -8,7 +8,8 @@ about.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -18,19 +19,19 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from ...engine.errors import ExportError, InputError
-from ...engine.metrics.lpips import Lpips
 from ...engine.promise.calibration import Calibration, PromiseRecord, Quality, canonical_metric, evaluate
 from ...engine.spec import AGE_INPUT, Array
 from ..adapter.layout import CACHE_ATLAS, AdapterLayout
 from ..frames.streams import Progress, frame_at
 from ..graph.macs import count_macs
 from ..graph.run import open_session, run_session
-from .exit_quality import Measured, measure_exits, reads_cache
+from .exit_quality import ExitModels, Measured, PromiseTerms, measure_exits, reads_cache
 from .predictor import cold_graph, thumbnail_graph, warm_graph
-from .predictor_fit import fit_predictor
+from .predictor_fit import PromiseFrames, fit_predictor
 
 __all__ = [
     "CALIBRATION_FILE",
+    "CONFIDENCE",
     "Promise",
     "PromiseOptions",
     "cross_validated",
@@ -49,7 +50,9 @@ _THRESHOLDS: Mapping[str, tuple[float, ...]] = {
     "psnr_db": (25.0, 30.0, 35.0, 40.0),
     "ms_ssim": (0.9, 0.95, 0.98, 0.99),
 }
-_CONFIDENCE = 0.95
+CONFIDENCE = 0.95
+"""What callers name by default."""
+
 # Neighbouring frames are alike, so they are fitted to or calibrated on together, in blocks of so many at most; short
 # streams have shorter ones, so that there are enough of them.
 _LONGEST_BLOCK, _WISHED_BLOCKS = 12, 9
@@ -97,19 +100,11 @@ class Promise:
 
 
 def make_promise(
-    exits: Mapping[str, ModelProto],
-    generator: ModelProto,
-    producer: ModelProto,
+    models: ExitModels,
     layout: AdapterLayout,
-    train: Mapping[str, Array],
-    held: Mapping[str, Array],
-    metric: str,
-    ages: Sequence[int],
+    frames: PromiseFrames,
+    terms: PromiseTerms,
     *,
-    image_output: str,
-    costs: Mapping[str, float],
-    plain: ModelProto | None = None,
-    lpips: Lpips | None = None,
     options: PromiseOptions | None = None,
     at: datetime | None = None,
     progress: Progress,
@@ -117,19 +112,10 @@ def make_promise(
     """Measure, fit and calibrate.
 
     Args:
-        exits: Exits that are not exact, name -> module: consumers read cache tensors, branches do not.
-        generator: The whole.
-        producer: Frame inputs -> cache tensors; it need not give the thumbnail yet.
+        models: The exits, what they are compared with, and what they cost.
         layout: What the adapter reads: inputs and surface.
-        train: Training stream, name -> [T, ...], with the atlas where the layout has a surface.
-        held: Held-back stream.
-        metric: What is promised, as `canonical_metric` takes it.
-        ages: Ages 1..A of caches that are promised.
-        image_output: The output that quality is measured on.
-        costs: Cost of every exit as a fraction of the whole's, for the savings that the record tells of; where it has
-            ``predictor`` and ``predictor_cold``, those count too.
-        plain: The plain consumer, for the record's count of its work.
-        lpips: LPIPS to use; without it, its weights are found by WARPCACHE_LPIPS.
+        frames: Training and held-back stream.
+        terms: Metric and ages 1..A of caches that are promised.
         options: How much is measured.
         at: When it is made; now, by default.
         progress: Told how far it is.
@@ -142,46 +128,30 @@ def make_promise(
         ExportError: If there are no exits, or one fails.
     """
     options = options or PromiseOptions()
-    metric = canonical_metric(metric)
-    if not exits:
+    metric = canonical_metric(terms.metric)
+    if not models.exits:
         raise ExportError("no exit but the exact ones was given, so there is nothing to promise; train some")
-    consumers = [name for name, model in exits.items() if reads_cache(model)]
-    branches = [name for name in exits if name not in consumers]
-    ordered = {name: exits[name] for name in (*consumers, *branches)}
-    ages = sorted(set(ages)) if consumers else []
-    fitted, calibrated = split_blocks(_frames(held), max(ages, default=0), options.held_frames)
-
-    def measured(arrays: Mapping[str, Array], frames: Sequence[int], stage: str) -> Measured:
-        return measure_exits(
-            ordered,
-            generator,
-            producer,
-            arrays,
-            frames,
-            ages,
-            metric,
-            image_output=image_output,
-            lpips=lpips,
-            progress=progress,
-            stage=stage,
-        )
-
-    oldest = max(ages, default=0)
-    pretrained = _evenly(min(oldest, max(0, _frames(train) - 2)), _frames(train), options.train_frames)
-    on_train = measured(train, pretrained, "measuring the exits on training frames")
-    spent = np.concatenate(fitted)
-    on_held = measured(held, np.concatenate([spent, *calibrated]).tolist(), "measuring the exits on held-back frames")
-    progress("fitting the predictor", 0, 1)
-    predictor = fit_predictor(
-        layout,
-        train,
-        held,
-        on_train,
-        _only(on_held, spent),
-        blocks=len(fitted),
-        seed=options.seed,
-        steps=options.steps,
+    consumers = [name for name, model in models.exits.items() if reads_cache(model)]
+    branches = [name for name in models.exits if name not in consumers]
+    ordered = {name: models.exits[name] for name in (*consumers, *branches)}
+    ages = sorted(set(terms.ages)) if consumers else []
+    train, held, oldest = frames.train, frames.held, max(ages, default=0)
+    fitted, calibrated = split_blocks(_frames(held), oldest, options.held_frames)
+    measured = functools.partial(
+        measure_exits,
+        dataclasses.replace(models, exits=ordered),
+        terms=dataclasses.replace(terms, ages=ages),
+        progress=progress,
     )
+
+    pretrained = _evenly(min(oldest, max(0, _frames(train) - 2)), _frames(train), options.train_frames)
+    on_train = measured(train, pretrained, stage="measuring the exits on training frames")
+    spent = np.concatenate(fitted)
+    wanted = np.concatenate([spent, *calibrated]).tolist()
+    on_held = measured(held, wanted, stage="measuring the exits on held-back frames")
+    progress("fitting the predictor", 0, 1)
+    on_spent, blocks = _only(on_held, spent), len(fitted)
+    predictor = fit_predictor(layout, frames, on_train, on_spent, blocks=blocks, seed=options.seed, steps=options.steps)
     graphs = {
         "predictor": warm_graph(predictor) if consumers else None,
         "predictor_cold": cold_graph(predictor) if branches else None,
@@ -200,7 +170,7 @@ def make_promise(
         age=rows.age.astype(np.int32),
         frame=rows.frame.astype(np.int32),
     )
-    modules = {"whole": generator, "plain": plain, **ordered, **graphs}
+    modules = {"whole": models.generator, "plain": models.plain, **ordered, **graphs}
     record = PromiseRecord(
         metric=metric,
         exits=calibration.exits,
@@ -212,7 +182,7 @@ def make_promise(
         file=CALIBRATION_FILE,
         macs={name: count_macs(model) for name, model in modules.items() if model is not None},
         errors=_median_errors(calibration),
-        thresholds=tuple(cross_validated(calibration, costs)),
+        thresholds=tuple(cross_validated(calibration, models.costs)),
     )
     return Promise(graphs["predictor"], graphs["predictor_cold"], record.to_record(), calibration.to_npz())
 
@@ -309,7 +279,7 @@ def cross_validated(calibration: Calibration, costs: Mapping[str, float]) -> lis
         return []
     found: list[dict[str, Any]] = []
     for threshold in _THRESHOLDS[calibration.metric]:
-        quality = Quality(calibration.metric, threshold, _CONFIDENCE)
+        quality = Quality(calibration.metric, threshold, CONFIDENCE)
         ways = []
         try:
             for tried in (0, 1):
@@ -323,7 +293,7 @@ def cross_validated(calibration: Calibration, costs: Mapping[str, float]) -> lis
             found.append(
                 {
                     "threshold": threshold,
-                    "confidence": _CONFIDENCE,
+                    "confidence": CONFIDENCE,
                     "age": pair[0].age,
                     "coverage": round(0.5 * sum(way.coverage for way in pair), 4),
                     "saved": round(0.5 * sum(way.saved for way in pair), 4),

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from onnx import ModelProto
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ...engine.errors import ExportError
 from ...engine.files.atomic import written_beside
+from ...engine.spec import Array
 
-__all__ = ["checkpoint_plan", "load_checkpoint", "one_cycle", "save_checkpoint"]
-
-
-_FOREIGN = "the checkpoint {} belongs to another model, clip or options; delete it to start anew"
+__all__ = ["checkpoint_plan", "data_digest", "load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(
@@ -60,14 +61,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         ExportError: If it is damaged or belongs to something else.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as exc:
-        raise ExportError(f"the checkpoint {path} cannot be read ({exc}); delete it to start anew") from exc
-    if metadata.get("identity") != identity:
-        raise ExportError(_FOREIGN.format(path))
+    with _opened(path, identity) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     state = optimizer.state_dict()
     try:
         model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
@@ -81,30 +76,36 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise ExportError(f"the checkpoint {path} lacks what it should hold ({exc}); delete it to start anew") from exc
 
 
-def checkpoint_plan(path: Path, identity: str) -> dict[str, Any]:
-    """The plan of the run that left a checkpoint.
+def checkpoint_plan(path: Path, identity: str | None = None) -> dict[str, Any]:
+    """The plan of the run that left a checkpoint, whatever it belongs to where no `identity` is given.
 
     Raises:
         ExportError: If there is no checkpoint at `path`, it is damaged, or it belongs to something else.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            plan: dict[str, Any] = json.loads(metadata["plan"])
-    except (OSError, SafetensorError, KeyError, ValueError) as exc:
-        raise ExportError(f"the checkpoint {path} cannot be read ({exc}); delete it to start anew") from exc
-    if metadata.get("identity") != identity:
-        raise ExportError(_FOREIGN.format(path))
+    with _opened(path, identity) as (_, metadata):
+        plan: dict[str, Any] = json.loads(metadata["plan"])
     return plan
 
 
-def one_cycle(step: int, steps: int, peak: float) -> float:
-    """Learning rate of a step: up over the first tenth, then down along a cosine to nearly nothing.
+def data_digest(model: ModelProto, arrays: Mapping[str, Array]) -> hashlib._Hash:
+    """SHA-256 of a generator and the frames that are trained on, for an identity; more can be added to it."""
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True))
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest
 
-    A function of the step alone, so that a resumed run needs no state for it.
-    """
-    rise = max(steps // 10, 1)
-    if step < rise:
-        return peak * (step + 1) / rise
-    done = (step - rise) / max(steps - rise, 1)
-    return peak * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-4 * peak
+
+@contextlib.contextmanager
+def _opened(path: Path, identity: str | None) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A checkpoint's file and metadata; what is damaged or belongs to something else is refused."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if identity is not None and metadata.get("identity") != identity:
+                raise ExportError(
+                    f"the checkpoint {path} belongs to another model, clip or options; delete it to start anew"
+                )
+            yield file, metadata
+    except (OSError, SafetensorError, KeyError, ValueError) as exc:
+        raise ExportError(f"the checkpoint {path} cannot be read ({exc}); delete it to start anew") from exc

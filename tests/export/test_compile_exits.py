@@ -28,6 +28,7 @@ from warpcache.export.graph.index import load_model
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import open_session, run_session
 from warpcache.export.promise.check import check_promise, least_held_frames
+from warpcache.export.promise.exit_quality import ExitModels
 from warpcache.export.promise.promise import Promise, PromiseOptions, split_blocks
 from warpcache.media.inputs import InputStream
 
@@ -325,9 +326,9 @@ def test_one_exit_is_a_consumer(
 ) -> None:
     asked: list[list[str]] = []
 
-    def promise(exits: dict[str, onnx.ModelProto], *_: object, **__: object) -> Promise:
+    def promise(models: ExitModels, *_: object, **__: object) -> Promise:
         # What one makes of it is tested with it; here, that nothing is put in for what it leaves out.
-        asked.append(list(exits))
+        asked.append(list(models.exits))
         return Promise(module(made.bundle, "predictor"), None, {"metric": "psnr_db"}, b"rows")
 
     monkeypatch.setattr(compile_module, "make_promise", promise)
@@ -439,7 +440,7 @@ def test_an_input_called_like_the_predictors_own_is_refused_before_training() ->
     model.graph.input[0].name = model.graph.node[0].input[0] = "age"
     frames = InputStream.from_arrays({"age": clip(40).arrays["condition"]}, fps=25.0)
     with pytest.raises(InputError, match=r"^an input is called 'age', which is what a predictor is told"):
-        check_promise(Subject(model, frames, frames), OPTIONS, None)
+        check_promise(Subject(model, frames, frames), OPTIONS.promised_metric, OPTIONS.max_age, None)
 
 
 @pytest.mark.parametrize("max_age", [1, 2, 4, 8])

@@ -21,7 +21,7 @@ from warpcache.export.branches.graphs import lookup_graph
 from warpcache.export.branches.guide_bank import guide_value, pool_features
 from warpcache.export.branches.plan import BranchPlan, choose_depths, choose_widths, make_guides, untrained_graph
 from warpcache.export.branches.slim import slim
-from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions
+from warpcache.export.branches.training import BranchNetwork, BranchTraining, Lesson, TrainOptions
 from warpcache.export.bundle.weights import shared_weights
 from warpcache.export.frames.streams import frame_at
 from warpcache.export.graph.index import GraphIndex
@@ -368,7 +368,9 @@ def test_what_cannot_be_trained_is_refused(unet: Case, trace: Callable[[str], An
         train_branches(unet.model, short, unet.images[:1], options=options, progress=silent)
 
 
-def training(case: Case, *, joint: bool = False, near: int = 2, steps: int = 2, seed: int = 0) -> BranchTraining:
+def training(
+    case: Case, *, joint: bool = False, near: int = 2, steps: int = 2, seed: int = 0, **more: Any
+) -> BranchTraining:
     """A run of one branch with a bank of every frame, as `train_branches` sets it up."""
     place = after_first_block(case.model)
     guide = make_guides(case.model, case.stream, [place], 6, silent)[place]
@@ -385,10 +387,14 @@ def training(case: Case, *, joint: bool = False, near: int = 2, steps: int = 2, 
     return BranchTraining(
         [network],
         [guide.bank],
-        None if joint else GraphModule(prefix),
-        {name: torch.from_numpy(array) for name, array in case.stream.items()},
-        torch.from_numpy(case.images),
-        TrainOptions(steps=steps, batch=2, near=near, seed=seed),
+        Lesson(
+            {name: torch.from_numpy(array) for name, array in case.stream.items()},
+            torch.from_numpy(case.images),
+            shared=None if joint else GraphModule(prefix),
+            near=near,
+        ),
+        TrainOptions(steps=steps, batch=2, seed=seed),
+        **more,
     )
 
 
@@ -396,7 +402,7 @@ def test_a_seed_makes_the_run(unet: Case) -> None:
     def weights(seed: int) -> list[torch.Tensor]:
         run = training(unet, seed=seed)
         run.run()
-        return [parameter.detach() for parameter in run.branches.parameters()]
+        return [parameter.detach() for parameter in run.modules.parameters()]
 
     first, again, other = weights(0), weights(0), weights(1)
     # Bit for bit: the same sums in the same order on one thread.
@@ -473,7 +479,6 @@ def test_the_perceptual_loss_weighs_every_branch_alike(unet: Case) -> None:
 
 def test_a_plan_can_be_read_back(unet: Case, tmp_path: Path) -> None:
     checkpoint = tmp_path / "c.safetensors"
-    run = training(unet)
-    run.identity, run.plan = "mine", {"branches": [{"depth": ["a"], "width": 0.5}]}
-    run.run(checkpoint=checkpoint)
-    assert checkpoint_plan(checkpoint, "mine") == run.plan
+    plan = {"branches": [{"depth": ["a"], "width": 0.5}]}
+    training(unet, identity="mine", plan=plan).run(checkpoint=checkpoint)
+    assert checkpoint_plan(checkpoint, "mine") == plan

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from warpcache.engine.errors import ExportError
 from warpcache.export.branches.guide_bank import (
+    _FADE,
     NEAREST,
     GuideBank,
     GuideLookup,
     cover_radius,
     fit_keys,
     guide_value,
-    look_up,
     make_bank,
     pool_features,
 )
@@ -28,6 +28,19 @@ from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.run import run_model
 from warpcache.export.graph.trace import export_module
 from warpcache.export.training.k_centres import k_centres
+
+
+def look_up(bank: GuideBank, features: np.ndarray) -> np.ndarray:
+    """The slow reference of `GuideLookup`: of pooled features [N, F], in NumPy and float64, float32 [N, C, h, w]."""
+    found = []
+    for feature in features.astype(np.float64):
+        key = feature @ bank.projection.astype(np.float64) + bank.offset
+        squared = ((bank.keys - key) ** 2).sum(1)
+        nearest = np.argsort(squared, kind="stable")[:NEAREST]
+        weights = np.exp(squared[nearest[0]] - squared[nearest])
+        weights /= weights.sum() * (1.0 + np.exp(min(squared[nearest[0]] - _FADE, 700.0)))
+        found.append(np.tensordot(weights, bank.values[nearest].astype(np.float64), 1))
+    return np.stack(found).astype(np.float32)
 
 
 def least_radius(points: np.ndarray, count: int) -> float:

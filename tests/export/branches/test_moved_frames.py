@@ -11,7 +11,7 @@ import torch
 
 from warpcache.engine.errors import InputError
 from warpcache.export.branches.branches import BranchOptions
-from warpcache.export.branches.training import BranchNetwork, BranchTraining, TrainOptions, _placements
+from warpcache.export.branches.training import BranchNetwork, BranchTraining, Lesson, TrainOptions, _placements
 from warpcache.export.frames.streams import frame_at
 from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.run import open_session, run_session
@@ -28,11 +28,15 @@ def training_of(traced: Any, *, moved: float, whole: bool = True) -> tuple[Branc
     training = BranchTraining(
         [BranchNetwork(module, names)],
         [None],
-        None,
-        {name: torch.from_numpy(np.ascontiguousarray(traced.stream[name])) for name in GraphIndex(traced.model).inputs},
-        torch.from_numpy(np.concatenate(images)),
+        Lesson(
+            {
+                name: torch.from_numpy(np.ascontiguousarray(traced.stream[name]))
+                for name in GraphIndex(traced.model).inputs
+            },
+            torch.from_numpy(np.concatenate(images)),
+            whole=GraphModule(traced.model) if whole else None,
+        ),
         TrainOptions(steps=2, batch=4, moved=moved),
-        whole=GraphModule(traced.model) if whole else None,
     )
     return training, session
 
@@ -62,7 +66,7 @@ def test_frames_stay_where_they_are_when_asked_to(trace: Callable[[str], Any], m
     training, _ = training_of(trace("unet"), moved=moved, whole=whole)
     frames = torch.tensor([1, 2])
     inputs, target = training._moved(frames, np.random.default_rng(0))
-    torch.testing.assert_close(target, training.images[frames], rtol=0, atol=0)
+    torch.testing.assert_close(target, training.lesson.images[frames], rtol=0, atol=0)
     for name, array in training._inputs(frames).items():
         torch.testing.assert_close(inputs[name], array, rtol=0, atol=0)
 

@@ -32,7 +32,7 @@ from warpcache.export.promise.predictor import (
     thumbnail_graph,
     warm_graph,
 )
-from warpcache.export.promise.predictor_fit import _ridge, fit_predictor
+from warpcache.export.promise.predictor_fit import PromiseFrames, _ridge, fit_predictor
 
 SURFACE = Surface("atlas", ("condition", 0, 2), ("condition", 5))
 LAYOUT = AdapterLayout(
@@ -130,7 +130,9 @@ def fitted() -> Fitted:
     """Unseen frames are 0.7 worse than training frames."""
     train, held = stream(0), stream(1)
     unseen = planted(held, range(3, 30), offset=0.7)
-    predictor = fit_predictor(LAYOUT, train, held, planted(train, range(FRAMES)), unseen, blocks=3, steps=50)
+    predictor = fit_predictor(
+        LAYOUT, PromiseFrames(train, held), planted(train, range(FRAMES)), unseen, blocks=3, steps=50
+    )
     return Fitted(predictor, warm_graph(predictor), cold_graph(predictor), train, held)
 
 
@@ -285,8 +287,7 @@ def test_a_fit_to_noise_explains_nothing(fitted: Fitted) -> None:
 
     predictor = fit_predictor(
         LAYOUT,
-        train,
-        held,
+        PromiseFrames(train, held),
         shuffled(planted(train, range(FRAMES))),
         shuffled(planted(held, range(3, 30))),
         blocks=3,
@@ -355,7 +356,7 @@ def test_held_back_frames_set_what_is_novel_and_what_is_another_scene(fitted: Fi
 def test_the_same_frames_give_the_same_predictor(fitted: Fitted) -> None:
     train, held = fitted.train, fitted.held
     unseen = planted(held, range(3, 30), offset=0.7)
-    again = fit_predictor(LAYOUT, train, held, planted(train, range(FRAMES)), unseen, blocks=3, steps=50)
+    again = fit_predictor(LAYOUT, PromiseFrames(train, held), planted(train, range(FRAMES)), unseen, blocks=3, steps=50)
     for name, value in fitted.predictor.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -370,7 +371,9 @@ def test_the_network_is_kept_where_it_helps() -> None:
 
     def error(steps: int) -> tuple[float, bool]:
         layout = dataclasses.replace(LAYOUT, images=(), surface=None)
-        one = fit_predictor(layout, train, held, bent(train, range(150)), bent(held, range(20)), blocks=2, steps=steps)
+        one = fit_predictor(
+            layout, PromiseFrames(train, held), bent(train, range(150)), bent(held, range(20)), blocks=2, steps=steps
+        )
         assert one.branches is not None
         assert one.consumers is None
         with torch.no_grad():
@@ -385,7 +388,9 @@ def test_the_network_is_kept_where_it_helps() -> None:
 
 def test_a_stream_that_stands_still_is_predicted_too() -> None:
     still = {name: np.repeat(array[:1], 12, 0) for name, array in stream(0).items()}
-    one = fit_predictor(LAYOUT, still, still, planted(still, range(12)), planted(still, range(3, 9)), blocks=2, steps=5)
+    one = fit_predictor(
+        LAYOUT, PromiseFrames(still, still), planted(still, range(12)), planted(still, range(3, 9)), blocks=2, steps=5
+    )
     given = run_model(warm_graph(one), warm_feeds(still, 10, 2))
     assert all(np.isfinite(value).all() for value in given.values())
     assert given["novelty"].item() < 1.0
@@ -396,7 +401,14 @@ def test_an_array_of_one_frame_serves_every_frame() -> None:
     constant = {name: array[:1] if name == "pose" else array for name, array in stream(0, 20).items()}
     repeated = constant | {"pose": np.repeat(constant["pose"], 20, 0)}
     models = [
-        fit_predictor(LAYOUT, a, a, planted(repeated, range(20)), planted(repeated, range(3, 12)), blocks=3, steps=0)
+        fit_predictor(
+            LAYOUT,
+            PromiseFrames(a, a),
+            planted(repeated, range(20)),
+            planted(repeated, range(3, 12)),
+            blocks=3,
+            steps=0,
+        )
         for a in (constant, repeated)
     ]
     for name, value in models[0].state_dict().items():
@@ -449,13 +461,13 @@ def test_a_fit_refuses_what_it_cannot_use() -> None:
     good = planted(arrays, range(12))
     other = dataclasses.replace(good, exits=("warp", "branch2"))
     with pytest.raises(ExportError, match="exits warp, branch1 were measured on training frames and warp, branch2"):
-        fit_predictor(LAYOUT, arrays, arrays, good, other, blocks=2)
+        fit_predictor(LAYOUT, PromiseFrames(arrays, arrays), good, other, blocks=2)
     turned = dataclasses.replace(good, exits=("branch1", "warp"), scores=good.scores[:, ::-1])
     with pytest.raises(ExportError, match="exits branch1, warp must be ordered"):
-        fit_predictor(LAYOUT, arrays, arrays, turned, turned, blocks=2)
+        fit_predictor(LAYOUT, PromiseFrames(arrays, arrays), turned, turned, blocks=2)
     cold = dataclasses.replace(good, frame=good.frame[:1], age=good.age[:1], scores=good.scores[:1])
     with pytest.raises(ExportError, match="no exit was measured on some frames"):
-        fit_predictor(LAYOUT, arrays, arrays, good, cold, blocks=2)
+        fit_predictor(LAYOUT, PromiseFrames(arrays, arrays), good, cold, blocks=2)
 
 
 def _unit_scale() -> ThumbnailScale:

@@ -23,8 +23,9 @@ from warpcache.export.adapter.layout import AdapterLayout, ImageInput, VectorInp
 from warpcache.export.frames.streams import frame_at
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import run_model
-from warpcache.export.promise.exit_quality import Measured, measure_exits, reads_cache
+from warpcache.export.promise.exit_quality import ExitModels, Measured, PromiseTerms, measure_exits, reads_cache
 from warpcache.export.promise.predictor import CACHE_THUMBNAIL, thumbnail_graph
+from warpcache.export.promise.predictor_fit import PromiseFrames
 from warpcache.export.promise.promise import Promise, PromiseOptions, cross_validated, make_promise, split_blocks
 
 SIDE = 20
@@ -83,23 +84,31 @@ def stream(seed: int, frames: int) -> dict[str, np.ndarray]:
 
 def promise(**changed: Any) -> Promise:
     """A promise in PSNR of a consumer and a branch, the branch given first."""
-    arguments: dict[str, Any] = {
+    given: dict[str, Any] = {
         "exits": {"branch1": painter(0.02), "warp": frozen()},
-        "generator": painter(),
-        "producer": painter(output="cache.image"),
-        "layout": LAYOUT,
         "train": stream(0, 30),
         "held": stream(1, 66),
         "metric": "psnr",
-        "ages": (1, 2),
-        "image_output": "image",
-        "costs": {"warp": 0.1, "branch1": 0.5},
-        "plain": frozen(0.5),
         "options": PromiseOptions(train_frames=20, steps=20),
-        "at": AT,
-        "progress": quiet,
-    }
-    return make_promise(**arguments | changed)
+    } | changed
+    models = ExitModels(
+        given["exits"],
+        painter(),
+        painter(output="cache.image"),
+        "image",
+        plain=frozen(0.5),
+        costs={"warp": 0.1, "branch1": 0.5},
+    )
+    frames, terms = PromiseFrames(given["train"], given["held"]), PromiseTerms(given["metric"], (1, 2))
+    return make_promise(models, LAYOUT, frames, terms, options=given["options"], at=AT, progress=quiet)
+
+
+def measured_exits(
+    exits: dict[str, ModelProto], arrays: dict[str, np.ndarray], frames: list[int], terms: PromiseTerms, **more: Any
+) -> Measured:
+    """Exits of the painter, measured."""
+    models = ExitModels(exits, painter(), painter(output="cache.image"), "image")
+    return measure_exits(models, arrays, frames, terms, **{"progress": quiet} | more)
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +121,11 @@ def test_measured_scores_are_those_of_the_answers() -> None:
     arrays = stream(3, 12)
     exits = {"warp": frozen(0.9), "branch1": painter(0.05)}
     told: list[tuple[str, int, int]] = []
-    measured = measure_exits(
+    measured = measured_exits(
         exits,
-        painter(),
-        painter(output="cache.image"),
         arrays,
         [7, 1, 3, 7],
-        (2, 1, 5),
-        "psnr",
-        image_output="image",
+        PromiseTerms("psnr", (2, 1, 5)),
         progress=lambda *event: told.append(event),
         stage="testing",
     )
@@ -146,36 +151,14 @@ def test_measured_scores_are_those_of_the_answers() -> None:
 def test_lpips_is_measured_as_the_metric_does() -> None:
     lpips = Lpips(_random_lpips())
     arrays = stream(3, 4)
-    measured = measure_exits(
-        {"warp": frozen()},
-        painter(),
-        painter(output="cache.image"),
-        arrays,
-        [3],
-        (2,),
-        "lpips",
-        image_output="image",
-        lpips=lpips,
-        progress=quiet,
-    )
+    measured = measured_exits({"warp": frozen()}, arrays, [3], PromiseTerms("lpips", (2,), lpips))
     images = [run_model(painter(), frame_at(arrays, t))["image"] for t in (1, 3)]
     assert measured.scores.tolist() == [[pytest.approx(float(np.log(lpips(images[0], images[1])[0])), rel=1e-6)]]
 
 
 def test_consumers_alone_have_no_rows_without_a_cache() -> None:
     def ages(exits: dict[str, ModelProto]) -> list[int]:
-        measured = measure_exits(
-            exits,
-            painter(),
-            painter(output="cache.image"),
-            stream(3, 5),
-            [4],
-            (1, 2),
-            "psnr",
-            image_output="image",
-            progress=quiet,
-        )
-        return measured.age.tolist()
+        return measured_exits(exits, stream(3, 5), [4], PromiseTerms("psnr", (1, 2))).age.tolist()
 
     assert ages({"warp": frozen()}) == [1, 2]
     assert ages({"branch1": painter(0.1)}) == [0]
@@ -185,17 +168,7 @@ def test_consumers_alone_have_no_rows_without_a_cache() -> None:
 
 def test_what_cannot_be_measured_is_refused() -> None:
     def measure(exits: dict[str, ModelProto], metric: str) -> Measured:
-        return measure_exits(
-            exits,
-            painter(),
-            painter(output="cache.image"),
-            stream(3, 3),
-            [2],
-            (1,),
-            metric,
-            image_output="image",
-            progress=quiet,
-        )
+        return measured_exits(exits, stream(3, 3), [2], PromiseTerms(metric, (1,)))
 
     with pytest.raises(ExportError, match="exit 'warp' gives NaN or Inf for frame 2; leave it out"):
         measure({"warp": frozen(float("nan"))}, "psnr")

@@ -14,7 +14,8 @@ from torch import nn
 
 from warpcache.engine.errors import ExportError
 from warpcache.export.training import checkpoint as checkpoints
-from warpcache.export.training.checkpoint import checkpoint_plan, load_checkpoint, one_cycle, save_checkpoint
+from warpcache.export.training.checkpoint import checkpoint_plan, load_checkpoint, save_checkpoint
+from warpcache.export.training.loop import one_cycle
 from warpcache.export.training.losses import detail_loss, same_crops
 
 PLAN = {"branches": [{"depth": ["a"], "width": 0.5}]}
