@@ -4,6 +4,10 @@
 
 Every stage keeps its result in the work folder and is skipped when that is there: the clips, the generator's weights
 and the training of the adapter (by its checkpoint).
+
+    python -m benchmarks.demo_bundle --rewrite warpcache/data/demo.warp
+
+writes a bundle that is there again in the newest format, in its place and without training.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.write import write_bundle
+from warpcache.engine.errors import BundleError
 from warpcache.export.adapter.layout import AdapterConfig
 from warpcache.export.compile import CompileOptions, compile_generator
 from warpcache.export.frames.surface import Surface
@@ -41,14 +48,32 @@ def demo_generator() -> DeferredNeuralRenderer:
 
 
 @click.command(epilog="Example:  python -m benchmarks.demo_bundle --out warpcache/data/demo.warp")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option(
+    "--rewrite", type=click.Path(path_type=Path), metavar="BUNDLE", help="Write this again, in the newest format."
+)
 @click.option("--work", type=click.Path(path_type=Path), default="out/demo", show_default=True, help="Work folder.")
 @click.option("--generator-steps", type=int, default=2000, show_default=True)
 @click.option("--steps", type=int, default=2500, show_default=True, help="Training steps of the warp adapter.")
 @click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", help="Weights of LPIPS.")
 @click.option("--stage", type=click.Choice(["generator", "bundle"]), default="bundle", help="Where to stop.")
-def main(out: Path, work: Path, generator_steps: int, steps: int, lpips: Path | None, stage: str) -> None:
-    """Make the demo's bundle."""
+def main(
+    out: Path | None, rewrite: Path | None, work: Path, generator_steps: int, steps: int, lpips: Path | None, stage: str
+) -> None:
+    """Make the demo's bundle, or write one again in the newest format."""
+    if rewrite is not None:
+        if out is not None:
+            raise click.UsageError("--rewrite writes a bundle in its own place; leave out --out")
+        try:
+            rewritten = rewrite_bundle(rewrite)
+        except BundleError as exc:
+            raise click.ClickException(str(exc)) from exc
+        files = rewritten.manifest.files
+        size_mb = sum(record.size_bytes for record in files.values()) / 1e6
+        click.echo(f"wrote {rewritten.path} again: {len(files)} files, {size_mb:.2f} MB")
+        return
+    if out is None:
+        raise click.UsageError("nothing is to be made; give --out or --rewrite")
     work.mkdir(parents=True, exist_ok=True)
     head = SyntheticHead(0, SIZE)
     with ProgressBar() as progress:
@@ -73,6 +98,17 @@ def main(out: Path, work: Path, generator_steps: int, steps: int, lpips: Path | 
             progress=progress,
         )
     print(f"wrote {out}")
+
+
+def rewrite_bundle(path: Path) -> Bundle:
+    """Write a bundle of any format that can be read again in its place, in the newest format.
+
+    Raises:
+        BundleError: If it cannot be read or written; what stood at `path` still stands then.
+    """
+    bundle = Bundle.open(path)
+    files: dict[str, Path | bytes] = {name: bundle.file(name) for name in bundle.manifest.files}
+    return write_bundle(path, bundle.manifest, files, overwrite=True)
 
 
 def _clip(head: SyntheticHead, take: int, frames: int, path: Path, progress: Report) -> dict[str, NDArray[np.float32]]:

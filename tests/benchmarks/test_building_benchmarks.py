@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import build_time, reference_bundle
+from benchmarks import build_time, demo_bundle, reference_bundle
 from benchmarks.reference_bundle import PURPOSE, draw_clip, generator, make_reference_bundle
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.engine import Engine
@@ -101,3 +102,34 @@ def test_what_cannot_be_made_is_refused(arguments: list[str], sentence: str) -> 
     result = CliRunner().invoke(reference_bundle.main, arguments)
     assert result.exit_code == 2
     assert sentence in result.output
+
+
+def test_a_bundle_is_written_again_in_its_place(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "t.warp"))
+    manifest = path / "manifest.json"
+    written = manifest.read_bytes()
+    # Another layout of the same content, which a bundle that is only left alone would keep.
+    manifest.write_text(json.dumps(json.loads(written)))
+    result = CliRunner().invoke(demo_bundle.main, ["--rewrite", str(path)])
+    assert result.exit_code == 0, result.output
+    assert f"wrote {path} again: {len(list(path.iterdir())) - 1} files" in result.output
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+        file.name: file.read_bytes() for file in tiny_bundle.iterdir()
+    }
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "nothing is to be made"), (["--rewrite", "a.warp", "--out", "b.warp"], "leave out --out")],
+)
+def test_a_demo_bundle_is_made_or_rewritten(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(demo_bundle.main, arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_what_is_no_bundle_is_not_rewritten(tmp_path: Path) -> None:
+    result = CliRunner().invoke(demo_bundle.main, ["--rewrite", str(tmp_path / "none.warp")])
+    assert result.exit_code == 1
+    assert "none.warp" in result.output
