@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import numpy as np
@@ -26,6 +26,7 @@ from rich.table import Table
 from benchmarks.exit_cases import Case, clip_case, head_case
 from benchmarks.exit_figures import draw_front, simulate
 from benchmarks.exit_tables import COLD, ExitTable, kept_table, oracle_reuse, within
+from benchmarks.mains import PATH, option, takes
 from benchmarks.measuring import BareModule, Figure, interleaved_ms, print_figures
 from warpcache.engine import Engine
 from warpcache.engine.bundle.bundle import Bundle
@@ -79,51 +80,60 @@ class Run:
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is compiled and measured, and where it is kept."""
+
+    data: Annotated[Path, option("--data", type=PATH, envvar="WARPCACHE_CLIPS", required=True, help="The clips.")]
+    lpips: Annotated[Path, option("--lpips", type=PATH, envvar="WARPCACHE_LPIPS", required=True)]
+    names: Annotated[
+        tuple[str, ...], option("--case", type=click.Choice(CASES), multiple=True, default=CASES, show_default=True)
+    ]
+    work: Annotated[Path, option("--work", type=PATH, default="out/early_exits", show_default=True)]
+    generator_steps: Annotated[int, option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)]
+    steps: Annotated[
+        int | None,
+        option("--steps", type=int, help="Training steps of the exits; default: that of `warpcache compile`."),
+    ]
+    stage: Annotated[
+        str,
+        option(
+            "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
+        ),
+    ]
+    pictures: Annotated[
+        Path | None, option("--pictures", type=PATH, help="Folder for the Pareto fronts; default: --work.")
+    ]
+    json_path: Annotated[Path | None, option("--json", type=PATH)]
+
+
 @click.command(epilog="Example:  python -m benchmarks.early_exits --data clips --lpips squeeze_v0.1.safetensors")
-@click.option("--data", type=click.Path(path_type=Path), envvar="WARPCACHE_CLIPS", required=True, help="The clips.")
-@click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", required=True)
-@click.option("--case", "names", type=click.Choice(CASES), multiple=True, default=CASES, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), default="out/early_exits", show_default=True)
-@click.option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)
-@click.option("--steps", type=int, help="Training steps of the exits; default: that of `warpcache compile`.")
-@click.option(
-    "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
-)
-@click.option("--pictures", type=click.Path(path_type=Path), help="Folder for the Pareto fronts; default: --work.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(
-    data: Path,
-    lpips: Path,
-    names: tuple[str, ...],
-    work: Path,
-    generator_steps: int,
-    steps: int | None,
-    stage: str,
-    pictures: Path | None,
-    json_path: Path | None,
-) -> None:
+@takes(Options)
+def main(options: Options) -> None:
     """Compile generators with exits and measure what their promise is worth."""
-    work.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     console = Console(width=150, highlight=False)
     report: dict[str, Any] = {"schema": 1, "command": "early_exits", "environment": environment(), "cases": {}}
     cases: dict[str, Case] = {}
-    for name in names:
-        case = load_case(name, data, work, generator_steps)
+    for name in options.names:
+        case = load_case(name, options.data, options.work, options.generator_steps)
         cases[name] = case
-        if stage == "generator":
+        if options.stage == "generator":
             continue
-        bundle = case.compiled(lpips, () if steps is None else ("--steps", str(steps)))
-        if stage == "bundle":
+        bundle = case.compiled(options.lpips, () if options.steps is None else ("--steps", str(options.steps)))
+        if options.stage == "bundle":
             continue
-        report["cases"][name] = _measure(case, bundle, Lpips.load(lpips), lpips, pictures or work, console)
-    if stage == "measure":
+        report["cases"][name] = _measure(
+            case, bundle, Lpips.load(options.lpips), options.lpips, options.pictures or options.work, console
+        )
+    if options.stage == "measure":
         for name, other in (("d6-128", "d3-128"), ("d3-128", "d6-128")):
             if name in cases and other in cases:
-                shifted = _shift(cases[name], cases[other], lpips)
+                shifted = _shift(cases[name], cases[other], options.lpips)
                 print_figures(console, f"{name} fed with {other}'s inputs", shifted[0])
                 report["cases"][name]["shift"] = shifted[1] | {"figures": [f.to_record() for f in shifted[0]]}
-        if json_path is not None:
-            json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if options.json_path is not None:
+            options.json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def load_case(name: str, data: Path, work: Path, generator_steps: int = GENERATOR_STEPS) -> Case:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import click
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_arrays import Gpu
 from benchmarks.kernel_checks import MAP_CHANNELS, check_change, check_image, check_raster, check_warp, smooth_grid
+from benchmarks.mains import PATH, option, takes
 from benchmarks.measuring import Figure
 from benchmarks.parts import Measured, device_record, device_title, finish, run_parts, show_parts, write_parts
 from warpcache.engine.cuda.graph import CudaGraph
@@ -290,31 +291,41 @@ def _side(size_bytes: int, bytes_a_pixel: int) -> int:
     return 64 * math.ceil(math.sqrt(size_bytes / bytes_a_pixel) / 64)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how long."""
+
+    device: Annotated[str, option("--device", default="cuda:0", show_default=True)]
+    asked: Annotated[
+        tuple[str, ...], option("--part", type=click.Choice(list(PARTS)), multiple=True, help="Only this; repeatable.")
+    ]
+    mib: Annotated[
+        float | None,
+        option("--mib", type=click.FloatRange(min=0.1), help="MiB a launch moves; default: 512, or 8 x L2."),
+    ]
+    launches: Annotated[
+        int, option("--launches", type=click.IntRange(min=1), default=20, show_default=True, help="Between two events.")
+    ]
+    repeats: Annotated[
+        int, option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="The median counts.")
+    ]
+    frames: Annotated[
+        int, option("--frames", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the rasteriser.")
+    ]
+    picture: Annotated[
+        int,
+        option("--picture", type=click.IntRange(min=64), default=512, show_default=True, help="Its rows and columns."),
+    ]
+    json_path: Annotated[Path | None, option("--json", type=PATH)]
+
+
 @click.command(epilog="Example:  python -m benchmarks.gpu_kernels --json gpu_kernels.json")
-@click.option("--device", default="cuda:0", show_default=True)
-@click.option("--part", "asked", type=click.Choice(list(PARTS)), multiple=True, help="Only this; repeatable.")
-@click.option("--mib", type=click.FloatRange(min=0.1), help="MiB a launch moves; default: 512, or 8 x L2.")
-@click.option("--launches", type=click.IntRange(min=1), default=20, show_default=True, help="Between two events.")
-@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="The median counts.")
-@click.option("--frames", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the rasteriser.")
-@click.option("--picture", type=click.IntRange(min=64), default=512, show_default=True, help="Its rows and columns.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.pass_context
-def main(
-    context: click.Context,
-    /,
-    device: str,
-    asked: tuple[str, ...],
-    mib: float | None,
-    launches: int,
-    repeats: int,
-    frames: int,
-    picture: int,
-    json_path: Path | None,
-) -> None:
+@takes(Options)
+def main(context: click.Context, /, options: Options) -> None:
     """Measure the kernels on one GPU."""
-    record = device_record(device)
-    ordinal = parse_device(device)
+    record = device_record(options.device)
+    ordinal = parse_device(options.device)
     if ordinal is None:
         raise click.BadParameter("the kernels run on a GPU only; give --device cuda:N")
     with ExitStack() as stack:
@@ -324,15 +335,15 @@ def main(
             if not opened:
                 opened.append(stack.enter_context(closing(Gpu(ordinal))))
             gpu = opened[0]
-            size = _size_bytes(gpu.context.attribute("L2_CACHE_SIZE"), mib)
-            found = PARTS[name](gpu, Timing(size, launches, repeats, frames, picture))
+            size = _size_bytes(gpu.context.attribute("L2_CACHE_SIZE"), options.mib)
+            found = PARTS[name](gpu, Timing(size, options.launches, options.repeats, options.frames, options.picture))
             found.details["size_bytes"] = size
             return found
 
-        parts = run_parts({name: partial(measure, name) for name in asked or PARTS})
+        parts = run_parts({name: partial(measure, name) for name in options.asked or PARTS})
     show_parts(f"Kernels on {device_title(record)}", parts)
-    if json_path is not None:
-        write_parts(json_path, "gpu_kernels", record, parts)
+    if options.json_path is not None:
+        write_parts(options.json_path, "gpu_kernels", record, parts)
     finish(context, parts)
 
 

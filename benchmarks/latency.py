@@ -18,8 +18,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import click
 import numpy as np
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.mains import PATH, option, takes
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.options import CudaOptions, parse_device
 from warpcache.engine.engine import Engine
@@ -100,67 +102,74 @@ class TorchContender:
             return np.asarray(image.float().cpu().numpy())
 
 
+@dataclass(frozen=True)
+class Options:
+    """Who is compared, on what."""
+
+    inputs: Annotated[Path | None, option("--inputs", type=PATH, help="Frames, .npz or .mp4; the demo draws its own.")]
+    against: Annotated[
+        str, option("--against", default="onnxruntime", show_default=True, help=f"Some of {','.join(CONTENDERS)}.")
+    ]
+    device: Annotated[str, option("--device", default="cpu", show_default=True, help="cpu or cuda:N.")]
+    backend: Annotated[
+        str, option("--backend", default="onnxruntime", show_default=True, help="What runs this project's bundle.")
+    ]
+    policy: Annotated[str, option("--policy", default="async", show_default=True)]
+    generator: Annotated[
+        str | None,
+        option("--generator", metavar="MODULE:FACTORY", help="The PyTorch generator, for torch and torch-compile."),
+    ]
+    weights: Annotated[
+        Path | None,
+        option(
+            "--weights",
+            type=PATH,
+            help="Its weights, .safetensors; else as the factory made it, and its PSNR says nothing.",
+        ),
+    ]
+    half: Annotated[bool, option("--half", is_flag=True, help="Run torch in float16.")]
+    frames: Annotated[
+        int, option("--frames", type=click.IntRange(min=8), default=120, show_default=True, help="Frames a block.")
+    ]
+    blocks: Annotated[int, option("--blocks", type=click.IntRange(min=1), default=3, show_default=True)]
+    threads: Annotated[
+        int | None,
+        option("--threads", type=click.IntRange(min=1), help="CPU threads of our engines; default: all cores."),
+    ]
+    json_path: Annotated[Path | None, option("--json", type=PATH)]
+
+
 @click.command(epilog="Example:  python -m benchmarks.latency demo --against onnxruntime --frames 60")
 @click.argument("bundle", metavar="B.warp|demo")
-@click.option("--inputs", type=click.Path(path_type=Path), help="Frames, .npz or .mp4; the demo draws its own.")
-@click.option("--against", default="onnxruntime", show_default=True, help=f"Some of {','.join(CONTENDERS)}.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs this project's bundle.")
-@click.option("--policy", default="async", show_default=True)
-@click.option("--generator", metavar="MODULE:FACTORY", help="The PyTorch generator, for torch and torch-compile.")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="Its weights, .safetensors; else as the factory made it, and its PSNR says nothing.",
-)
-@click.option("--half", is_flag=True, help="Run torch in float16.")
-@click.option("--frames", type=click.IntRange(min=8), default=120, show_default=True, help="Frames a block.")
-@click.option("--blocks", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of our engines; default: all cores.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(
-    bundle: str,
-    inputs: Path | None,
-    against: str,
-    device: str,
-    backend: str,
-    policy: str,
-    generator: str | None,
-    weights: Path | None,
-    half: bool,
-    frames: int,
-    blocks: int,
-    threads: int | None,
-    json_path: Path | None,
-) -> None:
+@takes(Options)
+def main(bundle: str, options: Options) -> None:
     """Compare a bundle's latency with the whole generator's in other executors."""
-    rivals = _checked_rivals(against, generator, device)
+    rivals = _checked_rivals(options.against, options.generator, options.device)
     with ExitStack() as stack:
         stack.enter_context(_one_sentence())
-        chosen = Policy.parse(policy)
-        opened, arrays = _open(bundle, inputs, frames)
-        contenders: list[Contender] = [
-            _make(name, stack, opened, device, threads, generator, weights, half) for name in rivals
-        ]
-        ours = stack.enter_context(_engine(opened, chosen, device, backend, threads))
-        contenders.append(WarpcacheContender(f"warpcache {policy}", ours, _image(opened)))
-        rows = compare(contenders, arrays, frames=frames, blocks=blocks, reference=_reference(opened, arrays, frames))
-    _show(rows, f"{opened.path.name} on {device}; this project by {backend}")
-    if json_path is not None:
+        chosen = Policy.parse(options.policy)
+        opened, arrays = _open(bundle, options.inputs, options.frames)
+        contenders: list[Contender] = [_make(name, stack, opened, options) for name in rivals]
+        ours = stack.enter_context(_engine(opened, chosen, options.device, options.backend, options.threads))
+        contenders.append(WarpcacheContender(f"warpcache {options.policy}", ours, _image(opened)))
+        reference = _reference(opened, arrays, options.frames)
+        rows = compare(contenders, arrays, frames=options.frames, blocks=options.blocks, reference=reference)
+    _show(rows, f"{opened.path.name} on {options.device}; this project by {options.backend}")
+    if options.json_path is not None:
         document = {
             "schema": 1,
             "command": "latency",
             "environment": environment(),
             "bundle": opened.path.name,
-            "device": device,
-            "backend": backend,
-            "policy": policy,
-            "half": half,
-            "frames": frames,
-            "blocks": blocks,
+            "device": options.device,
+            "backend": options.backend,
+            "policy": options.policy,
+            "half": options.half,
+            "frames": options.frames,
+            "blocks": options.blocks,
             "rows": rows,
         }
-        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        options.json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(
@@ -255,27 +264,18 @@ def _open(bundle: str, inputs: Path | None, frames: int) -> tuple[Bundle, Frames
     return opened, stream.arrays
 
 
-def _make(
-    name: str,
-    stack: ExitStack,
-    bundle: Bundle,
-    device: str,
-    threads: int | None,
-    generator: str | None,
-    weights: Path | None,
-    half: bool,
-) -> Contender:
+def _make(name: str, stack: ExitStack, bundle: Bundle, options: Options) -> Contender:
     if not name.startswith("torch"):
-        whole = stack.enter_context(_engine(bundle, Policy.parse("full"), device, name, threads))
+        whole = stack.enter_context(_engine(bundle, Policy.parse("full"), options.device, name, options.threads))
         return WarpcacheContender(name, whole, _image(bundle))
     from warpcache.export.graph.trace import input_names_of, load_factory, load_weights
 
-    assert generator is not None
-    module = load_factory(generator)
-    if weights is not None:
-        load_weights(module, weights)
+    assert options.generator is not None
+    module = load_factory(options.generator)
+    if options.weights is not None:
+        load_weights(module, options.weights)
     compiled = name == "torch-compile"
-    return TorchContender(name, module, input_names_of(module), device, compiled=compiled, half=half)
+    return TorchContender(name, module, input_names_of(module), options.device, compiled=compiled, half=options.half)
 
 
 @contextmanager

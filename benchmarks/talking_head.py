@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import numpy as np
@@ -30,6 +31,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from benchmarks.clips import TalkingHead, load_talking_head
+from benchmarks.mains import PATH, option, takes
 from benchmarks.measuring import (
     BareModule,
     Figure,
@@ -59,48 +61,51 @@ GENERATOR_STEPS = 1500
 BUDGET = 0.1
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is trained and measured, and where it is kept."""
+
+    data: Annotated[Path, option("--data", type=PATH, envvar="WARPCACHE_CLIPS", required=True, help="The clips.")]
+    lpips: Annotated[Path, option("--lpips", type=PATH, envvar="WARPCACHE_LPIPS", required=True)]
+    clips: Annotated[tuple[str, ...], option("--clip", multiple=True, default=("d6", "d3"), show_default=True)]
+    work: Annotated[Path, option("--work", type=PATH, default="out/talking_head", show_default=True)]
+    generator_steps: Annotated[int, option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)]
+    steps: Annotated[
+        int | None,
+        option("--steps", type=int, help="Training steps of the warp adapter; default: that of `warpcache compile`."),
+    ]
+    budget: Annotated[float, option("--budget", type=float, default=BUDGET, show_default=True)]
+    stage: Annotated[
+        str,
+        option(
+            "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
+        ),
+    ]
+    json_path: Annotated[Path | None, option("--json", type=PATH)]
+
+
 @click.command(epilog="Example:  python -m benchmarks.talking_head --data clips --lpips squeeze_v0.1.safetensors")
-@click.option("--data", type=click.Path(path_type=Path), envvar="WARPCACHE_CLIPS", required=True, help="The clips.")
-@click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", required=True)
-@click.option("--clip", "clips", multiple=True, default=("d6", "d3"), show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), default="out/talking_head", show_default=True)
-@click.option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)
-@click.option("--steps", type=int, help="Training steps of the warp adapter; default: that of `warpcache compile`.")
-@click.option("--budget", type=float, default=BUDGET, show_default=True)
-@click.option(
-    "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
-)
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(
-    data: Path,
-    lpips: Path,
-    clips: tuple[str, ...],
-    work: Path,
-    generator_steps: int,
-    steps: int | None,
-    budget: float,
-    stage: str,
-    json_path: Path | None,
-) -> None:
+@takes(Options)
+def main(options: Options) -> None:
     """Train, compile and measure the reference generator on real clips."""
-    work.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"schema": 1, "command": "talking_head", "environment": environment(), "clips": {}}
-    for name in clips:
-        clip = load_talking_head(data, name)
-        weights = train_generator(clip, work / f"{name}.safetensors", generator_steps)
-        if stage == "generator":
+    for name in options.clips:
+        clip = load_talking_head(options.data, name)
+        weights = train_generator(clip, options.work / f"{name}.safetensors", options.generator_steps)
+        if options.stage == "generator":
             continue
-        bundle = compile_clip(clip, weights, work, lpips, steps, budget)
-        if stage == "bundle":
+        bundle = compile_clip(clip, weights, options.work, options.lpips, options.steps, options.budget)
+        if options.stage == "bundle":
             continue
-        figures, tables = measure_clip(clip, bundle, work, Lpips.load(lpips))
+        figures, tables = measure_clip(clip, bundle, options.work, Lpips.load(options.lpips))
         console = Console(width=150, highlight=False)
         for table in tables:
             console.print(table)
         print_figures(console, f"{name}: figures", figures)
         report["clips"][name] = {"figures": [figure.to_record() for figure in figures]}
-    if json_path is not None and stage == "measure":
-        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.json_path is not None and options.stage == "measure":
+        options.json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def train_generator(clip: TalkingHead, path: Path, steps: int) -> Path:
