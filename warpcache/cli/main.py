@@ -89,14 +89,14 @@ def inspect(bundle: Path, report: Path | None) -> None:
     exits are on the Pareto front, and what each threshold saves.
     """
     from ..engine.bundle.bundle import Bundle
-    from ..report.bundle_tables import print_bundle
+    from ..report.bundle_tables import print_bundle, sheets_of
 
     opened = Bundle.open(bundle)
     print_bundle(opened)
     if report is not None:
         from ..report.bundle_page import write_bundle_report
 
-        write_bundle_report(report, opened)
+        write_bundle_report(report, opened, sheets_of(opened.manifest))
         click.echo(f"wrote {report}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from ..engine.metrics.images import METRICS
 from .page import LegendEntry, Section, write_page
 from .pareto import age_words, points_of
 from .promise_tables import quality_sheet, rule_sentences, thresholds_sheet
+from .tables import Sheet
 from .words import NO_PROMISE
 
 if TYPE_CHECKING:
@@ -43,19 +45,19 @@ def promise_section(bundle: Bundle) -> Section | None:
     )
 
 
-def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
+def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle, sheets: Sequence[Sheet]) -> None:
     """Write a page about a bundle that stands alone, as that of the demo does.
 
     Args:
         path: The ``.html`` file.
         bundle: An opened bundle.
+        sheets: What is in it, from `sheets_of`.
 
     Raises:
         BundleError: If the promise's record or its calibration is malformed.
         InputError: If the file cannot be written.
     """
     from ..engine.promise.calibration import PromiseRecord
-    from .bundle_tables import sheets_of
     from .words import created_text
 
     section = promise_section(bundle)
@@ -68,7 +70,7 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle) -> None:
         caption=created_text(bundle.manifest),
         headline=_headline(bundle, PromiseRecord.of(bundle.manifest)),
         sections=[section],
-        sheets=sheets_of(bundle.manifest),
+        sheets=sheets,
     )
 
 

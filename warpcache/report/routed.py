@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..engine.promise.calibration import Quality
     from ..engine.session.frame import Frame
     from ..engine.telemetry import LatencySummary, SessionStatistics
-    from ..tasks.quality_choice import QualityChoice
 
 __all__ = ["Routed", "Within", "routed_lines", "within_of"]
 
@@ -52,25 +51,39 @@ class Routed:
     """What a session with a quality to keep did.
 
     Attributes:
-        asked: The quality, and by when.
+        quality: The quality that was asked for.
+        deadline_ms: Milliseconds that an answer was given; None sets no limit.
+        audit_every: Every how many frames the whole generator answered too; 0 never.
         predicted: What the predictor expected of the answers that are not exact, in the metric's unit.
         degraded: Frames that a deadline cost their quality, by how.
         statistics: The session's.
     """
 
-    asked: QualityChoice
+    quality: Quality
+    deadline_ms: float | None
+    audit_every: int
     predicted: tuple[float, ...]
     degraded: Mapping[str, int]
     statistics: SessionStatistics
 
     @classmethod
-    def of(cls, asked: QualityChoice, frames: Sequence[Frame], statistics: SessionStatistics) -> Routed:
+    def of(
+        cls,
+        quality: Quality,
+        frames: Sequence[Frame],
+        statistics: SessionStatistics,
+        *,
+        deadline_ms: float | None,
+        audit_every: int,
+    ) -> Routed:
         """Sum up a session.
 
         Args:
-            asked: What it was asked for.
+            quality: What it was asked for.
             frames: What it answered.
             statistics: What it counted, once its audits have ended.
+            deadline_ms: Milliseconds that an answer was given.
+            audit_every: Every how many frames was audited.
         """
         degraded: Counter[str] = Counter(frame.degraded for frame in frames if frame.degraded is not None)
         # A dropped frame is no answer; only the session knows of it.
@@ -78,17 +91,17 @@ class Routed:
         if dropped > 0:
             degraded[DROPPED] += dropped
         predicted = tuple(frame.predicted for frame in frames if frame.predicted is not None)
-        return cls(asked, predicted, dict(degraded), statistics)
+        return cls(quality, deadline_ms, audit_every, predicted, dict(degraded), statistics)
 
     def to_record(self) -> dict[str, Any]:
         """JSON-ready; times in ms, the router's in microseconds, the tightening in spreads of the predictor."""
-        quality, seen = self.asked.quality, self.statistics
+        quality, seen = self.quality, self.statistics
         return {
             "metric": quality.metric,
             "threshold": quality.threshold,
             "confidence": quality.confidence,
-            "deadline_ms": self.asked.deadline_ms,
-            "audit_every": self.asked.audit_every,
+            "deadline_ms": self.deadline_ms,
+            "audit_every": self.audit_every,
             "predicted_mean": float(np.mean(self.predicted)) if self.predicted else None,
             "degraded": dict(self.degraded),
             "late": seen.late,

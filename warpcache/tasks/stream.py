@@ -141,7 +141,13 @@ def record(
             from ..report.routed import Routed
 
             engine.synchronize()  # an audit that still runs counts too
-            result.routed = Routed.of(promise, answered, session.statistics)
+            result.routed = Routed.of(
+                promise.quality,
+                answered,
+                session.statistics,
+                deadline_ms=promise.deadline_ms,
+                audit_every=promise.audit_every,
+            )
         result.graphs = session.statistics.graphs
     return result
 

@@ -342,7 +342,8 @@ def test_what_a_deadline_cost_is_counted_by_how() -> None:
 
     frames: list[Any] = [Frame(None, 0.02), Frame("cheaper exit", 0.2), Frame(None, None), Frame("older cache", 0.14)]
     choice = QualityChoice(Quality("lpips", 0.1), deadline_ms=11.1)
-    routed = Routed.of(choice, frames, SessionStatistics(frames=4, degraded=3, drifts=2, tightening=0.75))
+    statistics = SessionStatistics(frames=4, degraded=3, drifts=2, tightening=0.75)
+    routed = Routed.of(choice.quality, frames, statistics, deadline_ms=choice.deadline_ms, audit_every=30)
     record = routed.to_record()
     assert record["degraded"] == {"cheaper exit": 1, "older cache": 1, "dropped": 1}  # no frame tells of a dropped one
     assert record["predicted_mean"] == pytest.approx(0.12)

@@ -25,7 +25,6 @@ from warpcache.report.policies import environment, figures_of, policy_title, pri
 from warpcache.report.results import PolicyResult, ReportData
 from warpcache.report.routed import Routed, Within
 from warpcache.report.tables import Sheet
-from warpcache.tasks.quality_choice import QualityChoice
 
 WHOLE, TRUTH = "whole generator", "rendered truth"
 
@@ -241,9 +240,9 @@ def test_page_stands_alone_and_shows_its_numbers(tmp_path: Path, video: Path) ->
 
 def routed(policy: str = "async") -> PolicyResult:
     """The cached policy's figures as those of a routed one."""
-    asked = QualityChoice(Quality("flip", 0.05, confidence=0.9))
-    did = Routed(asked, (0.02, 0.04), {"cheaper exit": 3}, SessionStatistics(audits=4, audit_misses=1))
-    return replace(cached(policy=policy), routed=did, within=Within(asked.quality, 37, 40))
+    asked = Quality("flip", 0.05, confidence=0.9)
+    did = Routed(asked, None, 30, (0.02, 0.04), {"cheaper exit": 3}, SessionStatistics(audits=4, audit_misses=1))
+    return replace(cached(policy=policy), routed=did, within=Within(asked, 37, 40))
 
 
 def test_a_routed_policy_is_told_from_the_fixed_one(tmp_path: Path) -> None:
