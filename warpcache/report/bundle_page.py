@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..engine.metrics.images import METRICS
-from .page import LegendEntry, Section, write_page
-from .pareto import age_words, points_of
-from .promise_tables import quality_sheet, rule_sentences, thresholds_sheet
-from .tables import Sheet
-from .words import NO_PROMISE
+from .page import Section, Tile, write_page
+from .pareto import age_words
+from .promise_tables import Promise
+from .tables import LegendEntry, Sheet
+from .words import NO_PROMISE, created_text, size_text, with_unit
 
 if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
@@ -27,21 +27,17 @@ def promise_section(bundle: Bundle) -> Section | None:
     Raises:
         BundleError: If the promise's record or its calibration is malformed.
     """
-    from ..engine.promise.calibration import Calibration, PromiseRecord
     from .promise_charts import promise_charts, shown_ages
 
-    record = PromiseRecord.of(bundle.manifest)
-    if record is None:
+    promise = Promise.of(bundle)
+    if promise is None:
         return None
-    calibration = Calibration.read(bundle)
-    points = points_of(calibration, bundle.manifest)
-    thresholds = thresholds_sheet(record)
     return Section(
         "What it promises",
-        rule_sentences(record, calibration),
-        [LegendEntry(number, age_words(age)) for age, number in shown_ages(points).items()],
-        promise_charts(record, points),
-        [quality_sheet(record, bundle.manifest, points), *([] if thresholds is None else [thresholds])],
+        promise.sentences,
+        [LegendEntry(number, age_words(age)) for age, number in shown_ages(promise.points).items()],
+        promise_charts(promise.record, promise.points),
+        promise.sheets,
     )
 
 
@@ -58,7 +54,6 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle, sheets: Se
         InputError: If the file cannot be written.
     """
     from ..engine.promise.calibration import PromiseRecord
-    from .words import created_text
 
     section = promise_section(bundle)
     if section is None:
@@ -74,22 +69,15 @@ def write_bundle_report(path: str | os.PathLike[str], bundle: Bundle, sheets: Se
     )
 
 
-def _headline(bundle: Bundle, record: PromiseRecord | None) -> list[dict[str, Any]]:
+def _headline(bundle: Bundle, record: PromiseRecord | None) -> list[Tile]:
     """The few figures to see first."""
-    from .words import size_text
-
     manifest = bundle.manifest
-    total = size_text(sum(file.size_bytes for file in manifest.files.values()))
-    size, _, unit = total.partition(" ")
+    size, _, unit = size_text(sum(file.size_bytes for file in manifest.files.values())).partition(" ")
     cheapest = min(manifest.exits, key=lambda exit_record: exit_record.cost_ratio)
+    cost, note = f"{cheapest.cost_ratio * 100:.1f}", f"of the whole generator's time: {cheapest.name}"
     tiles = [
-        {"label": "Exits", "value": str(len(manifest.exits)), "unit": "", "note": "ways to answer a frame"},
-        {
-            "label": "Cheapest exit",
-            "value": f"{cheapest.cost_ratio * 100:.1f}",
-            "unit": "%",
-            "note": f"of the whole generator's time: {cheapest.name}",
-        },
+        Tile("Exits", str(len(manifest.exits)), note="ways to answer a frame"),
+        Tile("Cheapest exit", cost, "%", note),
     ]
     if record is not None:
         metric = METRICS[record.metric]
@@ -98,14 +86,8 @@ def _headline(bundle: Bundle, record: PromiseRecord | None) -> list[dict[str, An
         # The strictest threshold at which anything is saved, and the loosest: the range that is on offer.
         saving = sorted((entry for entry in asked if entry["saved"] > 0), key=lambda entry: float(entry["threshold"]))
         for entry in (saving[:1] + saving[1:][-1:])[:: -1 if metric.higher_is_better else 1]:
-            tiles.append(
-                {
-                    "label": f"Saved at {metric.title} {bound} {entry['threshold']:g} {metric.unit}".rstrip(),
-                    "value": f"{entry['saved'] * 100:.0f}",
-                    "unit": "%",
-                    "note": f"{age_words(entry['age'])}, promised for {entry['confidence'] * 100:.4g} % of the frames",
-                }
-            )
-        tiles.append({"label": "Calibrated on", "value": str(record.frames), "unit": "frames", "note": "held back"})
-    tiles.append({"label": "Size", "value": size, "unit": unit, "note": "on disk"})
-    return tiles
+            label = with_unit(f"Saved at {metric.title} {bound} {entry['threshold']:g}", metric)
+            note = f"{age_words(entry['age'])}, promised for {entry['confidence'] * 100:.4g} % of the frames"
+            tiles.append(Tile(label, f"{entry['saved'] * 100:.0f}", "%", note))
+        tiles.append(Tile("Calibrated on", str(record.frames), "frames", "held back"))
+    return [*tiles, Tile("Size", size, unit, "on disk")]

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
 
-__all__ = ["PAPER", "RULE", "SERIES", "TEXT", "Chart", "drawing"]
+__all__ = ["DOTS", "PAPER", "SERIES", "TEXT", "Chart", "drawing", "logarithmic", "round_steps", "whole_numbers"]
 
 TEXT, RULE, PAPER = "#010203", "#020304", "#030405"
 SERIES = ("#0a0b00", "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
 _VARIABLES = {TEXT: "--muted", RULE: "--rule", PAPER: "--card"} | {
     color: f"--series-{index}" for index, color in enumerate(SERIES)
 }
+DOTS: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": PAPER, "markeredgewidth": 1.4}
+"""How a measured value is marked on a line."""
 _WIDTH, _HEIGHT = 4.5, 2.9  # inches of 72 points; a card on the page is about as wide
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -99,6 +102,40 @@ def drawing(name: str, *, wide: bool = False) -> Iterator[tuple[Axes, Any]]:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         text.append(_for_page(buffer.getvalue(), name))
+
+
+def round_steps(values: Iterable[float]) -> list[float]:
+    """Round numbers (1, 2, 5, 10, ...) from just below the least of the values to just above the greatest."""
+    steps = [step * 10.0**power for power in range(-6, 8) for step in (1, 2, 5)]
+    known = list(values)
+    low = max((step for step in steps if step <= min(known) * (1 + 1e-9)), default=steps[0])
+    high = min((step for step in steps if step >= max(known) * (1 - 1e-9)), default=steps[-1])
+    return [step for step in steps if low <= step <= high]
+
+
+def logarithmic(axis: XAxis | YAxis, ticks: Sequence[float], limits: tuple[float, float], *, scale: float = 1) -> None:
+    """Make an axis logarithmic.
+
+    Args:
+        axis: ``axes.xaxis`` or ``axes.yaxis``.
+        ticks: Where lines are drawn and labelled.
+        limits: From where to where it goes.
+        scale: What the labels are multiplied by, e.g. 100 for percent.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.axes.set(**{f"{axis.axis_name}lim": limits})
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:g}"))
+
+
+def whole_numbers(axis: XAxis | YAxis) -> None:
+    """Label an axis at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _for_page(svg: str, name: str) -> str:

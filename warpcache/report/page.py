@@ -10,17 +10,19 @@ from typing import Any
 
 from ..media.files import written_beside
 from .drawing import Chart
-from .tables import Sheet
+from .tables import LegendEntry, Sheet
 
-__all__ = ["LegendEntry", "Section", "write_page"]
+__all__ = ["LegendEntry", "Section", "Tile", "write_page"]
 
 
 @dataclass(frozen=True)
-class LegendEntry:
-    """What one colour of the charts means: the number of the colour, 0 is grey, and its words."""
+class Tile:
+    """A figure to see first: what it is, its value with a unit, and what to know about it."""
 
-    series: int
-    title: str
+    label: str
+    value: str
+    unit: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..engine.bundle.manifest import Manifest
     from ..engine.promise.calibration import Calibration
 
-__all__ = ["Point", "age_words", "by_age", "cost_ticks", "mark_dominated", "points_of", "text_plot"]
+__all__ = ["Point", "age_words", "by_age", "front_sentences", "mark_dominated", "points_of"]
 
 WHOLE = "whole"
 
@@ -99,15 +99,6 @@ def age_words(age: int) -> str:
     return "no cache" if age == 0 else f"cache {age} frame{'s' if age != 1 else ''} old"
 
 
-def cost_ticks(costs: Iterable[float]) -> list[float]:
-    """Round fractions 1, 2, 5, 10, ... % from just below the least of `costs` to just above the greatest."""
-    steps = [step * 10.0**power for power in range(-5, 3) for step in (1, 2, 5)]
-    known = list(costs)
-    low = max((step for step in steps if step <= min(known) * (1 + 1e-9)), default=steps[0])
-    high = min((step for step in steps if step >= max(known) * (1 - 1e-9)), default=steps[-1])
-    return [step for step in steps if low <= step <= high]
-
-
 def by_age(points: Iterable[Point]) -> Mapping[int, list[Point]]:
     """The points apart by age, youngest first."""
     found: dict[int, list[Point]] = {}
@@ -116,80 +107,18 @@ def by_age(points: Iterable[Point]) -> Mapping[int, list[Point]]:
     return dict(sorted(found.items()))
 
 
-def text_plot(points: Sequence[Point], metric: str, *, width: int = 66, height: int = 12) -> str:
-    """Draw exits of one age by cost (logarithmic, to the right) and quality (upwards) in letters.
-
-    Capitals are on the Pareto front, small letters are dominated; a letter whose place is taken stands beside it.
+def front_sentences(points: Iterable[Point], metric: str) -> list[str]:
+    """Which exits are on the Pareto front, a sentence for each age at which there is more than one exit.
 
     Args:
-        points: Exits of one age, with `dominated` set.
+        points: Exits, with `dominated` set.
         metric: Name in `METRICS`.
-        width: Columns of the field.
-        height: Lines of the field, at least 2.
-
-    Returns:
-        Lines joined by line feeds: axes with what they are, and which letter is which exit.
     """
     record = METRICS[metric]
-    drawn = sorted((point for point in points if point.value is not None), key=lambda point: point.cost)
-    if not drawn:
-        return ""
-    values = [point.value for point in drawn if point.value is not None]
-    low, high = min(values), max(values)
-    if high <= low:
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    ticks = cost_ticks(point.cost for point in drawn)
-    field = [[" "] * width for _ in range(height)]
-    legend = []
-    for number, point in enumerate(drawn):
-        assert point.value is not None
-        letter = chr(ord("A") + number % 26)
-        letter = letter.lower() if point.dominated else letter
-        up = round((point.value - low) / (high - low) * (height - 1))
-        _put(field[height - 1 - up], _column(point.cost, ticks, width), letter)
-        legend.append(f"{letter} {point.exit}")
-
-    step = (high - low) / (height - 1)
-    texts = {line: f"{high - line * step:.{record.digits}f}" for line in (0, (height - 1) // 2, height - 1)}
-    margin = max(map(len, texts.values()))
-    bottom, words = _cost_axis(ticks, width)
-    better = "upper" if record.higher_is_better else "lower"
-    below = [
-        f"└{bottom}",
-        f" {words}",
-        f" cost: time in % of the whole generator's, as measured (logarithmic); {better} left is better",
-        f" {', '.join(legend)}",
+    better = f"{'higher' if record.higher_is_better else 'lower'} is better"
+    return [
+        f"Pareto front, {age_words(age)}: {', '.join(p.exit for p in group if not p.dominated)} "
+        f"(by cost; {record.title}: {better})"
+        for age, group in by_age(points).items()
+        if len(group) > 1
     ]
-    if any(point.dominated for point in drawn):
-        below.append(" capitals: the Pareto front; small: dominated, another exit is as cheap and better")
-    if len(drawn) < len(points):
-        below.append(" the whole generator is exact, at 100% of its cost")
-    rows = [
-        f"{texts.get(number, ''):>{margin}} {'┤' if number in texts else '│'}{''.join(cells)}"
-        for number, cells in enumerate(field)
-    ]
-    title = f"{record.title}{f', {record.unit}' if record.unit else ''} (median)"
-    return "\n".join(line.rstrip() for line in (title, *rows, *(f"{'':>{margin}} {line}" for line in below)))
-
-
-def _column(cost: float, ticks: Sequence[float], width: int) -> int:
-    """Where a cost stands between the first and the last tick."""
-    left, right = math.log(ticks[0]), math.log(max(ticks[-1], ticks[0] * 1.01))
-    return round((math.log(cost) - left) / (right - left) * (width - 1))
-
-
-def _put(line: list[str], wanted: int, letter: str) -> None:
-    """Write a letter where it belongs, or at the nearest free place of its line."""
-    nearest = sorted(range(len(line)), key=lambda place: abs(place - wanted))
-    line[next((place for place in nearest if line[place] == " "), wanted)] = letter
-
-
-def _cost_axis(ticks: Sequence[float], width: int) -> tuple[str, str]:
-    """The axis with its ticks, and their words below it where there is room for them."""
-    line, words = ["─"] * width, [" "] * (width + 8)
-    for tick in ticks:
-        at, text = _column(tick, ticks, width), f"{tick * 100:g}%"
-        line[at] = "┴"
-        if all(cell == " " for cell in words[max(0, at - 1) : at + len(text) + 1]):
-            words[at : at + len(text)] = text
-    return "".join(line), "".join(words)

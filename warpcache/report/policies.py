@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import base64
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,12 @@ import numpy as np
 
 from ..engine.errors import InputError
 from ..engine.metrics.images import METRICS
+from .page import Tile, write_page
 from .records import SCHEMA, environment, write_json
 from .results import PolicyResult, ReportData
 from .routed import routed_lines
+from .tables import Cell, Column, LegendEntry, Sheet, print_sheet, terminal
+from .words import with_unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,9 +39,6 @@ __all__ = [
     "write_json",
     "write_report",
 ]
-
-# On a pipe there is no terminal to ask for its width; a table broken at 80 columns is hard to read and to search.
-_PIPE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -125,16 +124,20 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     found = [
         _latency_figure(f"{name} ms", [r["latency_ms"][name] for r in rows]) for name in ("p50", "p95", "p99", "max")
     ]
+
+    def add(group: str, label: str, word: Callable[[Mapping[str, Any]], Any]) -> None:
+        found.append(Figure(group, label, tuple(str(word(r)) for r in rows)))
+
     # No factor here: under a paced policy it is the app that says how many frames come.
-    found.append(Figure("throughput", "frames per second", tuple(f"{r['fps']:.1f}" for r in rows)))
-    found.append(Figure("throughput", "frames answered", tuple(str(r["frames"]) for r in rows)))
-    found.append(Figure("age of the cache in frames", "mean", tuple(f"{r['age']['mean']:.2f}" for r in rows)))
-    found.append(Figure("age of the cache in frames", "max", tuple(str(r["age"]["max"]) for r in rows)))
+    add("throughput", "frames per second", lambda r: f"{r['fps']:.1f}")
+    add("throughput", "frames answered", lambda r: r["frames"])
+    add("age of the cache in frames", "mean", lambda r: f"{r['age']['mean']:.2f}")
+    add("age of the cache in frames", "max", lambda r: r["age"]["max"])
     if any(r.get("device") for r in rows):
-        found.append(Figure("where it ran", "device", tuple(r.get("device") or "–" for r in rows)))
-        found.append(Figure("where it ran", "backend", tuple(r.get("backend") or "–" for r in rows)))
+        add("where it ran", "device", lambda r: r.get("device") or "–")
+        add("where it ran", "backend", lambda r: r.get("backend") or "–")
     if any(r.get("device") not in (None, "cpu") for r in rows):
-        found.append(Figure("where it ran", "CUDA graphs", tuple(str(r.get("graphs", "–")) for r in rows)))
+        add("where it ran", "CUDA graphs", lambda r: r.get("graphs", "–"))
     found.extend(Figure(group, label, values) for group, label, values in routed_lines(rows))
     references = dict.fromkeys(quality["against"] for r in rows for quality in r.get("quality_against", ()))
     for reference in references:
@@ -153,30 +156,7 @@ def print_table(
         caption: How it was measured.
         console: Where to; default: stdout.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    out = console or Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
-    table = Table(
-        title=escape(title) or None, caption=escape(caption) or None, box=box.SIMPLE_HEAD, title_justify="left"
-    )
-    table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
-    table.add_column("")
-    for r in rows:
-        table.add_column(escape(_column_title(r)), justify="right")
-    figures = figures_of(rows)
-    with_change = any(figure.change for figure in figures)
-    if with_change:
-        table.add_column("change", justify="right")
-    for group, members in _grouped(figures):
-        table.add_row(f"[bold]{escape(group)}[/bold]")
-        for figure in members:
-            style = {True: "green", False: "yellow", None: ""}[figure.better]
-            change = [f"[{style}]{figure.change}[/{style}]" if style else figure.change] if with_change else []
-            table.add_row(f"  {figure.label}", *figure.values, *change)
-    out.print(table)
+    print_sheet(_side_by_side(figures_of(rows), rows, title, caption), terminal(console))
 
 
 def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
@@ -189,34 +169,52 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
     Raises:
         InputError: If there is nothing to show, the video is missing, or the file cannot be written.
     """
-    from .page import write_page
     from .policy_charts import charts, series
 
     if not data.results:
         raise InputError("a report needs at least one policy's result")
     rows = [row(result) for result in data.results]
-    figures = figures_of(rows)
+    legend = [
+        LegendEntry(number, policy_title(result.policy) + (", routed" if result.routed is not None else ""))
+        for number, result in zip(series(data.results), data.results, strict=True)
+    ]
     write_page(
         path,
         "report.html",
         title=data.title,
         caption=data.caption,
-        policies=[
-            {
-                "code": _column_title(record),
-                "title": policy_title(result.policy) + (", routed" if result.routed is not None else ""),
-                "series": number,
-            }
-            for number, result, record in zip(series(data.results), data.results, rows, strict=True)
-        ],
+        legend=legend,
         headline=_headline(rows),
-        groups=list(_grouped(figures)),
-        with_change=any(figure.change for figure in figures),
+        policies=_side_by_side(figures_of(rows), rows, legend=legend),
         charts=charts(data.results),
         video=_embedded(data.video),
         environment=_environment_lines(data.environment),
         sections=data.sections,
     )
+
+
+def _side_by_side(
+    figures: Sequence[Figure],
+    rows: Sequence[Mapping[str, Any]],
+    title: str = "",
+    note: str = "",
+    legend: Sequence[LegendEntry] | None = None,
+) -> Sheet:
+    """The figures as a table: a column for each policy, and one for the change where there is any."""
+    headings = [f"{record['policy']} routed" if record.get("promise") else str(record["policy"]) for record in rows]
+    columns = [Column.number(heading) for heading in headings]
+    if legend is not None:
+        columns = [replace(column, legend=entry) for column, entry in zip(columns, legend, strict=True)]
+    with_change = any(figure.change for figure in figures)
+    lines: list[Sequence[Any]] = []
+    for group in dict.fromkeys(figure.group for figure in figures):
+        lines.append((group,))
+        for figure in figures:
+            if figure.group == group:
+                tone = {True: "good", False: "bad", None: "even"}[figure.better]
+                change = [Cell(figure.change, tone)] if with_change else []
+                lines.append((figure.label, *figure.values[:-1], Cell(figure.values[-1], "last"), *change))
+    return Sheet(title, [Column(""), *columns, *([Column.number("change")] if with_change else [])], lines, note)
 
 
 def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Iterator[Figure]:
@@ -230,7 +228,7 @@ def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Itera
         values = [quality.get(name) for quality in by_policy]
         if all(value is None for value in values):
             continue
-        label = f"{metric.title}{' ' + metric.unit if metric.unit else ''}"
+        label = with_unit(metric.title, metric)
         arrow = "↑" if metric.higher_is_better else "↓"
         worded = tuple(
             "–" if value is None else "itself" if itself and _is_whole(r) else f"{value:.{metric.digits}f}"
@@ -242,11 +240,6 @@ def _quality_figures(rows: Sequence[Mapping[str, Any]], reference: str) -> Itera
             change = f"{difference:+.{metric.digits}f}"
             better = None if float(change) == 0 else (difference > 0) == metric.higher_is_better
         yield Figure(f"against the {reference}", f"{label} {arrow}", worded, change, better)
-
-
-def _column_title(record: Mapping[str, Any]) -> str:
-    """A policy's heading: as people write it, and whether it was routed."""
-    return f"{record['policy']} routed" if record.get("promise") else str(record["policy"])
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:
@@ -268,55 +261,22 @@ def _factor(value: float) -> str:
     return f"{value:.{2 if value < 2 else 1}f}×"
 
 
-def _grouped(figures: Sequence[Figure]) -> Iterator[tuple[str, list[Figure]]]:
-    for group in dict.fromkeys(figure.group for figure in figures):
-        yield group, [figure for figure in figures if figure.group == group]
-
-
-def _headline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _headline(rows: Sequence[Mapping[str, Any]]) -> list[Tile]:
     """The few figures to see first: of the last policy, beside the first."""
     first, last = rows[0], rows[-1]
     latency, base = last["latency_ms"], first["latency_ms"]
-    tiles = [
-        {
-            "label": "Latency, p50",
-            "value": f"{latency['p50']:.2f}",
-            "unit": "ms",
-            "note": f"{base['p50']:.2f} ms for the {policy_title(first['policy']).lower()}" if len(rows) > 1 else "",
-        }
-    ]
+    beside = f"{base['p50']:.2f} ms for the {policy_title(first['policy']).lower()}" if len(rows) > 1 else ""
+    tiles = [Tile("Latency, p50", f"{latency['p50']:.2f}", "ms", beside)]
     if len(rows) > 1 and latency["p50"] > 0:
         factor = _factor(base["p50"] / latency["p50"])
-        tiles.append(
-            {
-                "label": "Quicker by",
-                "value": factor.removesuffix("×"),
-                "unit": "×",
-                "note": "at the median",
-            }
-        )
+        tiles.append(Tile("Quicker by", factor.removesuffix("×"), "×", "at the median"))
     tail = f"p99 ÷ p50 = {latency['p99'] / latency['p50']:.2f}" if latency["p50"] > 0 else ""
-    tiles.append({"label": "Latency, p99", "value": f"{latency['p99']:.2f}", "unit": "ms", "note": tail})
-    tiles.append(
-        {
-            "label": "Age of the cache",
-            "value": f"{last['age']['mean']:.2f}",
-            "unit": "frames",
-            "note": f"at most {last['age']['max']}",
-        }
-    )
-    quality = last["quality"]
-    for name in ("psnr_db", "ssim", "flip"):
-        if quality is not None and name in quality:
-            metric = METRICS[name]
-            tiles.append(
-                {
-                    "label": metric.title,
-                    "value": f"{quality[name]:.{metric.digits}f}",
-                    "unit": metric.unit,
-                    "note": f"against the {quality['against']}",
-                }
-            )
+    tiles.append(Tile("Latency, p99", f"{latency['p99']:.2f}", "ms", tail))
+    tiles.append(Tile("Age of the cache", f"{last['age']['mean']:.2f}", "frames", f"at most {last['age']['max']}"))
+    quality = last["quality"] or {}
+    for metric in (METRICS[name] for name in ("psnr_db", "ssim", "flip") if name in quality):
+        value = f"{quality[metric.name]:.{metric.digits}f}"
+        tiles.append(Tile(metric.title, value, metric.unit, f"against the {quality['against']}"))
     return tiles
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..engine.metrics.images import METRICS, PSNR_CAP_DB
-from .drawing import PAPER, SERIES, Chart, drawing
+from .drawing import DOTS, SERIES, Chart, drawing, logarithmic, round_steps, whole_numbers
 
 if TYPE_CHECKING:
+    from matplotlib.axis import XAxis, YAxis
+
     from .results import PolicyResult
 
 __all__ = ["charts", "series"]
@@ -20,17 +22,12 @@ def series(results: Sequence[PolicyResult]) -> list[int]:
     """Number of each result's colour: 0 (grey) for the whole generator, the others in turn."""
     numbers, following = [], 1
     for result in results:
-        if _is_whole(result):
+        if result.is_whole:
             numbers.append(0)
         else:
             numbers.append(following)
             following = following % (len(SERIES) - 1) + 1
     return numbers
-
-
-def _is_whole(result: PolicyResult) -> bool:
-    """Whether its answers are the whole generator's own."""
-    return result.policy == "full" and result.routed is None
 
 
 def charts(results: Sequence[PolicyResult]) -> list[Chart]:
@@ -67,16 +64,7 @@ def _latency_distribution(results: Sequence[PolicyResult]) -> Chart:
             share = np.arange(1, len(latency) + 1) / len(latency) * 100
             axes.step(latency, share, where="post", color=SERIES[number])
             for quantile in (50, 99):
-                axes.plot(
-                    np.percentile(latency, quantile),
-                    quantile,
-                    marker="o",
-                    markersize=6,
-                    color=SERIES[number],
-                    markeredgecolor=PAPER,
-                    markeredgewidth=1.4,
-                    clip_on=False,
-                )
+                axes.plot(np.percentile(latency, quantile), quantile, color=SERIES[number], clip_on=False, **DOTS)
         note = _latency_axis(axes.xaxis, results)
         axes.set_xlabel("ms")
         axes.set_ylabel("% of frames answered")
@@ -87,14 +75,12 @@ def _latency_distribution(results: Sequence[PolicyResult]) -> Chart:
 def _ages(results: Sequence[PolicyResult]) -> Chart:
     drawn = [(n, r) for n, r in zip(series(results), results, strict=True) if max(r.ages, default=0) > 0]
     with drawing("ages") as (axes, svg):
-        from matplotlib.ticker import MaxNLocator
-
         width = 0.8 / len(drawn)
         for position, (number, result) in enumerate(drawn):
             ages, counts = np.unique(np.asarray(result.ages), return_counts=True)
             offset = (position - (len(drawn) - 1) / 2) * width
             axes.bar(ages + offset, counts / len(result.ages) * 100, width=width * 0.94, color=SERIES[number])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        whole_numbers(axes.xaxis)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("age of the cache in frames")
         axes.set_ylabel("% of frames")
@@ -109,7 +95,7 @@ def _quality_over_age(results: Sequence[PolicyResult], name: str) -> Chart | Non
     references = [reference for result in results for reference in result.quality_by_age]
     order = list(dict.fromkeys(references))[:2]
     for number, result in zip(series(results), results, strict=True):
-        if _is_whole(result):
+        if result.is_whole:
             continue
         for style, reference in enumerate(order):
             ages, values = [], []
@@ -128,28 +114,17 @@ def _quality_over_age(results: Sequence[PolicyResult], name: str) -> Chart | Non
     ceiling = [  # what the whole generator itself reaches against the second reference: nothing can ask for more
         result.quality_against[order[1]][name]
         for result in results
-        if result.policy == "full"
-        and result.routed is None
-        and len(order) > 1
-        and name in result.quality_against.get(order[1], {})
+        if result.is_whole and len(order) > 1 and name in result.quality_against.get(order[1], {})
     ]
     with drawing(name) as (axes, svg):
         from matplotlib.ticker import MaxNLocator
 
+        dashes = (0, (3, 2.2))
         for number, style, ages, values in lines:
-            axes.plot(
-                ages,
-                values,
-                color=SERIES[number],
-                linestyle=("-", (0, (3, 2.2)))[style],
-                marker="o",
-                markersize=6,
-                markeredgecolor=PAPER,
-                markeredgewidth=1.4,
-            )
+            axes.plot(ages, values, color=SERIES[number], linestyle=("-", dashes)[style], **DOTS)
         for value in ceiling:
-            axes.axhline(value, color=SERIES[0], linestyle=(0, (3, 2.2)), linewidth=1.4)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.axhline(value, color=SERIES[0], linestyle=dashes, linewidth=1.4)
+        whole_numbers(axes.xaxis)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.margins(x=0.06, y=0.16)
         axes.set_xlabel("age of the cache in frames")
@@ -164,23 +139,14 @@ def _quality_over_age(results: Sequence[PolicyResult], name: str) -> Chart | Non
     return Chart(f"{metric.title} over age", note.replace("the the ", "the "), svg())
 
 
-def _latency_axis(axis: Any, results: Sequence[PolicyResult]) -> str:
+def _latency_axis(axis: XAxis | YAxis, results: Sequence[PolicyResult]) -> str:
     """Logarithmic where latencies lie far apart; what to add to the note."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes, is_x = axis.axes, axis.axis_name == "x"
     latency = np.concatenate([np.asarray(result.latency_ms, np.float64) for result in results])
     medians = [float(np.median(result.latency_ms)) for result in results]
     if latency.min() <= 0 or max(max(medians), latency.max() / 2) / min(medians) < 4:
-        (axes.set_xlim if is_x else axes.set_ylim)(0, None)
+        axis.axes.set(**{f"{axis.axis_name}lim": (0, None)})
         return ""
-    (axes.set_xscale if is_x else axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
     # From one labelled line to the next, so that the fastest and the slowest frame can be read off.
-    lines = [step * 10.0**power for power in range(-6, 8) for step in (1, 2, 5)]
-    low = max((line for line in lines if line <= latency.min()), default=lines[0])
-    high = min((line for line in lines if line >= latency.max()), default=lines[-1])
-    (axes.set_xlim if is_x else axes.set_ylim)(low, high)
+    lines = round_steps(latency)
+    logarithmic(axis, lines, (lines[0], lines[-1]))
     return "; logarithmic"

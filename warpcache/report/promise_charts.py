@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..engine.metrics.images import METRICS
-from .drawing import PAPER, SERIES, TEXT, Chart, drawing
-from .pareto import Point, by_age, cost_ticks, mark_dominated
+from .drawing import DOTS, PAPER, SERIES, TEXT, Chart, drawing, logarithmic, round_steps
+from .pareto import Point, by_age, mark_dominated
+from .words import with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,28 +62,16 @@ def _front(points: Sequence[Point], metric: str, name: str, title: str, cost: st
             group = sorted((p for p in shown[age] if p.value is not None), key=lambda point: point.cost)
             front = [point for point in group if not point.dominated]
             # A step: between two exits nothing better is to be had than the cheaper one's quality.
-            axes.step(
-                [point.cost for point in front],
-                [point.value or 0.0 for point in front],
-                where="post",
-                color=SERIES[number],
-                linewidth=1.3,
-            )
+            costs, values = [point.cost for point in front], [point.value or 0.0 for point in front]
+            axes.step(costs, values, where="post", color=SERIES[number], linewidth=1.3)
             for point in group:
-                axes.plot(
-                    point.cost,
-                    point.value or 0.0,
-                    marker="o",
-                    markersize=7,
-                    color=SERIES[number],
-                    markerfacecolor=PAPER if point.dominated else SERIES[number],
-                    markeredgecolor=SERIES[number] if point.dominated else PAPER,
-                    markeredgewidth=1.4,
-                    clip_on=False,
-                )
-        _cost_scale(axes, points)
+                inside, edge = (PAPER, SERIES[number]) if point.dominated else (SERIES[number], PAPER)
+                dot = {**DOTS, "markersize": 7, "markerfacecolor": inside, "markeredgecolor": edge}
+                axes.plot(point.cost, point.value or 0.0, color=SERIES[number], clip_on=False, **dot)
+        costs = [point.cost for point in points]
+        logarithmic(axes.xaxis, round_steps(costs), (min(costs) * 0.85, max(costs) * 1.1), scale=100)
         axes.set_xlabel(f"{cost}, % of the whole generator's")
-        axes.set_ylabel(f"{record.title}{f', {record.unit}' if record.unit else ''}, median")
+        axes.set_ylabel(f"{with_unit(record.title, record, ', ')}, median")
         axes.margins(y=0.08)
         _name_exits(axes, points)
     better = "upper" if record.higher_is_better else "lower"
@@ -92,18 +81,6 @@ def _front(points: Sequence[Point], metric: str, name: str, title: str, cost: st
     if any(point.value is None for point in points):
         note += " The whole generator is exact and not shown."
     return Chart(title, note, svg(), wide=wide)
-
-
-def _cost_scale(axes: Axes, points: Sequence[Point]) -> None:
-    """A logarithmic axis with its ticks in percent."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    ticks = cost_ticks(point.cost for point in points)
-    axes.set_xscale("log")
-    axes.set_xlim(min(point.cost for point in points) * 0.85, max(point.cost for point in points) * 1.1)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g}"))
 
 
 def _name_exits(axes: Axes, points: Sequence[Point]) -> None:
@@ -130,18 +107,10 @@ def _saved(record: PromiseRecord, colours: dict[int, int]) -> Chart:
                 for entry in record.thresholds
                 if entry["age"] == age and entry["confidence"] == confidence
             )
-            axes.plot(
-                [threshold for threshold, _ in entries],
-                [saved * 100 for _, saved in entries],
-                color=SERIES[number],
-                marker="o",
-                markersize=6,
-                markeredgecolor=PAPER,
-                markeredgewidth=1.4,
-                clip_on=False,
-            )
+            thresholds, saved = [threshold for threshold, _ in entries], [saved * 100 for _, saved in entries]
+            axes.plot(thresholds, saved, color=SERIES[number], clip_on=False, **DOTS)
         axes.set_ylim(0, 100)
-        axes.set_xlabel(f"threshold, {metric.title}{f' in {metric.unit}' if metric.unit else ''}")
+        axes.set_xlabel(f"threshold, {with_unit(metric.title, metric, ' in ')}")
         axes.set_ylabel("saved, %")
     note = (
         f"Share of the whole generator's cost that a frame is spared where {confidence * 100:.4g} % of the frames are "

@@ -4,30 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..engine.errors import InputError
 from ..engine.metrics.images import METRICS
-from .pareto import Point, by_age
-from .tables import Sheet
+from .pareto import WHOLE, Point, by_age, points_of
+from .tables import Column, Sheet
+from .words import with_unit
 
 if TYPE_CHECKING:
+    from ..engine.bundle.bundle import Bundle
     from ..engine.bundle.manifest import Manifest
     from ..engine.promise.calibration import Calibration, PromiseRecord
 
-__all__ = ["count_text", "quality_sheet", "rule_sentences", "thresholds_sheet"]
-
-
-def count_text(count: float) -> str:
-    """A count of operations, short: ``1.24 G``."""
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f}"
+__all__ = ["Promise", "quality_sheet", "rule_sentences", "thresholds_sheet"]
 
 
 CONFIDENCE = 0.95
 """The confidence that a bundle's page speaks of: what is asked for unless one says otherwise."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a bundle promises, to be printed or put on a page.
+
+    Attributes:
+        record: The promise.
+        sentences: Its rule.
+        points: Its exits by cost and quality.
+        sheets: The exits, and what the thresholds give where some were tried.
+    """
+
+    record: PromiseRecord
+    sentences: Sequence[str]
+    points: Sequence[Point]
+    sheets: Sequence[Sheet]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Promise | None:
+        """What `bundle` promises; None where it promises nothing.
+
+        Raises:
+            BundleError: If the promise's record or its calibration is malformed.
+        """
+        from ..engine.promise.calibration import Calibration, PromiseRecord
+
+        record = PromiseRecord.of(bundle.manifest)
+        if record is None:
+            return None
+        calibration = Calibration.read(bundle)
+        points = points_of(calibration, bundle.manifest)
+        sheets, thresholds = [quality_sheet(record, bundle.manifest, points)], thresholds_sheet(record)
+        if thresholds is not None:
+            sheets.append(thresholds)
+        return cls(record, rule_sentences(record, calibration), points, sheets)
 
 
 def rule_sentences(record: PromiseRecord, calibration: Calibration) -> list[str]:
@@ -44,8 +75,7 @@ def rule_sentences(record: PromiseRecord, calibration: Calibration) -> list[str]
         f"training did not see, caches {ages} frames old{' and none' if record.cold_exits else ''}, made {record.at}."
     ]
     try:
-        unit = f" {METRICS[record.metric].unit}".rstrip()
-        best = f"{calibration.best(CONFIDENCE):.4g}{unit}"
+        best = with_unit(f"{calibration.best(CONFIDENCE):.4g}", METRICS[record.metric])
         sentences.append(
             f"The strictest threshold that can be promised for {CONFIDENCE:.0%} of the frames is {title} {best}."
         )
@@ -68,30 +98,27 @@ def quality_sheet(record: PromiseRecord, manifest: Manifest, points: Sequence[Po
         points: From `points_of`.
     """
     metric = METRICS[record.metric]
-    ages = by_age(points)
     known = {(point.exit, point.age): point for point in points}
-    columns = ["no cache" if age == 0 else f"age {age}" for age in ages]
 
-    def quality(name: str, age: int) -> str:
-        point = known.get((name, age))
-        if point is None:
-            return "-"
-        if point.value is None or name == "whole":
+    def quality(point: Point) -> str:
+        if point.value is None or point.exit == WHOLE:
             return "exact  "
         mark = " d" if point.dominated else "  "
         return f"{point.value:.{metric.digits}f} ({point.worst:.{metric.digits}f}){mark}"
 
-    rows = [
-        (exit_record.name, f"{exit_record.cost_ratio:.1%}", *(quality(exit_record.name, age) for age in ages))
-        for exit_record in sorted(manifest.exits, key=lambda exit_record: exit_record.cost_ratio)
-        if exit_record.name != "plain"
-    ]
-    unit = f", {metric.unit}" if metric.unit else ""
+    ages = by_age(points)
     return Sheet(
-        f"Exits by cost and by {metric.title}{unit} against the whole generator",
-        ("exit", "time", *columns),
-        rows,
-        frozenset(["time", *columns]),
+        f"Exits by cost and by {with_unit(metric.title, metric, ', ')} against the whole generator",
+        [
+            Column("exit"),
+            Column.number("time", ".1%"),
+            *(Column.number("no cache" if age == 0 else f"age {age}", quality) for age in ages),
+        ],
+        [
+            (exit_record.name, exit_record.cost_ratio, *(known.get((exit_record.name, age)) for age in ages))
+            for exit_record in sorted(manifest.exits, key=lambda exit_record: exit_record.cost_ratio)
+            if exit_record.name != "plain"
+        ],
         "Time is of the whole generator's. Quality: the median over the frames (what all but 5 % of them keep), by age "
         "of the cache; d: dominated, another exit is as cheap and better. Beside these, plain answers from a cache of "
         "the frame itself, exactly.",
@@ -103,31 +130,21 @@ def thresholds_sheet(record: PromiseRecord) -> Sheet | None:
     if not record.thresholds:
         return None
     metric = METRICS[record.metric]
+    bound = ">=" if metric.higher_is_better else "<="
     answering = {name for entry in record.thresholds for name in entry["shares"]}
-    exits = [name for name in (*record.exits, "plain", "whole") if name in answering]
+    exits = [name for name in (*record.exits, "plain", WHOLE) if name in answering]
     rows = []
     last = None
     for entry in sorted(record.thresholds, key=lambda e: (e["threshold"], e["confidence"], e["age"])):
-        asked = (entry["threshold"], entry["confidence"])
-        bound = ">=" if metric.higher_is_better else "<="
-        unit = f" {metric.unit}" if metric.unit else ""
-        rows.append(
-            (
-                f"{bound} {entry['threshold']:g}{unit}" if asked != last else "",
-                f"{entry['confidence']:.4g}" if asked != last else "",
-                "none" if entry["age"] == 0 else str(entry["age"]),
-                f"{entry['coverage']:.1%}",
-                f"{entry['saved']:.1%}",
-                *(f"{entry['shares'][name]:.1%}" if name in entry["shares"] else "-" for name in exits),
-            )
-        )
+        asked = (with_unit(f"{bound} {entry['threshold']:g}", metric), f"{entry['confidence']:.4g}")
+        known = (entry["age"] or "none", entry["coverage"], entry["saved"])
+        rows.append((*(asked if asked != last else ("", "")), *known, *(entry["shares"].get(name) for name in exits)))
         last = asked
-    numeric = ["cache's age", "within", "saved", *exits]
+    shares = [Column.number(name, ".1%") for name in ("within", "saved", *exits)]
     return Sheet(
         "What each threshold gives",
-        (metric.title, "confidence", *numeric),
+        [Column(metric.title), Column("confidence"), Column.number("cache's age"), *shares],
         rows,
-        frozenset(numeric),
         "On each half of the calibration's frames, with margins from the other. Within: frames that kept the "
         "threshold. Saved: of the whole generator's time, the exits' own alone; the predictor's comes to it. Then the "
         "share of the frames that each exit answered.",

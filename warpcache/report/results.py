@@ -46,6 +46,11 @@ class PolicyResult:
     routed: Routed | None = None
     within: Within | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its answers are the whole generator's own."""
+        return self.policy == "full" and self.routed is None
+
 
 @dataclass(frozen=True)
 class ReportData:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engine.metrics.images import METRICS
+from .words import with_unit
 
 if TYPE_CHECKING:
     from ..engine.promise.calibration import Quality
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["Routed", "Within", "routed_lines", "within_of"]
 
 DROPPED = "dropped"
+COUNTED = (
+    "late",
+    "non_finite",
+    "audits",
+    "audit_misses",
+    "audit_failures",
+    "drifts",
+    "scene_cuts",
+    "tightening",
+    "predictor_failures",
+)
+"""What of a session's statistics is told as it is."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +117,7 @@ class Routed:
             "audit_every": self.audit_every,
             "predicted_mean": float(np.mean(self.predicted)) if self.predicted else None,
             "degraded": dict(self.degraded),
-            "late": seen.late,
-            "non_finite": seen.non_finite,
-            "audits": seen.audits,
-            "audit_misses": seen.audit_misses,
-            "audit_failures": seen.audit_failures,
-            "drifts": seen.drifts,
-            "scene_cuts": seen.scene_cuts,
-            "tightening": seen.tightening,
-            "predictor_failures": seen.predictor_failures,
+            **{name: getattr(seen, name) for name in COUNTED},
             "predictor_ms": _summary(seen.predictor, 1.0),
             "router_us": _summary(seen.router, 1e3),
         }
@@ -143,7 +148,7 @@ def routed_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, tupl
         return []
     metric = METRICS[asked["metric"]]
     sign = ">=" if metric.higher_is_better else "<="
-    threshold = f"{metric.title} {sign} {asked['threshold']:g}{f' {metric.unit}' if metric.unit else ''}"
+    threshold = with_unit(f"{metric.title} {sign} {asked['threshold']:g}", metric)
     group = "quality promise"
 
     def line(label: str, worded: Any) -> tuple[str, str, tuple[str, ...]]:

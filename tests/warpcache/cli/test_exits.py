@@ -379,7 +379,7 @@ def test_inspect_shows_the_promise(promised: Path) -> None:
         "Exits by cost and by PSNR, dB against the whole generator",
         "Pareto front, cache 1 frame old",
         "Pareto front, no cache",
-        "upper left is better",
+        "PSNR: higher is better",
         "What each threshold gives",
         ">= 30 dB 0.95 none 96.2% 41.2% - - 61.0% 39.0%",
         "1 96.2% 87.4% 75.0% 20.0% - 5.0%",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 
 from warpcache.engine.bundle.bundle import ExitRecord
 from warpcache.engine.promise.calibration import Calibration
-from warpcache.report.pareto import Point, age_words, by_age, cost_ticks, mark_dominated, points_of, text_plot
+from warpcache.report.drawing import round_steps
+from warpcache.report.pareto import Point, age_words, by_age, front_sentences, mark_dominated, points_of
 
 POINTS = st.lists(st.tuples(st.integers(1, 6), st.one_of(st.none(), st.integers(0, 5))), min_size=1, max_size=8)
 
@@ -70,40 +70,22 @@ def test_points_are_medians_of_what_was_measured() -> None:
     assert (whole.value, whole.cost, warp.cost, warp.frames) == (0.0, 1.0, 0.1, 21)
 
 
-def test_the_plot_shows_where_exits_lie() -> None:
+def test_the_front_is_told_in_words() -> None:
     points = mark_dominated(
         [point("warp2", 0.05, 0.008), point("warp", 0.1, 0.006), point("branch1", 0.2, 0.012), point("whole", 1, 0.0)],
         "lpips",
     )
-    lines = text_plot(points, "lpips", width=66, height=13).splitlines()
-    assert lines[0] == "LPIPS (median)"
-    rows = {letter: n for n, line in enumerate(lines[1:14]) for letter in re.findall(r"[A-Da-d]", line)}
-    # Heights go from 0.012 down to 0 in 12 steps of 0.001; costs are sorted, and dominated ones are small letters.
-    assert rows == {"c": 0, "A": 4, "B": 6, "D": 12}
-    columns = {letter: line.index(letter) for line in lines[1:14] for letter in re.findall(r"[A-Da-d]", line)}
-    assert columns["A"] < columns["B"] < columns["c"] < columns["D"]
-    # 5 % to 10 % and 10 % to 20 % are one octave each, so as wide on a logarithmic axis, to a rounded column.
-    assert abs((columns["B"] - columns["A"]) - (columns["c"] - columns["B"])) <= 1
-    text = "\n".join(lines)
-    for words in ("0.0120", "0.0060", "0.0000", "5%", "100%", "lower left is better", "c branch1", "dominated"):
-        assert words in text
-    assert "in % of the whole generator's" in text
-
-
-def test_plots_of_other_shapes() -> None:
-    exact = text_plot(mark_dominated([point("warp", 0.1, 30.0), point("whole", 1, None)], "psnr_db"), "psnr_db")
-    assert "PSNR, dB" in exact
-    assert "upper left is better" in exact
-    assert "the whole generator is exact" in exact
-    assert text_plot([point("whole", 1, None)], "psnr_db") == ""
-    # Two exits in one place: both letters are there, side by side.
-    both = text_plot([point("a", 0.1, 0.01), point("b", 0.1, 0.01), point("c", 0.5, 0.02)], "lpips")
-    assert "AB" in both or "BA" in both
+    told = "Pareto front, cache 1 frame old: warp2, warp, whole (by cost; LPIPS: lower is better)"
+    assert front_sentences(points, "lpips") == [told]
+    exact = mark_dominated([point("warp", 0.1, 30.0, age=0), point("whole", 1, None, age=0)], "psnr_db")
+    told_of_exact = "Pareto front, no cache: warp, whole (by cost; PSNR: higher is better)"
+    assert front_sentences([*points, *exact], "psnr_db")[0] == told_of_exact
+    assert front_sentences([point("whole", 1, None)], "psnr_db") == []
 
 
 @given(st.lists(st.floats(1e-4, 3.0), min_size=1, max_size=5))
 def test_ticks_enclose_the_costs(costs: list[float]) -> None:
-    ticks = cost_ticks(costs)
+    ticks = round_steps(costs)
     assert ticks == sorted(ticks)
     assert ticks[0] <= min(costs) * (1 + 1e-9)
     assert ticks[-1] >= max(costs) * (1 - 1e-9)

@@ -24,7 +24,7 @@ from warpcache.report.page import LegendEntry, Section
 from warpcache.report.policies import environment, figures_of, policy_title, print_table, row, write_json, write_report
 from warpcache.report.results import PolicyResult, ReportData
 from warpcache.report.routed import Routed, Within
-from warpcache.report.tables import Sheet
+from warpcache.report.tables import Column, Sheet
 
 WHOLE, TRUTH = "whole generator", "rendered truth"
 
@@ -275,7 +275,7 @@ def test_a_routed_policy_is_told_from_the_fixed_one(tmp_path: Path) -> None:
 def test_sections_join_the_page(tmp_path: Path) -> None:
     with drawing("section", wide=True) as (axes, svg):
         axes.plot([1, 2], [3, 4])
-    sheet = Sheet("Table <A>", ("name", "value"), [("warp & co", "1.5")], frozenset(["value"]), "How to read it.")
+    sheet = Sheet("Table <A>", [Column("name"), Column.number("value", ".1f")], [("warp & co", 1.5)], "How to read it.")
     section = Section(
         "What it promises",
         ["A sentence."],
@@ -301,7 +301,7 @@ def test_sections_join_the_page(tmp_path: Path) -> None:
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     table = io.StringIO()
-    Console(file=table, width=80).print(Sheet("[t]", ("[a]",), [("[b]x[/b]",)]).table())
+    Console(file=table, width=80).print(Sheet("[t]", [Column("[a]")], [("[b]x[/b]",)]).table())
     assert all(text in table.getvalue() for text in ("[t]", "[a]", "[b]x[/b]"))  # names out of a file are no markup
 
 
