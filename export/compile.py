@@ -182,7 +182,7 @@ class _Compilation:
             check_promise(subject, options.promised_metric, options.max_age, self.lpips)
         plan = read_plan(self.checkpoint) if options.resume and options.steps else None
         cut, candidates = _choose(subject, plan["cut"] if plan else options.cut, self.progress)
-        parts = split(subject.answering, cut)
+        parts = split(subject.answering, cut.names, anchors=cut.anchors)
         feeds = frame_at(subject.sample, 0)
         check_exact(subject.answering, parts, feeds)
         parts = with_state(subject.model, parts, [one.output for one in subject.state], feeds)

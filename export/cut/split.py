@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
@@ -20,9 +19,6 @@ from ...engine.spec import Array, TensorSpec
 from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
 from ..graph.surgery import extract, rename_values
-
-if TYPE_CHECKING:
-    from .candidate import CutCandidate
 
 __all__ = ["SplitModels", "check_exact", "split"]
 
@@ -46,14 +42,14 @@ class SplitModels:
     origins: Mapping[str, str]
 
 
-def split(model: ModelProto, cut: CutCandidate | Sequence[str], *, anchors: Sequence[str] = ()) -> SplitModels:
-    """Split `model` at `cut`.
+def split(model: ModelProto, names: Sequence[str], *, anchors: Sequence[str] = ()) -> SplitModels:
+    """Split `model` at the values `names`.
 
     Args:
         model: The whole, in normal form (`graph.normalise`).
-        cut: A candidate, or the names of its values in the model.
-        anchors: Where names are given: those that the consumer passes through a 1x1 max pooling, which keeps ONNX
-            Runtime's kernels the same as in the whole (see `fusion`). A candidate knows its own.
+        names: Names of the values to cache; an enumerated cut's `names`.
+        anchors: Those that the consumer passes through a 1x1 max pooling, which keeps ONNX Runtime's kernels the same
+            as in the whole (see `fusion`); an enumerated cut's `anchors`.
 
     Returns:
         Both halves. A cache tensor is named ``cache.<value name>``; the models' metadata maps it back to the value.
@@ -62,7 +58,6 @@ def split(model: ModelProto, cut: CutCandidate | Sequence[str], *, anchors: Sequ
         InputError: If a name is no computed value of the model, or no name is given.
         ExportError: If a value's shape is not fixed.
     """
-    names, anchors = (tuple(cut), tuple(anchors)) if isinstance(cut, Sequence) else (cut.names, cut.anchors)
     index = GraphIndex(model)
     if not names:
         raise InputError("the cut names no tensor; name at least one value to split at")

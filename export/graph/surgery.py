@@ -16,7 +16,6 @@ import onnx.inliner
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from ...engine.errors import ExportError, InputError
-from ..bundle.weights import shared_weights
 from .index import SCOPES_KEY, GraphIndex, _first_line, _reads, _subgraphs, node_names, tensor_spec
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "normalise",
     "rename_reads",
     "rename_values",
-    "shared_weights",
     "without_outputs",
 ]
 

@@ -50,7 +50,7 @@ def traced() -> dict[str, Traced]:
         model = trace_generator(module, feeds)
         cuts, _ = every_cut.legal_cuts(model)
         middle = min(cuts, key=lambda cut: abs(cut.cost_ratio - 0.5))
-        found[kind] = Traced(module, model, feeds, split(model, middle))
+        found[kind] = Traced(module, model, feeds, split(model, middle.names, anchors=middle.anchors))
     return found
 
 

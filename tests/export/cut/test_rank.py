@@ -103,7 +103,8 @@ def test_shape_arithmetic_ties_no_side_to_the_other() -> None:
     cuts = {cut.names: cut for cut in enumerate_cuts(model, costs, max_cost_ratio=0.6)}
     assert ("b",) in cuts
     assert all("shape" not in names and "more" not in names for names in cuts)
-    check_exact(model, split(model, cuts["b",]), {"x": np.ones((1, 4), np.float32)})
+    found = cuts["b",]
+    check_exact(model, split(model, found.names, anchors=found.anchors), {"x": np.ones((1, 4), np.float32)})
 
 
 def test_costs_of_another_model_are_refused(trace: Trace) -> None:
@@ -123,7 +124,7 @@ def test_ranked_cuts_are_measured_and_ordered(trace: Trace) -> None:
         assert min(cut.consumer_ms, cut.producer_ms, cut.whole_ms) > 0
         size = 0.25 * math.log2(1 + cut.cache_bytes / (3 * 32 * 32 * 4))
         assert cut.score == pytest.approx(np.mean([*cut.reuse_psnr_db.values()]) - 20 * cut.cost_ratio - size)
-        check_exact(unet.model, split(unet.model, cut), unet.frame(0))
+        check_exact(unet.model, split(unet.model, cut.names, anchors=cut.anchors), unet.frame(0))
 
 
 def test_reuse_psnr_of_a_blind_consumer_is_that_of_the_old_frame(trace: Trace) -> None:
@@ -172,7 +173,7 @@ def test_choose_auto_takes_the_best_ranked(trace: Trace) -> None:
     assert choose_cut(unet.model, "auto", unet.stream, ranked=ranked) is ranked[0]
     # Without a ranking it makes one of its own, from measured costs.
     found = choose_cut(unet.model, "auto", unet.stream, costs=costs, ages=(1,))
-    check_exact(unet.model, split(unet.model, found), feeds)
+    check_exact(unet.model, split(unet.model, found.names, anchors=found.anchors), feeds)
 
 
 def test_choose_by_value_and_by_module_path(trace: Trace) -> None:
@@ -196,7 +197,7 @@ def test_an_output_off_the_cut_is_cached_or_recomputed_by_its_cost(trace: Trace)
     found = choose_cut(many.model, "image_head.0", many.stream, "image_out", costs=many.costs, ages=(1,))
     assert {"mask", "feature"} <= set(found.names)
     assert "pose_out" not in found.names
-    check_exact(many.model, split(many.model, found), many.frame(3))
+    check_exact(many.model, split(many.model, found.names, anchors=found.anchors), many.frame(3))
 
 
 @pytest.mark.parametrize(
