@@ -104,7 +104,7 @@ def rank_cuts(
     finalists = readers + _pareto_fronts([c for c in candidates if not c.reads_input], 2 * keep - len(readers))
     if not finalists:
         raise ExportError("no set of tensors separates a costly deep part from a shallow one; name a cut yourself")
-    parts = [split(model, candidate) for candidate in finalists]
+    parts = [split(model, candidate.names, anchors=candidate.anchors) for candidate in finalists]
     quality = _reuse_psnr(model, parts, sample_stream, image, frames, fitting, targets, data_range, threads)
     image_bytes = index.specs[image].size_bytes
 
@@ -191,7 +191,7 @@ def choose_cut(
     finder = _Finder(model, profile_nodes(model, feeds, threads=threads) if costs is None else costs, state)
     candidate = finder.candidate(_completed(finder, named, spec))
     image = _image_output(index, image_output)
-    part = split(model, candidate)
+    part = split(model, candidate.names, anchors=candidate.anchors)
     check_exact(model, part, feeds)
     fitting = [age for age in ages if age < frames]
     if fitting:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, helper
 
 from ...engine.bundle.manifest import CACHE_PREFIX
 from ...engine.errors import ExportError, InputError
@@ -72,12 +72,9 @@ def split(model: ModelProto, names: Sequence[str], *, anchors: Sequence[str] = (
     made = index.closure(names)
     producer = extract(model, [name for name in index.inputs if _reads_input(index, made, name)], list(names))
     producer = rename_values(producer, renames)
-    # A cut tensor that is also an output of the whole enters the consumer under its cache name and leaves it by an
-    # Identity: a value can not be input and output under two names otherwise.
     rest = index.closure(index.outputs, stop=names)
     inputs = [name for name in index.inputs if _reads_input(index, rest, name)]
-    through = [name for name in index.outputs if name in renames]
-    plain = _extract_rest(model, [*names, *inputs], through, renames)
+    plain = extract(model, [*names, *inputs], index.outputs, renames=renames)
     for name in anchors:
         _anchor(plain, renames[name])
     origins = {renames[name]: name for name in names}
@@ -142,15 +139,7 @@ def _anchor(plain: ModelProto, cache: str) -> None:
     entry = plain.graph.value_info.add()
     entry.CopyFrom(info)
     entry.name = anchored
-    nodes = [pool, *(_copied(node) for node in plain.graph.node)]
-    del plain.graph.node[:]
-    plain.graph.node.extend(nodes)
-
-
-def _copied(node: NodeProto) -> NodeProto:
-    fresh = NodeProto()
-    fresh.CopyFrom(node)
-    return fresh
+    plain.graph.node.insert(0, pool)
 
 
 def _cache_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
@@ -162,25 +151,3 @@ def _cache_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
             fresh, count = f"{stem}.{count}", count + 1
         renames[name] = fresh
     return renames
-
-
-def _extract_rest(
-    model: ModelProto, inputs: Sequence[str], through: Sequence[str], renames: Mapping[str, str]
-) -> ModelProto:
-    """The consumer: everything from `inputs` to the outputs, with `through` handed on by Identity nodes."""
-    whole = ModelProto()
-    whole.CopyFrom(model)
-    aliases = {name: f"{name}.cached" for name in through}
-    infos = {value.name: value for value in whole.graph.output}
-    if aliases:
-        for name in through:
-            node = whole.graph.node.add(op_type="Identity", name=f"node_cached_{name}")
-            node.input.append(name)
-            node.output.append(aliases[name])
-            info = whole.graph.value_info.add()
-            info.CopyFrom(infos[name])
-            info.name = aliases[name]
-    outputs = [aliases.get(value.name, value.name) for value in whole.graph.output]
-    part = extract(whole, inputs, outputs)
-    # In one step: the cut tensor's own name becomes free as its alias takes it over.
-    return rename_values(part, {**{alias: name for name, alias in aliases.items()}, **renames})

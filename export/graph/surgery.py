@@ -13,10 +13,12 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import GraphProto, ModelProto, NodeProto
+from onnx_ir.passes import common as passes
 
 from ...engine.errors import ExportError, InputError
-from .index import SCOPES_KEY, GraphIndex, _first_line, _reads, _subgraphs, node_names, tensor_spec
+from .index import SCOPES_KEY, GraphIndex, _first_line, _subgraphs, input_names, node_names
 
 __all__ = [
     "copy_model",
@@ -53,22 +55,24 @@ def normalise(model: ModelProto) -> ModelProto:
         model = onnx.inliner.inline_local_functions(model) if model.functions else copy_model(model)
         # Before version 4 of the file format an initializer had to be listed as an input as well.
         model.ir_version = max(model.ir_version, 4)
+        # There it is a default that a caller may replace: none of ours does, and shape inference would not read it.
+        free = set(input_names(model))
+        inputs = [value for value in model.graph.input if value.name in free]
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
         _strip_metadata(model)
-        _lift_constants(model.graph)
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         onnx.checker.check_model(model)
+        edited = ir.from_proto(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as exc:
         raise ExportError(f"the graph is not valid ONNX: {_first_line(exc)}; export it again") from exc
-    graph = model.graph
-    _fold_shapes(model)
-    made = {name for node in graph.node for name in node.output}
-    given = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    for output in graph.output:
-        if output.name in given and output.name not in made:
-            _give_output_a_node(graph, output)
-    _remove_dead(graph)
-    for node, name in zip(graph.node, node_names(model), strict=True):
-        node.name = name
+    _fold_shapes(edited.graph)
+    _give_outputs_nodes(edited.graph)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(edited)
+    passes.RemoveUnusedNodesPass()(edited)
+    model = _proto(edited)
+    for made, name in zip(model.graph.node, node_names(model), strict=True):
+        made.name = name
     return model
 
 
@@ -104,56 +108,52 @@ def fix_input_shapes(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> 
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
-def extract(model: ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> ModelProto:
+def extract(
+    model: ModelProto, inputs: Sequence[str], outputs: Sequence[str], *, renames: Mapping[str, str] | None = None
+) -> ModelProto:
     """Cut out the part that computes `outputs` from `inputs`.
 
     Args:
         model: The model to take from.
         inputs: Graph inputs or inner values; all become inputs of the result, in this order, used or not.
         outputs: Values that the part makes, in the order of the result's outputs.
+        renames: Input -> its name in the result. Such an input may be an output as well: an Identity hands it on.
 
     Raises:
         ExportError: If the outputs need a graph input that is not in `inputs`, or a value has no known type.
     """
-    index = GraphIndex(model)
-    keep = index.closure(outputs, stop=inputs)
-    unmade = [name for name in outputs if index.producer.get(name) not in keep]
-    if unmade:
-        raise ExportError(
-            f"{unmade[0]!r} is made by no node between the inputs and outputs asked for; name another value"
-        )
-    needed = {name for i in keep for name in index.reads[i]}
-    missing = [name for name in index.inputs if name in needed and name not in inputs]
-    if missing:
-        raise ExportError(f"the outputs {list(outputs)} also need the inputs {missing}; add them to the inputs")
-    infos: dict[str, ValueInfoProto] = {
-        v.name: v for v in itertools.chain(model.graph.value_info, model.graph.input, model.graph.output)
-    }
-
-    def info(name: str) -> ValueInfoProto:
-        if name not in infos:
+    renames = renames or {}
+    part = ir.from_proto(copy_model(model))
+    graph, values = part.graph, ir.convenience.create_value_mapping(part.graph, include_subgraphs=False)
+    for name in outputs:
+        if name not in renames and (name in inputs or name not in values or values[name].producer() is None):
+            raise ExportError(
+                f"{name!r} is made by no node between the inputs and outputs asked for; name another value"
+            )
+    for name in (*inputs, *outputs):
+        if name not in values or values[name].type is None:
             raise ExportError(
                 f"value {name!r} has no known dtype and shape, so no model can begin or end there; cut elsewhere"
             )
-        return infos[name]
-
-    part = GraphProto(name=model.graph.name)
-    part.node.extend(index.nodes[i] for i in sorted(keep))
-    # Where one output of a node is given and another is computed anew, the node would make the given one again.
-    taken = {*index.producer, *index.inputs, *index.initializers}
-    for node in part.node:
-        for k, name in enumerate(node.output):
-            if name in inputs:
-                fresh = next(n for c in itertools.count(1) if (n := f"{name}.again{c}") not in taken)
-                taken.add(fresh)
-                node.output[k] = fresh
-    part.initializer.extend(t for t in model.graph.initializer if t.name in needed and t.name not in inputs)
-    part.input.extend(info(name) for name in inputs)
-    part.output.extend(info(name) for name in outputs)
-    made = {name for i in keep for name in index.nodes[i].output}
-    described = {*inputs, *outputs}
-    part.value_info.extend(v for v in model.graph.value_info if v.name in made and v.name not in described)
-    return _wrap(part, model)
+    before = [value for value in graph.inputs if value.name not in inputs]
+    given, taken = {}, set(values)
+    for name in inputs:
+        inner = values[name]
+        given[name] = _value_like(inner, renames.get(name, name))
+        inner.replace_all_uses_with(given[name], replace_graph_outputs=True)
+        # Where another output of its node is computed anew, the node makes this one again, under another name.
+        inner.name = _unused(f"{name}.again", taken)
+    for name in (name for name in outputs if name in given):
+        values[name] = _value_like(values[name], name)
+        graph.append(ir.node("Identity", [given[name]], name=f"node_cached_{name}", outputs=[values[name]]))
+    graph.outputs[:] = [values[name] for name in outputs]
+    graph.inputs[:] = given.values()
+    passes.RemoveUnusedNodesPass()(part)
+    missing = [value.name for value in before if value.uses()]
+    if missing:
+        raise ExportError(f"the outputs {list(outputs)} also need the inputs {missing}; add them to the inputs")
+    part.metadata_props.clear()
+    return _proto(part)
 
 
 def rename_values(model: ModelProto, names: Mapping[str, str]) -> ModelProto:
@@ -205,49 +205,49 @@ def merge(
     clash = sorted(set(two.outputs) & values)
     if clash:
         raise ExportError(f"both models make {clash[0]!r}; rename it in one of them first")
-    renames = dict(links)
-    taken = values | set(two.outputs)
-    # Unlinked inputs keep their names: they are what callers bind by.
-    inner = [*two.producer, *two.initializers, *(name for name in two.inputs if name not in links)]
-    for name in inner:
-        if name in two.outputs or name in renames:
-            continue
-        fresh = name if name not in taken else next(n for k in itertools.count(2) if (n := f"{name}.{k}") not in taken)
-        if name in two.inputs and fresh != name:
+    versions = {entry.domain: entry.version for entry in first.opset_import}
+    for entry in second.opset_import:
+        if versions.setdefault(entry.domain, entry.version) != entry.version:
             raise ExportError(
-                f"input {name!r} of the second model is an inner value of the first; rename it in one of them first"
+                f"the models use versions {versions[entry.domain]} and {entry.version} of operator set "
+                f"{entry.domain or 'ai.onnx'!r}; export both with the same one"
             )
-        renames[name] = fresh
-        taken.add(fresh)
-    tail = rename_values(second, renames)
-    merged = copy_model(first)
-    _merge_opsets(merged, tail)
-    merged.ir_version = max(first.ir_version, second.ir_version)
-    graph = merged.graph
-    used = {node.name for node in graph.node}
-    for node in tail.graph.node:
-        fresh = next(
-            n for k in itertools.count(1) if (n := node.name if k == 1 else f"{node.name}.{k}") not in used or not n
+    merged, tail = ir.from_proto(copy_model(first)), ir.from_proto(copy_model(second))
+    graph, known = merged.graph, ir.convenience.create_value_mapping(merged.graph)
+    fed = ir.convenience.create_value_mapping(tail.graph)
+    for target, source in links.items():
+        fed.pop(target).replace_all_uses_with(known[source])
+    # Unlinked inputs and outputs keep their names: they are what callers bind by.
+    kept = {*two.inputs, *two.outputs}
+    shadowed = [name for name in two.inputs if name in fed and name in known]
+    if shadowed:
+        raise ExportError(
+            f"input {shadowed[0]!r} of the second model is an inner value of the first; rename it in one of them first"
         )
-        used.add(fresh)
-        node.name = fresh
-        graph.node.append(node)
-    graph.initializer.extend(tail.graph.initializer)
-    known = {v.name for v in itertools.chain(graph.value_info, graph.input, graph.output)}
-    graph.value_info.extend(v for v in tail.graph.value_info if v.name not in known)
-    graph.input.extend(v for v in tail.graph.input if v.name not in values)
-    infos = {v.name: v for v in itertools.chain(graph.value_info, graph.input, graph.output, tail.graph.output)}
+    inner, taken = {name: value for name, value in fed.items() if name not in kept}, {*known, *kept}
+    ir.convenience.rename_values(list(inner.values()), [_unused(name, taken) for name in inner])
+    inputs, ends = [value for value in tail.graph.inputs if value.name in fed], list(tail.graph.outputs)
+    nodes, initializers = list(tail.graph), list(tail.graph.initializers.values())
+    for part in (tail.graph.inputs, tail.graph.outputs, tail.graph.initializers):
+        part.clear()
+    tail.graph.remove(nodes)
+    used = {node.name or "" for node in graph}
+    for node in nodes:
+        node.name = _unused(node.name or "", used)
+    graph.extend(nodes)
+    graph.inputs.extend(inputs)
+    for value in initializers:
+        graph.initializers.add(value)
+    graph.opset_imports.update(versions)
+    merged.ir_version = max(first.ir_version, second.ir_version)
+    known.update((value.name or "", value) for value in (*inner.values(), *inputs, *ends))
     wanted = list(outputs) if outputs is not None else [*one.outputs, *two.outputs]
-    unknown = [name for name in wanted if name not in infos]
+    unknown = [name for name in wanted if name not in known or known[name].type is None]
     if unknown:
         raise InputError(f"the merged model has no value {unknown[0]!r} of known shape to give out")
-    chosen = [infos[name] for name in wanted]
-    spare = [infos[name] for name in (*one.outputs, *two.outputs) if name not in wanted]
-    del graph.output[:]
-    graph.output.extend(chosen)
-    graph.value_info.extend(spare)
-    _remove_dead(graph)
-    return merged
+    graph.outputs[:] = [known[name] for name in wanted]
+    passes.RemoveUnusedNodesPass()(merged)
+    return _proto(merged)
 
 
 def give_out(model: ModelProto, names: Iterable[str]) -> ModelProto:
@@ -288,18 +288,8 @@ def copy_model(model: ModelProto) -> ModelProto:
     return fresh
 
 
-def _wrap(graph: GraphProto, like: ModelProto) -> ModelProto:
-    """A model around `graph` with the versions and producer of `like`."""
-    model = ModelProto(
-        ir_version=like.ir_version, producer_name=like.producer_name, producer_version=like.producer_version
-    )
-    model.graph.CopyFrom(graph)
-    model.opset_import.extend(like.opset_import)
-    model.functions.extend(like.functions)
-    return model
-
-
 def _strip_metadata(model: ModelProto) -> None:
+    # The pass of onnx_ir leaves the model, the graph's borders and the initializers as they are.
     del model.metadata_props[:]
     model.doc_string = ""
 
@@ -321,106 +311,48 @@ def _strip_metadata(model: ModelProto) -> None:
     strip(model.graph)
 
 
-def _lift_constants(graph: GraphProto) -> None:
-    kept = []
-    for node in graph.node:
-        tensor = _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
-        if tensor is None:
-            kept.append(node)
-        else:
-            graph.initializer.append(tensor)
-    _set_nodes(graph, kept)
-    # Old models list initializers as inputs too, where they are defaults that a caller may replace: none of ours does.
-    names = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in names]
-    del graph.input[:]
-    graph.input.extend(inputs)
+def _proto(model: ir.Model) -> ModelProto:
+    """The model as protobuf, where initializers, which say themselves what they are, are not described again."""
+    proto = ir.to_proto(model)
+    described = [value for value in proto.graph.value_info if value.name not in model.graph.initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(described)
+    return proto
 
 
-def _constant_tensor(node: NodeProto) -> TensorProto | None:
-    attribute = node.attribute[0]
-    name = node.output[0]
-    if attribute.name == "value":
-        tensor = TensorProto()
-        tensor.CopyFrom(attribute.t)
-        tensor.name = name
-        return tensor
-    if attribute.name in ("value_float", "value_floats"):
-        value = attribute.f if attribute.name == "value_float" else list(attribute.floats)
-        return numpy_helper.from_array(np.asarray(value, np.float32), name)
-    if attribute.name in ("value_int", "value_ints"):
-        value = attribute.i if attribute.name == "value_int" else list(attribute.ints)
-        return numpy_helper.from_array(np.asarray(value, np.int64), name)
-    return None
+def _fold_shapes(graph: ir.Graph) -> None:
+    for node in graph:
+        shape = node.inputs[0].shape if node.op_type in ("Shape", "Size") and node.inputs[0] is not None else None
+        if shape is None or not shape.is_static():
+            continue
+        extents = np.array(shape.numpy(), np.int64)
+        first, last = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(extents))
+        folded = np.array(extents.prod(), np.int64) if node.op_type == "Size" else extents[first:last]
+        constant = ir.node("Constant", [], {"value": ir.tensor(folded)}, name=node.name)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [constant], node.outputs, constant.outputs)
 
 
-def _fold_shapes(model: ModelProto) -> None:
-    graph = model.graph
-    shapes = {
-        v.name: spec.shape
-        for v in itertools.chain(graph.value_info, graph.input, graph.output)
-        if (spec := tensor_spec(v)) is not None
-    }
-    shapes.update({tensor.name: tuple(tensor.dims) for tensor in graph.initializer})
-    kept = []
-    for node in graph.node:
-        shape = shapes.get(node.input[0]) if node.op_type in ("Shape", "Size") and node.input else None
-        if shape is None:
-            kept.append(node)
-        elif node.op_type == "Size":
-            graph.initializer.append(numpy_helper.from_array(np.array(np.prod(shape), np.int64), node.output[0]))
-        else:
-            bounds = {attribute.name: attribute.i for attribute in node.attribute}
-            part = np.array(shape[bounds.get("start", 0) : bounds.get("end", len(shape))], np.int64)
-            graph.initializer.append(numpy_helper.from_array(part, node.output[0]))
-    _set_nodes(graph, kept)
+def _give_outputs_nodes(graph: ir.Graph) -> None:
+    """Let a node make every output that is constant; one that is an input cannot be told from it by name."""
+    for k, output in enumerate(graph.outputs):
+        name, maker = output.name or "", output.producer()
+        if output.is_graph_input():
+            raise ExportError(f"output {name!r} is also an input of that name; rename it or add an Identity")
+        if maker is None or maker.op_type == "Constant":
+            output.name = f"{name}.value"
+            graph.outputs[k] = _value_like(output, name)
+            graph.append(ir.node("Identity", [output], name=f"node_output_{name}", outputs=[graph.outputs[k]]))
 
 
-def _set_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
-    kept = []
-    for node in nodes:
-        fresh = NodeProto()
-        fresh.CopyFrom(node)
-        kept.append(fresh)
-    del graph.node[:]
-    graph.node.extend(kept)
+def _value_like(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, type=value.type, shape=value.shape)
 
 
-def _give_output_a_node(graph: GraphProto, output: ValueInfoProto) -> None:
-    """Let a node make an output that is an initializer; one that is an input cannot be told from it by name."""
-    if any(value.name == output.name for value in graph.input):
-        raise ExportError(f"output {output.name!r} is also an input of that name; rename it or add an Identity")
-    inner = f"{output.name}.value"
-    for tensor in graph.initializer:
-        if tensor.name == output.name:
-            tensor.name = inner
-    for node in graph.node:
-        for k, name in enumerate(node.input):
-            if name == output.name:
-                node.input[k] = inner
-        for subgraph in _subgraphs(node):
-            _rename(subgraph, {output.name: inner})
-    graph.node.append(helper.make_node("Identity", [inner], [output.name], name=f"node_output_{output.name}"))
-
-
-def _remove_dead(graph: GraphProto) -> None:
-    wanted = {value.name for value in graph.output}
-    alive = []
-    for node in reversed(graph.node):
-        if any(name in wanted for name in node.output):
-            alive.append(node)
-            wanted.update(_reads(node))
-    if len(alive) < len(graph.node):
-        _set_nodes(graph, reversed(alive))
-    initializers = [tensor for tensor in graph.initializer if tensor.name in wanted]
-    if len(initializers) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(initializers)
-    made = {name for node in graph.node for name in node.output}
-    infos = [value for value in graph.value_info if value.name in made]
-    if len(infos) < len(graph.value_info):
-        del graph.value_info[:]
-        graph.value_info.extend(infos)
+def _unused(name: str, taken: set[str]) -> str:
+    """`name`, or with the first suffix that makes it new; the result is taken from now on."""
+    fresh = next(n for k in itertools.count(1) if (n := name if k == 1 else f"{name}.{k}") not in taken or not n)
+    taken.add(fresh)
+    return fresh
 
 
 def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
@@ -434,15 +366,3 @@ def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
         for subgraph in _subgraphs(node):
             # A subgraph may define a name of its own that hides ours; ONNX forbids it, so plain renaming is right.
             _rename(subgraph, names)
-
-
-def _merge_opsets(model: ModelProto, other: ModelProto) -> None:
-    versions = {entry.domain: entry.version for entry in model.opset_import}
-    for entry in other.opset_import:
-        if versions.setdefault(entry.domain, entry.version) != entry.version:
-            raise ExportError(
-                f"the models use versions {versions[entry.domain]} and {entry.version} of operator set "
-                f"{entry.domain or 'ai.onnx'!r}; export both with the same one"
-            )
-    del model.opset_import[:]
-    model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in versions.items())
