@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
@@ -429,14 +429,10 @@ def _gives(target: Array, before: Sequence[int], after: Sequence[int], node: Nod
     wanted = [int(extent) for extent in target]
     if node.op_type == "Expand":
         return len(wanted) == len(after) and all(w in (1, a) for w, a in zip(wanted, after, strict=True))
-    copies = not helper.get_node_attr_value(node, "allowzero") if _has(node, "allowzero") else True
+    copies = not next((a.i for a in node.attribute if a.name == "allowzero"), 0)
     if len(wanted) != len(after):
         return False
     return all(
         w in (a, -1) or (w == 0 and copies and k < len(before) and before[k] == a)
         for k, (w, a) in enumerate(zip(wanted, after, strict=True))
     )
-
-
-def _has(node: NodeProto, name: str) -> bool:
-    return any(attribute.name == name for attribute in node.attribute)

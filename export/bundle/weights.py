@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from onnx import ModelProto, TensorProto, numpy_helper
+
+from ..graph.index import unused_name
+from ..graph.surgery import copy_model
 
 __all__ = ["SHARED_MIN_BYTES", "WEIGHTS_FILE", "shared_weights"]
 
@@ -50,9 +52,10 @@ def shared_weights(models: Mapping[str, ModelProto], out_folder: str | os.PathLi
         Name -> serialised model.
     """
     payloads: dict[str, bytes] = {}  # tensor name in the file -> bytes
+    taken: set[str] = set()
     header: dict[str, dict[str, object]] = {}
     stored: dict[str, str] = {}  # content hash -> tensor name in the file
-    copies = {name: _copied(model) for name, model in models.items()}
+    copies = {name: copy_model(model) for name, model in models.items()}
     places: list[tuple[TensorProto, str]] = []
     for model in copies.values():
         for tensor in model.graph.initializer:
@@ -64,11 +67,7 @@ def shared_weights(models: Mapping[str, ModelProto], out_folder: str | os.PathLi
                 continue
             digest = hashlib.sha256(f"{kind} {list(tensor.dims)} ".encode() + data).hexdigest()
             if digest not in stored:
-                key = next(
-                    k
-                    for n in itertools.count(1)
-                    if (k := tensor.name if n == 1 else f"{tensor.name}.{n}") not in payloads
-                )
+                key = unused_name(tensor.name, taken)
                 stored[digest] = key
                 payloads[key] = data
                 header[key] = {"dtype": kind, "shape": list(tensor.dims)}
@@ -93,12 +92,6 @@ def shared_weights(models: Mapping[str, ModelProto], out_folder: str | os.PathLi
     for tensor, key in places:
         _make_external(tensor, start + offsets[key], len(payloads[key]))
     return {name: model.SerializeToString(deterministic=True) for name, model in copies.items()}
-
-
-def _copied(model: ModelProto) -> ModelProto:
-    fresh = ModelProto()
-    fresh.CopyFrom(model)
-    return fresh
 
 
 def _tensor_bytes(tensor: TensorProto) -> bytes:

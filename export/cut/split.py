@@ -16,7 +16,7 @@ from onnx import ModelProto, helper
 from ...engine.bundle.manifest import CACHE_PREFIX
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
-from ..graph.index import GraphIndex
+from ..graph.index import GraphIndex, unused_name
 from ..graph.run import open_session, run_session
 from ..graph.surgery import extract, rename_values
 
@@ -143,11 +143,5 @@ def _anchor(plain: ModelProto, cache: str) -> None:
 
 
 def _cache_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
-    renames: dict[str, str] = {}
-    for name in names:
-        stem = CACHE_PREFIX + re.sub(r"[^A-Za-z0-9_.-]", "_", name).removeprefix(CACHE_PREFIX)
-        fresh, count = stem, 2
-        while fresh in taken or fresh in renames.values():
-            fresh, count = f"{stem}.{count}", count + 1
-        renames[name] = fresh
-    return renames
+    stems = {name: re.sub(r"[^A-Za-z0-9_.-]", "_", name).removeprefix(CACHE_PREFIX) for name in names}
+    return {name: unused_name(CACHE_PREFIX + stem, taken) for name, stem in stems.items()}

@@ -16,7 +16,18 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from ...engine.errors import InputError
 from ...engine.spec import TensorSpec
 
-__all__ = ["SCOPES_KEY", "GraphIndex", "has_subgraphs", "input_names", "load_model", "node_names", "tensor_spec"]
+__all__ = [
+    "SCOPES_KEY",
+    "GraphIndex",
+    "first_line",
+    "input_names",
+    "load_model",
+    "node_names",
+    "node_reads",
+    "subgraphs",
+    "tensor_spec",
+    "unused_name",
+]
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 """Key of a node's metadata that holds the paths of the torch modules it lies in."""
@@ -44,7 +55,7 @@ class GraphIndex:
         self.model = model
         self.nodes: list[NodeProto] = list(graph.node)
         self.names: list[str] = node_names(model)
-        self.reads: list[tuple[str, ...]] = [tuple(dict.fromkeys(_reads(node))) for node in self.nodes]
+        self.reads: list[tuple[str, ...]] = [tuple(dict.fromkeys(node_reads(node))) for node in self.nodes]
         self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.inputs: tuple[str, ...] = tuple(i.name for i in graph.input if i.name not in self.initializers)
         self.outputs: tuple[str, ...] = tuple(o.name for o in graph.output)
@@ -147,6 +158,13 @@ def node_names(model: ModelProto) -> list[str]:
     return names
 
 
+def unused_name(name: str, taken: set[str]) -> str:
+    """`name`, or with the first suffix that makes it new; the result is taken from now on."""
+    fresh = next(n for k in itertools.count(1) if (n := name if k == 1 else f"{name}.{k}") not in taken or not n)
+    taken.add(fresh)
+    return fresh
+
+
 def load_model(path: str | os.PathLike[str]) -> ModelProto:
     """Read an ONNX model from a file, external data included.
 
@@ -159,7 +177,7 @@ def load_model(path: str | os.PathLike[str]) -> ModelProto:
     try:
         model = onnx.load(path)
     except Exception as exc:  # protobuf's DecodeError has no stable home; external data raises several
-        raise InputError(f"{str(path)!r} is not a readable ONNX model: {_first_line(exc)}") from exc
+        raise InputError(f"{str(path)!r} is not a readable ONNX model: {first_line(exc)}") from exc
     if not model.graph.node:
         raise InputError(f"{str(path)!r} is not an ONNX model, or an empty one; it has no node")
     return model
@@ -171,12 +189,8 @@ def input_names(model: ModelProto) -> list[str]:
     return [value.name for value in model.graph.input if value.name not in fixed]
 
 
-def has_subgraphs(node: NodeProto) -> bool:
-    """Whether the node is an If, Loop, Scan or the like."""
-    return any(True for _ in _subgraphs(node))
-
-
-def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs that an If, Loop, Scan or the like holds."""
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
@@ -184,13 +198,14 @@ def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield from attribute.graphs
 
 
-def _reads(node: NodeProto) -> Iterator[str]:
+def node_reads(node: NodeProto) -> Iterator[str]:
+    """Values that a node reads, those included that its subgraphs capture."""
     yield from (name for name in node.input if name)
-    for graph in _subgraphs(node):
+    for graph in subgraphs(node):
         own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
         own |= {name for inner in graph.node for name in inner.output}
         for inner in graph.node:
-            yield from (name for name in _reads(inner) if name not in own)
+            yield from (name for name in node_reads(inner) if name not in own)
         yield from (value.name for value in graph.output if value.name not in own)
 
 
@@ -206,5 +221,6 @@ def _scopes(node: NodeProto) -> tuple[str, ...]:
     return ()
 
 
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
+    """What an error says, in one line."""
     return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

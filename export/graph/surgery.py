@@ -18,7 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from onnx_ir.passes import common as passes
 
 from ...engine.errors import ExportError, InputError
-from .index import SCOPES_KEY, GraphIndex, _first_line, _subgraphs, input_names, node_names
+from .index import SCOPES_KEY, GraphIndex, first_line, input_names, node_names, subgraphs, unused_name
 
 __all__ = [
     "copy_model",
@@ -65,7 +65,7 @@ def normalise(model: ModelProto) -> ModelProto:
         onnx.checker.check_model(model)
         edited = ir.from_proto(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as exc:
-        raise ExportError(f"the graph is not valid ONNX: {_first_line(exc)}; export it again") from exc
+        raise ExportError(f"the graph is not valid ONNX: {first_line(exc)}; export it again") from exc
     _fold_shapes(edited.graph)
     _give_outputs_nodes(edited.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(edited)
@@ -142,7 +142,7 @@ def extract(
         given[name] = _value_like(inner, renames.get(name, name))
         inner.replace_all_uses_with(given[name], replace_graph_outputs=True)
         # Where another output of its node is computed anew, the node makes this one again, under another name.
-        inner.name = _unused(f"{name}.again", taken)
+        inner.name = unused_name(f"{name}.again", taken)
     for name in (name for name in outputs if name in given):
         values[name] = _value_like(values[name], name)
         graph.append(ir.node("Identity", [given[name]], name=f"node_cached_{name}", outputs=[values[name]]))
@@ -167,7 +167,7 @@ def rename_reads(node: NodeProto, names: Mapping[str, str]) -> None:
     """Let `node` (changed in place) read other values, in its subgraphs too; what it makes keeps its name."""
     for k, name in enumerate(node.input):
         node.input[k] = names.get(name, name)
-    for subgraph in _subgraphs(node):
+    for subgraph in subgraphs(node):
         _rename(subgraph, names)
 
 
@@ -225,7 +225,7 @@ def merge(
             f"input {shadowed[0]!r} of the second model is an inner value of the first; rename it in one of them first"
         )
     inner, taken = {name: value for name, value in fed.items() if name not in kept}, {*known, *kept}
-    ir.convenience.rename_values(list(inner.values()), [_unused(name, taken) for name in inner])
+    ir.convenience.rename_values(list(inner.values()), [unused_name(name, taken) for name in inner])
     inputs, ends = [value for value in tail.graph.inputs if value.name in fed], list(tail.graph.outputs)
     nodes, initializers = list(tail.graph), list(tail.graph.initializers.values())
     for part in (tail.graph.inputs, tail.graph.outputs, tail.graph.initializers):
@@ -233,7 +233,7 @@ def merge(
     tail.graph.remove(nodes)
     used = {node.name or "" for node in graph}
     for node in nodes:
-        node.name = _unused(node.name or "", used)
+        node.name = unused_name(node.name or "", used)
     graph.extend(nodes)
     graph.inputs.extend(inputs)
     for value in initializers:
@@ -305,7 +305,7 @@ def _strip_metadata(model: ModelProto) -> None:
             del node.metadata_props[:]
             for key, value in kept:
                 node.metadata_props.add(key=key, value=value)
-            for inner in _subgraphs(node):
+            for inner in subgraphs(node):
                 strip(inner)
 
     strip(model.graph)
@@ -348,13 +348,6 @@ def _value_like(value: ir.Value, name: str) -> ir.Value:
     return ir.Value(name=name, type=value.type, shape=value.shape)
 
 
-def _unused(name: str, taken: set[str]) -> str:
-    """`name`, or with the first suffix that makes it new; the result is taken from now on."""
-    fresh = next(n for k in itertools.count(1) if (n := name if k == 1 else f"{name}.{k}") not in taken or not n)
-    taken.add(fresh)
-    return fresh
-
-
 def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
     for value in itertools.chain(graph.input, graph.output, graph.value_info, graph.initializer):
         value.name = names.get(value.name, value.name)
@@ -363,6 +356,6 @@ def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
             node.input[k] = names.get(name, name)
         for k, name in enumerate(node.output):
             node.output[k] = names.get(name, name)
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             # A subgraph may define a name of its own that hides ours; ONNX forbids it, so plain renaming is right.
             _rename(subgraph, names)

@@ -31,7 +31,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, defs, helpe
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
-from ..graph.index import SCOPES_KEY, GraphIndex, has_subgraphs
+from ..graph.index import SCOPES_KEY, GraphIndex, node_reads, subgraphs, unused_name
 from ..graph.surgery import copy_model, rename_reads
 
 __all__ = ["Casting", "HalfType", "Reason", "cast_model", "coordinate_values", "elem_types", "emulated"]
@@ -178,16 +178,11 @@ def emulated(model: ModelProto) -> ModelProto:
             tensor.CopyFrom(numpy_helper.from_array(_array(tensor).astype(np.float32), tensor.name))
     taken = set(types) | {name for node in model.graph.node for name in node.output}
 
-    def fresh_name(stem: str) -> str:
-        name = next(n for k in itertools.count(1) if (n := stem if k == 1 else f"{stem}.{k}") not in taken)
-        taken.add(name)
-        return name
-
     # Inside, a half value goes by its own name in float32; only at the border does the name hold the half itself.
-    border = {name: fresh_name(f"{name}.rounded") for name in halves if name in inputs or name in outputs}
+    border = {name: unused_name(f"{name}.rounded", taken) for name in halves if name in inputs or name in outputs}
 
     def rounded(source: str, value: str) -> Iterator[NodeProto]:
-        half = value if value in outputs else fresh_name(f"{value}.half")
+        half = value if value in outputs else unused_name(f"{value}.half", taken)
         yield _cast(source, half, halves[value])
         yield _cast(half, border.get(value, value), TensorProto.FLOAT)
 
@@ -206,7 +201,7 @@ def emulated(model: ModelProto) -> ModelProto:
         for k, value in enumerate(copy.output):
             if value not in halves or not (rounds or value in outputs):
                 continue
-            copy.output[k] = fresh_name(f"{value}.exact")
+            copy.output[k] = unused_name(f"{value}.exact", taken)
             after.extend(rounded(copy.output[k], value))
         nodes.extend([copy, *after])
     del graph.node[:]
@@ -264,15 +259,14 @@ class _Rewrite:
             self._node(number)
         for value in graph.output:
             self._finish(value)
-        read = {name for node in self.nodes for name in _all_reads(node)}
+        read = {name for node in self.nodes for name in node_reads(node)}
         read |= {value.name for value in graph.output}
         initializers = [t for t in (*index.initializers.values(), *self.initializers) if t.name in read]
         del graph.node[:], graph.value_info[:]
         graph.node.extend(self.nodes)
         graph.value_info.extend(self.new_infos)
-        kept = [_fresh(tensor) for tensor in initializers]
         del graph.initializer[:]
-        graph.initializer.extend(kept)
+        graph.initializer.extend(initializers)
         return result
 
     def _border(self, value: ValueInfoProto) -> int:
@@ -315,7 +309,7 @@ class _Rewrite:
         half = _ELEM[self.to]
         for k in floats:
             copy.input[k] = self._read(node.input[k], half if slots_in[k] else TensorProto.FLOAT, node)
-        if has_subgraphs(node):
+        if next(subgraphs(node), None):
             captured = [v for v in self.index.reads[number] if v not in node.input and v in self.made]
             renames = {v: self._read(v, TensorProto.FLOAT, node) for v in captured if self._is_float(v)}
             rename_reads(copy, {v: place for v, place in renames.items() if v != place})
@@ -368,10 +362,7 @@ class _Rewrite:
         return place
 
     def _name(self, value: str, kind: int) -> str:
-        stem = f"{value}.{helper.tensor_dtype_to_np_dtype(kind).name}"
-        name = next(n for k in itertools.count(1) if (n := stem if k == 1 else f"{stem}.{k}") not in self.taken)
-        self.taken.add(name)
-        return name
+        return unused_name(f"{value}.{helper.tensor_dtype_to_np_dtype(kind).name}", self.taken)
 
     def _describe(self, value: str, place: str, kind: int) -> None:
         info = self.infos.get(value)
@@ -388,7 +379,7 @@ class _Rewrite:
         """For every input and output whether it can be of the half type; none where the node stays as it is."""
         nothing = [False] * len(node.input), [False] * len(node.output)
         domain = node.domain or "ai.onnx"
-        if has_subgraphs(node) or (self.to == "bfloat16" and node.op_type in _NOT_BFLOAT16):
+        if next(subgraphs(node), None) or (self.to == "bfloat16" and node.op_type in _NOT_BFLOAT16):
             return nothing
         try:
             schema = defs.get_schema(node.op_type, self.opsets.get(domain, 1), node.domain)
@@ -449,25 +440,10 @@ def _variable(formals: Any, k: int) -> str:
     return str(formal.type_str)
 
 
-def _all_reads(node: NodeProto) -> Iterator[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            for inner in graph.node:
-                yield from _all_reads(inner)
-            yield from (value.name for value in graph.output)
-
-
 def _like(node: NodeProto, cast: NodeProto) -> NodeProto:
     """The cast, with the module path of the node that it serves."""
     cast.metadata_props.extend(entry for entry in node.metadata_props if entry.key == SCOPES_KEY)
     return cast
-
-
-def _fresh(tensor: TensorProto) -> TensorProto:
-    fresh = TensorProto()
-    fresh.CopyFrom(tensor)
-    return fresh
 
 
 def _raised(model: ModelProto, opset: int) -> ModelProto:
