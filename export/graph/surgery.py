@@ -123,7 +123,7 @@ def extract(
         ExportError: If the outputs need a graph input that is not in `inputs`, or a value has no known type.
     """
     renames = renames or {}
-    part = ir.from_proto(copy_model(model))
+    part = _editable(model)
     graph, values = part.graph, ir.convenience.create_value_mapping(part.graph, include_subgraphs=False)
     for name in outputs:
         if name not in renames and (name in inputs or name not in values or values[name].producer() is None):
@@ -212,7 +212,7 @@ def merge(
                 f"the models use versions {versions[entry.domain]} and {entry.version} of operator set "
                 f"{entry.domain or 'ai.onnx'!r}; export both with the same one"
             )
-    merged, tail = ir.from_proto(copy_model(first)), ir.from_proto(copy_model(second))
+    merged, tail = _editable(first), _editable(second)
     graph, known = merged.graph, ir.convenience.create_value_mapping(merged.graph)
     fed = ir.convenience.create_value_mapping(tail.graph)
     for target, source in links.items():
@@ -288,6 +288,11 @@ def copy_model(model: ModelProto) -> ModelProto:
     return fresh
 
 
+def _editable(model: ModelProto) -> ir.Model:
+    """A copy in the form that is edited by values; a copy, because renaming there would reach `model`'s weights."""
+    return ir.from_proto(copy_model(model))
+
+
 def _strip_metadata(model: ModelProto) -> None:
     # The pass of onnx_ir leaves the model, the graph's borders and the initializers as they are.
     del model.metadata_props[:]
@@ -301,10 +306,9 @@ def _strip_metadata(model: ModelProto) -> None:
             del value.metadata_props[:]
         for node in graph.node:
             node.doc_string = ""
-            kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key == SCOPES_KEY]
+            kept = [entry for entry in node.metadata_props if entry.key == SCOPES_KEY]
             del node.metadata_props[:]
-            for key, value in kept:
-                node.metadata_props.add(key=key, value=value)
+            node.metadata_props.extend(kept)
             for inner in subgraphs(node):
                 strip(inner)
 
