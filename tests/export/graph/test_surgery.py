@@ -176,3 +176,18 @@ def test_give_out_adds_inner_values() -> None:
     np.testing.assert_array_equal(results["a"], -results["y"])
     with pytest.raises(ExportError, match="value 'b' has no known dtype"):
         give_out(model, ["b"])
+
+
+def test_arguments_stay_as_they_are() -> None:
+    """Renaming a value renames its tensor too, which must not be the one of the model that was handed in."""
+    first = normalise(_parse("g (float[1,3] x) => (float[1,3] y) <float[3] w = {1,2,3}> { y = Mul(x, w) }"))
+    second = normalise(
+        _parse("h (float[1,3] p) => (float[1,3] q, float[1,3] r) <float[3] w = {5,6,7}> { q = Mul(p, w)\n r = Sin(q) }")
+    )
+    before = [first.SerializeToString(), second.SerializeToString()]
+    merged = merge(first, second, {"p": "y"})
+    assert {tensor.name for tensor in merged.graph.initializer} == {"w", "w.2"}
+    part = extract(second, ["q"], ["r", "q"], renames={"q": "given"})
+    assert (_names(part.graph.input), _names(part.graph.output)) == (["given"], ["r", "q"])
+    np.testing.assert_array_equal(run_model(part, {"given": X["x"]})["q"], X["x"])
+    assert [first.SerializeToString(), second.SerializeToString()] == before
