@@ -69,7 +69,7 @@ def normalise(model: ModelProto) -> ModelProto:
     _fold_shapes(edited.graph)
     _give_outputs_nodes(edited.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(edited)
-    passes.RemoveUnusedNodesPass()(edited)
+    _remove_unused(edited)
     model = _proto(edited)
     for made, name in zip(model.graph.node, node_names(model), strict=True):
         made.name = name
@@ -148,7 +148,7 @@ def extract(
         graph.append(ir.node("Identity", [given[name]], name=f"node_cached_{name}", outputs=[values[name]]))
     graph.outputs[:] = [values[name] for name in outputs]
     graph.inputs[:] = given.values()
-    passes.RemoveUnusedNodesPass()(part)
+    _remove_unused(part)
     missing = [value.name for value in before if value.uses()]
     if missing:
         raise ExportError(f"the outputs {list(outputs)} also need the inputs {missing}; add them to the inputs")
@@ -246,7 +246,7 @@ def merge(
     if unknown:
         raise InputError(f"the merged model has no value {unknown[0]!r} of known shape to give out")
     graph.outputs[:] = [known[name] for name in wanted]
-    passes.RemoveUnusedNodesPass()(merged)
+    _remove_unused(merged)
     return _proto(merged)
 
 
@@ -291,6 +291,23 @@ def copy_model(model: ModelProto) -> ModelProto:
 def _editable(model: ModelProto) -> ir.Model:
     """A copy in the form that is edited by values; a copy, because renaming there would reach `model`'s weights."""
     return ir.from_proto(copy_model(model))
+
+
+def _remove_unused(model: ir.Model) -> None:
+    """Remove nodes and initializers that no output needs."""
+    for node in reversed(model.graph):
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            continue
+        # The pass of onnx_ir leaves these reads, and with them the nodes whose values only a removed If captured.
+        for attribute in node.attributes.values():
+            single, several = ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS
+            bodies = [attribute.as_graph()] if attribute.type == single else []
+            for body in attribute.as_graphs() if attribute.type == several else bodies:
+                for inner in body.all_nodes():
+                    for k in range(len(inner.inputs)):
+                        inner.replace_input_with(k, None)
+        model.graph.remove(node, safe=True)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _strip_metadata(model: ModelProto) -> None:

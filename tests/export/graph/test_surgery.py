@@ -105,6 +105,13 @@ def test_captured_values_of_subgraphs_are_read() -> None:
     np.testing.assert_allclose(want, np.cos(np.exp(X["x"])), atol=5e-6)
     got = run_model(parts.plain, {**feeds, **run_model(parts.producer, feeds)})["y"]
     np.testing.assert_array_equal(got, want)
+    # What only a branch of the If reads, and the input that it comes from, goes with the If.
+    assert [node.op_type for node in parts.producer.graph.node] == ["Exp"]
+    model.graph.output.append(helper.make_tensor_value_info("early", onnx.TensorProto.FLOAT, [1, 3]))
+    model.graph.input.append(helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1, 3]))
+    model.graph.node.append(helper.make_node("Neg", ["z"], ["early"]))
+    early = extract(model, ["z"], ["early"])
+    assert ([node.op_type for node in early.graph.node], _names(early.graph.input)) == (["Neg"], ["z"])
 
 
 def test_extract_says_what_is_missing() -> None:
