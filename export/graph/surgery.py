@@ -273,12 +273,10 @@ def without_outputs(model: ModelProto, names: AbstractSet[str]) -> ModelProto:
     """The same model without the outputs `names`, and without the nodes that only they need."""
     if not names:
         return model
-    model = copy_model(model)
-    left = [value for value in model.graph.output if value.name not in names]
-    del model.graph.output[:]
-    model.graph.output.extend(left)
-    _remove_dead(model.graph)
-    return model
+    left = _editable(model)
+    left.graph.outputs[:] = [value for value in left.graph.outputs if value.name not in names]
+    _remove_unused(left)
+    return _proto(left)
 
 
 def copy_model(model: ModelProto) -> ModelProto:
