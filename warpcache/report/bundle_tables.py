@@ -118,7 +118,8 @@ def _number(value: Any, form: str) -> str:
 
 
 def _tensors(manifest: Manifest) -> Sheet:
-    named = [("input" if record.role == "generator" else "input (motion)", record.spec) for record in manifest.inputs]
+    named = [("input (motion)" if record.is_motion else "input", record.spec) for record in manifest.inputs]
+    named += [(f"state (from {record.output})", record.input) for record in manifest.state]
     named += [("output (image)" if spec.name == manifest.image_output else "output", spec) for spec in manifest.outputs]
     named += [("cache", spec) for spec in manifest.cache]
     columns = [Column("kind"), Column("name"), Column("dtype"), Column("shape"), Column.number("size", size_text)]

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Point", "age_words", "by_age", "front_sentences", "mark_dominated", "points_of"]
 
-WHOLE = "whole"
-
 
 @dataclass(frozen=True)
 class Point:
@@ -37,6 +35,7 @@ class Point:
         worst: The metric that all but 5 % of the frames reach.
         frames: Calibration frames of that age.
         dominated: Whether another exit is as cheap and as good, and better in one.
+        exact: Whether it is the whole generator.
     """
 
     exit: str
@@ -46,6 +45,7 @@ class Point:
     worst: float | None
     frames: int
     dominated: bool = False
+    exact: bool = False
 
 
 def points_of(calibration: Calibration, manifest: Manifest) -> list[Point]:
@@ -64,7 +64,10 @@ def points_of(calibration: Calibration, manifest: Manifest) -> list[Point]:
     found: list[Point] = []
     for age in sorted({int(age) for age in age_of}):
         rows = measured[age_of == age]
-        here = [Point(WHOLE, age, costs.get(WHOLE, 1.0), perfect, perfect, len(rows))]
+        whole = manifest.exact_exit
+        here = []
+        if whole is not None:
+            here.append(Point(whole, age, costs[whole], perfect, perfect, len(rows), exact=True))
         for name, column in zip(calibration.exits, rows.T, strict=True):
             scores = column[np.isfinite(column)]
             if scores.size and name in costs:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..engine.bundle.roles import Role
 from ..engine.errors import InputError
 from ..engine.metrics.images import METRICS
-from .pareto import WHOLE, Point, by_age, points_of
+from .pareto import Point, by_age, points_of
 from .tables import Column, Sheet
 from .words import with_unit
 
@@ -101,7 +102,7 @@ def quality_sheet(record: PromiseRecord, manifest: Manifest, points: Sequence[Po
     known = {(point.exit, point.age): point for point in points}
 
     def quality(point: Point) -> str:
-        if point.value is None or point.exit == WHOLE:
+        if point.value is None or point.exact:
             return "exact  "
         mark = " d" if point.dominated else "  "
         return f"{point.value:.{metric.digits}f} ({point.worst:.{metric.digits}f}){mark}"
@@ -117,7 +118,7 @@ def quality_sheet(record: PromiseRecord, manifest: Manifest, points: Sequence[Po
         [
             (exit_record.name, exit_record.cost_ratio, *(known.get((exit_record.name, age)) for age in ages))
             for exit_record in sorted(manifest.exits, key=lambda exit_record: exit_record.cost_ratio)
-            if exit_record.name != "plain"
+            if manifest.role_of(exit_record.name) is not Role.PLAIN
         ],
         "Time is of the whole generator's. Quality: the median over the frames (what all but 5 % of them keep), by age "
         "of the cache; d: dominated, another exit is as cheap and better. Beside these, plain answers from a cache of "
@@ -132,7 +133,7 @@ def thresholds_sheet(record: PromiseRecord) -> Sheet | None:
     metric = METRICS[record.metric]
     bound = ">=" if metric.higher_is_better else "<="
     answering = {name for entry in record.thresholds for name in entry["shares"]}
-    exits = [name for name in (*record.exits, "plain", WHOLE) if name in answering]
+    exits = [*(name for name in record.exits if name in answering), *sorted(answering - set(record.exits))]
     rows = []
     last = None
     for entry in sorted(record.thresholds, key=lambda e: (e["threshold"], e["confidence"], e["age"])):
