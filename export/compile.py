@@ -29,7 +29,7 @@ from .bundle.manifest import WHOLE, draft_manifest, measure_costs
 from .bundle.write import bundle_models, refuse_out
 from .cut.candidate import AUTO, CutCandidate
 from .cut.enumerate import enumerate_cuts
-from .cut.rank import choose_cut, rank_cuts
+from .cut.rank import Trial, choose_cut, rank_cuts
 from .cut.split import check_exact, split
 from .cut.state import with_state
 from .frames.clip import Clip, Stream, training_and_held
@@ -42,7 +42,7 @@ from .graph.profile import profile_nodes
 from .graph.surgery import fix_input_shapes, merge, normalise
 from .graph.trace import input_names_of, trace_generator
 from .options import DEFAULT_STEPS, CompileOptions
-from .promise.calibrate import calibrate
+from .promise.calibrate import CalibrationTerms, calibrate
 from .promise.check import check_promise
 from .promise.exit_quality import ExitModels, PromiseTerms
 from .promise.predictor import thumbnail_graph
@@ -267,10 +267,7 @@ class _Compilation:
             self.models["producer"],
             {name: self.models[name] for name in self.exits if name != WHOLE},
             held.arrays,
-            image_output=self.subject.image_output,
-            max_age=self.options.max_age,
-            truth=held.truth,
-            lpips=self.lpips,
+            CalibrationTerms(self.subject.image_output, self.options.max_age, held.truth, self.lpips),
             progress=self.progress,
         )
 
@@ -315,7 +312,7 @@ def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandida
     measured_on = subject.image_output or _first_float(model)
     # A typing mistake in a cut's name is found before anything is measured.
     if spec != AUTO:
-        cut = choose_cut(model, spec, sample, measured_on, state=subject.state_inputs)
+        cut = choose_cut(model, spec, sample, measured_on, trial=Trial(state=subject.state_inputs))
         progress("choosing the cut", 2, 2)
         return cut, [cut]
     if frames < 2:

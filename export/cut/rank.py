@@ -11,12 +11,12 @@ read after it. Each of them is cached or recomputed. What leads to the same cons
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ModelProto
@@ -32,7 +32,7 @@ from .candidate import _FLOATS, AUTO, CutCandidate
 from .enumerate import MAX_COST_RATIO, _Finder, enumerate_cuts
 from .split import SplitModels, check_exact, split
 
-__all__ = ["choose_cut", "rank_cuts"]
+__all__ = ["Trial", "choose_cut", "rank_cuts"]
 
 # A cut that leaves the consumer with more than this of the whole's cost separates nothing.
 SEPARATES_BELOW = 0.9
@@ -50,17 +50,40 @@ REUSE_PSNR_CAP_DB = 60.0
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How cuts are measured.
+
+    Attributes:
+        ages: Cache ages in frames; those that the stream is too short for are left out.
+        targets: Frames t that quality is measured on, spread over the stream.
+        data_range: Peak-to-peak range of the image, 2 for [-1, 1].
+        threads: Threads of one operator.
+        state: Inputs that are state, see `enumerate_cuts`.
+    """
+
+    ages: Sequence[int] = (1, 2, 4)
+    targets: int = 4
+    data_range: float = 2.0
+    threads: int = 1
+    state: AbstractSet[str] = frozenset()
+
+    def within(self, frames: int) -> Trial:
+        """The same with those ages only that a stream of so many frames has."""
+        return replace(self, ages=[age for age in self.ages if age < frames])
+
+
+DEFAULT_TRIAL = Trial()
+
+
 def rank_cuts(
     candidates: Sequence[CutCandidate],
     model: ModelProto,
     sample_stream: Mapping[str, Array],
     image_output: str | None = None,
     *,
-    ages: Sequence[int] = (1, 2, 4),
     keep: int = 8,
-    targets: int = 4,
-    data_range: float = 2.0,
-    threads: int = 1,
+    trial: Trial = DEFAULT_TRIAL,
 ) -> list[CutCandidate]:
     """Measure the most promising cuts on a sample stream and order them, best first.
 
@@ -80,11 +103,8 @@ def rank_cuts(
         model: The whole, in normal form.
         sample_stream: Name -> array with time as the leading axis (or of leading extent 1: it never changes).
         image_output: The output that quality is measured on; by default the first floating-point one of four axes.
-        ages: Cache ages in frames; those that the stream is too short for are left out.
         keep: At most so many are returned.
-        targets: Frames t that quality is measured on, spread over the stream.
-        data_range: Peak-to-peak range of the image, 2 for [-1, 1].
-        threads: Threads of one operator.
+        trial: How they are measured.
 
     Returns:
         At most `keep` candidates with measured times, PSNR by age and score. Cuts whose consumer turns out to cost more
@@ -97,22 +117,23 @@ def rank_cuts(
     index = GraphIndex(model)
     image = _image_output(index, image_output)
     frames = _stream_length(index, sample_stream)
-    fitting = [age for age in ages if age < frames]
-    if not fitting:
-        raise InputError(f"the sample stream has {frames} frames, but reuse at age {min(ages)} needs {min(ages) + 1}")
+    fitting = trial.within(frames)
+    if not fitting.ages:
+        least = min(trial.ages)
+        raise InputError(f"the sample stream has {frames} frames, but reuse at age {least} needs {least + 1}")
     readers = _pareto_fronts([c for c in candidates if c.reads_input], 2 * keep)
     finalists = readers + _pareto_fronts([c for c in candidates if not c.reads_input], 2 * keep - len(readers))
     if not finalists:
         raise ExportError("no set of tensors separates a costly deep part from a shallow one; name a cut yourself")
     parts = [split(model, candidate.names, anchors=candidate.anchors) for candidate in finalists]
-    quality = _reuse_psnr(model, parts, sample_stream, image, frames, fitting, targets, data_range, threads)
+    quality = _reuse_psnr(model, parts, sample_stream, image, frames, fitting)
     image_bytes = index.specs[image].size_bytes
 
     def scored(candidate: CutCandidate) -> CutCandidate:
-        return dataclasses.replace(candidate, score=_score(candidate, image_bytes))
+        return replace(candidate, score=_score(candidate, image_bytes))
 
     measured = [
-        (scored(dataclasses.replace(candidate, reuse_psnr_db=psnr)), part)
+        (scored(replace(candidate, reuse_psnr_db=psnr)), part)
         for candidate, part, psnr in zip(finalists, parts, quality, strict=True)
     ]
     measured.sort(key=lambda pair: _order(pair[0]))
@@ -127,7 +148,7 @@ def rank_cuts(
             logger.info("cut %s is left out: %s", ", ".join(candidate.names), exc)
         else:
             exact.append((candidate, part))
-    ranked = [scored(candidate) for candidate in _timed(model, exact, feeds, threads)]
+    ranked = [scored(candidate) for candidate in _timed(model, exact, feeds, trial.threads)]
     if not ranked:
         raise ExportError("no cut gives the generator's exact output with a fresh cache; name a cut yourself")
     cheap = [candidate for candidate in ranked if candidate.cost_ratio <= MAX_COST_RATIO]
@@ -145,10 +166,7 @@ def choose_cut(
     *,
     ranked: Sequence[CutCandidate] | None = None,
     costs: Mapping[str, float] | None = None,
-    ages: Sequence[int] = (1, 2, 4),
-    data_range: float = 2.0,
-    threads: int = 1,
-    state: AbstractSet[str] = frozenset(),
+    trial: Trial = DEFAULT_TRIAL,
 ) -> CutCandidate:
     """The cut that a user asked for, measured like the ranked ones.
 
@@ -160,10 +178,7 @@ def choose_cut(
         image_output: See `rank_cuts`.
         ranked: Result of `rank_cuts`, where there is one already.
         costs: Result of `profile_nodes`, where there is one already.
-        ages: See `rank_cuts`.
-        data_range: See `rank_cuts`.
-        threads: See `rank_cuts`.
-        state: See `enumerate_cuts`.
+        trial: How it is measured.
 
     Returns:
         The cut. Outputs that a named cut does not lead to are computed anew by the consumer if that is cheap, else
@@ -180,27 +195,26 @@ def choose_cut(
     feeds = frame_at(sample_stream, frames - 1)
     if named is None:
         if ranked is None:
-            costs = profile_nodes(model, feeds, threads=threads) if costs is None else costs
-            candidates = enumerate_cuts(model, costs, state=state)
-            ranked = rank_cuts(
-                candidates, model, sample_stream, image_output, ages=ages, data_range=data_range, threads=threads
-            )
+            costs = profile_nodes(model, feeds, threads=trial.threads) if costs is None else costs
+            candidates = enumerate_cuts(model, costs, state=trial.state)
+            ranked = rank_cuts(candidates, model, sample_stream, image_output, trial=trial)
         if not ranked:
             raise ExportError("there is no ranked cut to choose from; name a cut yourself")
         return ranked[0]
-    finder = _Finder(model, profile_nodes(model, feeds, threads=threads) if costs is None else costs, state)
+    costs = profile_nodes(model, feeds, threads=trial.threads) if costs is None else costs
+    finder = _Finder(model, costs, trial.state)
     candidate = finder.candidate(_completed(finder, named, spec))
     image = _image_output(index, image_output)
     part = split(model, candidate.names, anchors=candidate.anchors)
     check_exact(model, part, feeds)
-    fitting = [age for age in ages if age < frames]
-    if fitting:
-        (psnr,) = _reuse_psnr(model, [part], sample_stream, image, frames, fitting, 4, data_range, threads)
-        candidate = dataclasses.replace(candidate, reuse_psnr_db=psnr)
-    (candidate,) = _timed(model, [(candidate, part)], feeds, threads)
-    if not fitting:
+    fitting = trial.within(frames)
+    if fitting.ages:
+        (psnr,) = _reuse_psnr(model, [part], sample_stream, image, frames, fitting)
+        candidate = replace(candidate, reuse_psnr_db=psnr)
+    (candidate,) = _timed(model, [(candidate, part)], feeds, trial.threads)
+    if not fitting.ages:
         return candidate
-    return dataclasses.replace(candidate, score=_score(candidate, index.specs[image].size_bytes))
+    return replace(candidate, score=_score(candidate, index.specs[image].size_bytes))
 
 
 def _resolve(index: GraphIndex, spec: str) -> list[str]:
@@ -318,27 +332,23 @@ def _reuse_psnr(
     stream: Mapping[str, Array],
     image: str,
     frames: int,
-    ages: Sequence[int],
-    targets: int,
-    data_range: float,
-    threads: int,
+    trial: Trial,
 ) -> list[dict[int, float]]:
     """For every split: age -> mean PSNR of the consumer with an old cache."""
     wanted = list(dict.fromkeys(name for part in parts for name in part.origins.values()))
     # All cuts' tensors come from one run of the whole per source frame.
-    source = open_session(give_out(model, wanted), threads=threads)
-    consumers = [open_session(part.plain, threads=threads) for part in parts]
-    totals: list[dict[int, list[float]]] = [{age: [] for age in ages} for _ in parts]
-    first = min(max(ages), frames - 1)
-    for t in sorted({round(k) for k in np.linspace(first, frames - 1, targets)}):
+    source = open_session(give_out(model, wanted), threads=trial.threads)
+    consumers = [open_session(part.plain, threads=trial.threads) for part in parts]
+    totals: list[dict[int, list[float]]] = [{age: [] for age in trial.ages} for _ in parts]
+    for t in sorted({round(k) for k in np.linspace(max(trial.ages), frames - 1, trial.targets)}):
         feeds = frame_at(stream, t)
         truth = run_session(source, feeds, [image])[image]
-        for age in ages:
+        for age in trial.ages:
             old = run_session(source, frame_at(stream, t - age), wanted)
             for part, consumer, total in zip(parts, consumers, totals, strict=True):
                 cache = {name: old[origin] for name, origin in part.origins.items()}
                 got = run_session(consumer, {**feeds, **cache}, [image])[image]
-                total[age].append(_psnr_db(got, truth, data_range))
+                total[age].append(_psnr_db(got, truth, trial.data_range))
     return [{age: float(np.mean(values)) for age, values in total.items()} for total in totals]
 
 
@@ -366,7 +376,7 @@ def _timed(
     arrays.update({name: values[origin] for name, origin in links.items()})
     times = time_model(models, arrays, threads=threads, repeats=7, warmup=1)
     return [
-        dataclasses.replace(
+        replace(
             candidate,
             consumer_ms=times[f"plain {k}"].min_ms,
             producer_ms=times[f"producer {k}"].min_ms,

@@ -8,18 +8,18 @@ an input like any other, with the very bits that the loop would have, and every 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, helper
 
 from ...engine.bundle.manifest import StateRecord
-from ...engine.errors import ExportError, InputError
+from ...engine.errors import InputError
 from ...engine.spec import Array, TensorSpec
 from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
-from ..graph.surgery import copy_model
+from ..graph.surgery import rename_values
 from .clip import Clip
 from .streams import frame_at
 
@@ -79,8 +79,8 @@ def state_of(model: ModelProto, wanted: Mapping[str, str], first: Mapping[str, A
         first: First values by input; zeros where there is none.
 
     Raises:
-        InputError: If the generator has no such output or input, the two differ in dtype or shape, a first value fits
-            neither, or no output is left that is an answer.
+        InputError: If the generator has no such output or input, the two differ in dtype or shape or have none that is
+            fixed, a first value fits neither, no input is left for frames, or no output or picture for answers.
     """
     index = GraphIndex(model)
     found = []
@@ -88,6 +88,12 @@ def state_of(model: ModelProto, wanted: Mapping[str, str], first: Mapping[str, A
         for what, known, named in (("output", index.outputs, output), ("input", index.inputs, name)):
             if named not in known:
                 raise InputError(f"the generator has no {what} {named!r} to carry as state; it has {', '.join(known)}")
+        unknown = [end for end in (name, output) if end not in index.specs]
+        if unknown:
+            raise InputError(
+                f"state {unknown[0]!r} has no fixed shape in the generator; add its first value to the inputs, an "
+                f"array {name!r} with a leading axis of 1"
+            )
         given, spec = index.specs[output], index.specs[name]
         if (given.dtype, given.shape) != (spec.dtype, spec.shape):
             raise InputError(
@@ -103,6 +109,14 @@ def state_of(model: ModelProto, wanted: Mapping[str, str], first: Mapping[str, A
         found.append(State(output, spec, np.ascontiguousarray(initial)))
     if found and not set(index.outputs) - set(wanted):
         raise InputError(f"every output of the generator ({', '.join(index.outputs)}) is state; none is left to show")
+    if found and not set(index.inputs) - set(wanted.values()):
+        raise InputError(f"every input of the generator ({', '.join(index.inputs)}) is state; none is left for frames")
+    pictures = [name for name in index.outputs if name in index.specs and is_picture(index.specs[name])]
+    if pictures and not set(pictures) - set(wanted):
+        raise InputError(
+            f"output {pictures[0]!r} is a picture, but it is state only, which no session gives out; let the generator "
+            "return it a second time, under another name"
+        )
     return tuple(found)
 
 
@@ -111,32 +125,20 @@ def carried(model: ModelProto, state: tuple[State, ...]) -> ModelProto:
 
     So a cut may keep the state as it was read, or what it becomes, under names of their own: a value cannot be an
     input or output of the graph and a cache tensor too.
-
-    Raises:
-        ExportError: If a state output is the state input itself, which then never changes.
     """
-    model = copy_model(model)
+    inner = {name: name + _INNER for one in state for name in (one.input.name, one.output)}
+    outer = {value: name for name, value in inner.items()}
+    model = rename_values(model, inner)
     graph = model.graph
-    infos = {value.name: value for value in (*graph.input, *graph.output)}
-    for one in state:
-        name, output = one.input.name, one.output
-        maker = next((node for node in graph.node if output in node.output), None)
-        if maker is None:
-            raise ExportError(f"state output {output!r} is made by no node, so the state never changes; leave it out")
-        for node in graph.node:
-            for names in (node.input, node.output):
-                for k, value in enumerate(names):
-                    if value in (name, output):
-                        names[k] = value + _INNER
-        begin = type(maker)(op_type="Identity", name=f"node_{name}{_INNER}", input=[name], output=[name + _INNER])
-        end = type(maker)(op_type="Identity", name=f"node_{output}{_INNER}", input=[output + _INNER], output=[output])
-        nodes = [begin, *(_copied(node) for node in graph.node), end]
-        del graph.node[:]
-        graph.node.extend(nodes)
-        for value in (name, output):
-            info = graph.value_info.add()
-            info.CopyFrom(infos[value])
-            info.name = value + _INNER
+    for value in (*graph.input, *graph.output):
+        if value.name in outer:
+            graph.value_info.add().CopyFrom(value)
+            value.name = outer[value.name]
+    nodes = [_identity(one.input.name, inner[one.input.name]) for one in state]
+    nodes += [*graph.node, *(_identity(inner[one.output], one.output) for one in state)]
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
     return model
 
 
@@ -146,16 +148,14 @@ def unroll(model: ModelProto, state: tuple[State, ...], clip: Clip) -> Clip:
         return clip
     session = open_session(model)
     current = {one.input.name: one.initial for one in state}
-    kept: dict[str, list[Array]] = {name: [] for name in current}
-    outputs = [one.output for one in state]
+    kept = {name: np.empty((clip.frames, *array.shape[1:]), array.dtype) for name, array in current.items()}
     for t in range(clip.frames):
         for name, array in current.items():
-            kept[name].append(array)
+            kept[name][t] = array[0]
         if t + 1 < clip.frames:
-            made = run_session(session, {**frame_at(clip.arrays, t), **current}, outputs)
+            made = run_session(session, {**frame_at(clip.arrays, t), **current}, [one.output for one in state])
             current = {one.input.name: made[one.output] for one in state}
-    arrays = {**clip.arrays, **{name: np.concatenate(values) for name, values in kept.items()}}
-    return Clip(arrays, clip.frames, clip.fps, clip.truth)
+    return replace(clip, arrays={**clip.arrays, **kept})
 
 
 def first_values(state: tuple[State, ...]) -> bytes | None:
@@ -168,7 +168,11 @@ def first_values(state: tuple[State, ...]) -> bytes | None:
     return buffer.getvalue()
 
 
-def _copied(node: object) -> object:
-    fresh = type(node)()
-    fresh.CopyFrom(node)  # type: ignore[attr-defined]
-    return fresh
+def is_picture(spec: TensorSpec) -> bool:
+    """Whether an output can be shown: one image of 1 or 3 channels, [1, C, H, W]."""
+    shape = spec.shape
+    return spec.dtype == "float32" and len(shape) == 4 and shape[1] in (1, 3) and min(shape[2:]) > 1
+
+
+def _identity(source: str, target: str) -> NodeProto:
+    return helper.make_node("Identity", [source], [target], name=f"node_{target}")

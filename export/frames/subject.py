@@ -12,7 +12,7 @@ from ...engine.spec import Array
 from ..graph.index import GraphIndex
 from ..graph.surgery import without_outputs
 from .clip import Stream
-from .state import State
+from .state import State, is_picture
 from .surface import Surface
 
 __all__ = ["Subject"]
@@ -54,7 +54,8 @@ class Subject:
     @cached_property
     def image_output(self) -> str | None:
         """The first output that is a picture."""
-        return _image_output(self.answering)
+        index = GraphIndex(self.answering)
+        return next((name for name in index.outputs if is_picture(index.specs[name])), None)
 
     @property
     def sample(self) -> dict[str, Array]:
@@ -78,13 +79,3 @@ class Subject:
                     f"the truth is {list(stream.truth.shape[1:])} a frame, but output {self.image_output!r} is "
                     f"{list(specs[self.image_output].shape[1:])}; make them alike, or leave it out"
                 )
-
-
-def _image_output(model: ModelProto) -> str | None:
-    """The first output that is a picture."""
-    index = GraphIndex(model)
-    for name in index.outputs:
-        spec = index.specs[name]
-        if spec.dtype == "float32" and len(spec.shape) == 4 and spec.shape[1] in (1, 3) and min(spec.shape[2:]) > 1:
-            return name
-    return None

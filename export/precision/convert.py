@@ -28,7 +28,7 @@ from ..bundle.weights import WEIGHTS_FILE
 from ..bundle.write import bundle_models, refuse_out
 from ..frames.streams import Progress, frame_at
 from ..graph.run import open_session, run_session
-from ..promise.calibrate import calibrate
+from ..promise.calibrate import CalibrationTerms, calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
 from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept, reads_cache
@@ -376,8 +376,7 @@ def _calibration(
         rounded[PRODUCER],
         {record.name: rounded[record.module] for record in manifest.exits if record.module != GENERATOR},
         frames,
-        image_output=image,
-        max_age=max(ages, default=1),
+        CalibrationTerms(image, max(ages, default=1)),
         progress=progress,
     )
     if again is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..frames.streams import Progress, frames_of
 from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
 
-__all__ = ["FROZEN", "calibrate"]
+__all__ = ["FROZEN", "CalibrationTerms", "calibrate"]
 
 FROZEN = "frozen"
 """The answer that costs nothing: the last image shown again. Every exit has to beat it."""
@@ -24,16 +25,30 @@ FROZEN = "frozen"
 MAX_FRAMES = 64
 
 
+@dataclass(frozen=True)
+class CalibrationTerms:
+    """What is measured.
+
+    Attributes:
+        image_output: The output that quality is measured on.
+        max_age: Ages 1..max_age are measured, as far as the stream is long enough.
+        truth: Ground truth of that output, float32 [T, C, H, W].
+        lpips: LPIPS, where its weights are at hand.
+    """
+
+    image_output: str
+    max_age: int
+    truth: Array | None = None
+    lpips: Lpips | None = None
+
+
 def calibrate(
     generator: ModelProto,
     producer: ModelProto,
     exits: Mapping[str, ModelProto],
     arrays: Mapping[str, Array],
+    terms: CalibrationTerms,
     *,
-    image_output: str,
-    max_age: int,
-    truth: Array | None = None,
-    lpips: Lpips | None = None,
     progress: Progress,
 ) -> dict[str, Any] | None:
     """Measure every exit at every age against the whole generator, and against the truth where there is one.
@@ -43,11 +58,8 @@ def calibrate(
         producer: Frame inputs -> cache tensors.
         exits: Exit name -> its module, fed with the inputs of the newest frame and, where it reads one, the cache of an
             older frame.
-        arrays: Held-back stream, name -> [T, ...].
-        image_output: The output that quality is measured on.
-        max_age: Ages 1..max_age are measured, as far as the stream is long enough.
-        truth: Ground truth of that output, float32 [T, C, H, W].
-        lpips: LPIPS, where its weights are at hand.
+        arrays: Held-back stream, name -> [T, ...], what every frame's state is among them.
+        terms: What is measured.
         progress: Told how far it is.
 
     Returns:
@@ -56,8 +68,9 @@ def calibrate(
         truth, with the whole generator at age 0) or None. An exit that reads no cache is measured once, under age 0.
         None if the stream has fewer than 2 frames.
     """
+    image_output, truth, lpips = terms.image_output, terms.truth, terms.lpips
     stream = list(frames_of(arrays, list(arrays)))
-    ages = [age for age in range(1, max_age + 1) if age < len(stream)]
+    ages = [age for age in range(1, terms.max_age + 1) if age < len(stream)]
     if not ages:
         return None
     index = GraphIndex(generator)

@@ -17,13 +17,14 @@ from warpcache.engine.errors import ExportError, InputError
 from warpcache.export.cut import rank as cut_module
 from warpcache.export.cut.candidate import CutCandidate
 from warpcache.export.cut.enumerate import enumerate_cuts
-from warpcache.export.cut.rank import choose_cut, rank_cuts
+from warpcache.export.cut.rank import Trial, choose_cut, rank_cuts
 from warpcache.export.cut.split import check_exact, split
 from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.profile import profile_nodes
 from warpcache.export.graph.surgery import normalise
 
 Trace = Callable[[str], Any]
+SHORT = Trial(ages=(1,))
 
 
 def _label_sets(cuts: list[CutCandidate]) -> set[frozenset[str]]:
@@ -115,7 +116,7 @@ def test_costs_of_another_model_are_refused(trace: Trace) -> None:
 def test_ranked_cuts_are_measured_and_ordered(trace: Trace) -> None:
     unet = trace("unet")
     cuts = enumerate_cuts(unet.model, unet.costs)
-    ranked = rank_cuts(cuts, unet.model, unet.stream, "image", ages=(1, 2, 9), keep=5)
+    ranked = rank_cuts(cuts, unet.model, unet.stream, "image", keep=5, trial=Trial(ages=(1, 2, 9)))
     assert 1 <= len(ranked) <= 5
     keys = [(not cut.reads_input, -cut.score) for cut in ranked]
     assert keys == sorted(keys)
@@ -132,7 +133,7 @@ def test_reuse_psnr_of_a_blind_consumer_is_that_of_the_old_frame(trace: Trace) -
     latent = trace("latent")
     cuts = enumerate_cuts(latent.model, latent.costs)
     assert all(not cut.reads_input for cut in cuts)
-    ranked = rank_cuts(cuts, latent.model, latent.stream, "image", ages=(1, 2), targets=3)
+    ranked = rank_cuts(cuts, latent.model, latent.stream, "image", trial=Trial(ages=(1, 2), targets=3))
     frames = [latent.torch_outputs(t)["image"].astype(np.float64) for t in range(6)]
     for age in (1, 2):
         errors = [np.mean((frames[t] - frames[t - age]) ** 2) for t in (2, 4, 5)]
@@ -146,7 +147,7 @@ def test_reuse_on_a_still_stream_is_perfect(trace: Trace) -> None:
     unet = trace("unet")
     still = {"condition": np.repeat(unet.stream["condition"][:1], 3, axis=0)}
     cuts = [cut for cut in enumerate_cuts(unet.model, unet.costs) if cut.reads_input][:2]
-    for cut in rank_cuts(cuts, unet.model, still, "image", ages=(1,)):
+    for cut in rank_cuts(cuts, unet.model, still, "image", trial=SHORT):
         assert cut.reuse_psnr_db == {1: 60.0}
 
 
@@ -154,7 +155,7 @@ def test_inexact_cuts_are_left_out_of_the_ranking(trace: Trace, monkeypatch: pyt
     unet = trace("unet")
     cuts = [cut for cut in enumerate_cuts(unet.model, unet.costs) if cut.reads_input]
     assert len(cuts) >= 2
-    spoiled = rank_cuts(cuts, unet.model, unet.stream, ages=(1,), keep=4)[0].names
+    spoiled = rank_cuts(cuts, unet.model, unet.stream, keep=4, trial=SHORT)[0].names
 
     def check(model: onnx.ModelProto, parts: Any, feeds: Any) -> None:
         if tuple(parts.origins.values()) == spoiled:
@@ -162,31 +163,31 @@ def test_inexact_cuts_are_left_out_of_the_ranking(trace: Trace, monkeypatch: pyt
         check_exact(model, parts, feeds)
 
     monkeypatch.setattr(cut_module, "check_exact", check)
-    assert spoiled not in [cut.names for cut in rank_cuts(cuts, unet.model, unet.stream, ages=(1,), keep=4)]
+    assert spoiled not in [cut.names for cut in rank_cuts(cuts, unet.model, unet.stream, keep=4, trial=SHORT)]
 
 
 def test_choose_auto_takes_the_best_ranked(trace: Trace) -> None:
     unet = trace("unet")
     feeds = unet.frame(0)
     costs = profile_nodes(unet.model, feeds, repeats=1)
-    ranked = rank_cuts(enumerate_cuts(unet.model, unet.costs), unet.model, unet.stream, ages=(1,), keep=2)
+    ranked = rank_cuts(enumerate_cuts(unet.model, unet.costs), unet.model, unet.stream, keep=2, trial=SHORT)
     assert choose_cut(unet.model, "auto", unet.stream, ranked=ranked) is ranked[0]
     # Without a ranking it makes one of its own, from measured costs.
-    found = choose_cut(unet.model, "auto", unet.stream, costs=costs, ages=(1,))
+    found = choose_cut(unet.model, "auto", unet.stream, costs=costs, trial=SHORT)
     check_exact(unet.model, split(unet.model, found.names, anchors=found.anchors), feeds)
 
 
 def test_choose_by_value_and_by_module_path(trace: Trace) -> None:
     unet = trace("unet")
-    by_path = choose_cut(unet.model, "dec.0", unet.stream, costs=unet.costs, ages=(1,))
-    by_name = choose_cut(unet.model, by_path.names[0], unet.stream, costs=unet.costs, ages=(1,))
+    by_path = choose_cut(unet.model, "dec.0", unet.stream, costs=unet.costs, trial=SHORT)
+    by_name = choose_cut(unet.model, by_path.names[0], unet.stream, costs=unet.costs, trial=SHORT)
     assert by_path.names == by_name.names
     assert by_path.labels == ("dec.0",)
     assert set(by_path.reuse_psnr_db) == {1}
     many = trace("many")
     # "pose" is an input and a module: an input cannot be cut at, so the module is meant.
-    assert "pose" in choose_cut(many.model, "deep,pose", many.stream, costs=many.costs, ages=(1,)).labels
-    both = choose_cut(unet.model, "dec.0, enc.0", unet.stream, costs=unet.costs, ages=(1,))
+    assert "pose" in choose_cut(many.model, "deep,pose", many.stream, costs=many.costs, trial=SHORT).labels
+    both = choose_cut(unet.model, "dec.0, enc.0", unet.stream, costs=unet.costs, trial=SHORT)
     assert set(both.labels) == {"dec.0", "enc.0"}
     assert both.cache_bytes > by_path.cache_bytes
 
@@ -194,7 +195,7 @@ def test_choose_by_value_and_by_module_path(trace: Trace) -> None:
 def test_an_output_off_the_cut_is_cached_or_recomputed_by_its_cost(trace: Trace) -> None:
     many = trace("many")
     # Every head hangs on `deep`, but the cut at the image head leaves the whole mask head beside it.
-    found = choose_cut(many.model, "image_head.0", many.stream, "image_out", costs=many.costs, ages=(1,))
+    found = choose_cut(many.model, "image_head.0", many.stream, "image_out", costs=many.costs, trial=SHORT)
     assert {"mask", "feature"} <= set(found.names)
     assert "pose_out" not in found.names
     check_exact(many.model, split(many.model, found.names, anchors=found.anchors), many.frame(3))
@@ -214,7 +215,7 @@ def test_an_output_off_the_cut_is_cached_or_recomputed_by_its_cost(trace: Trace)
 def test_bad_names(trace: Trace, spec: str, error: type[Exception], message: str) -> None:
     unet = trace("unet")
     with pytest.raises(error, match=message):
-        choose_cut(unet.model, spec, unet.stream, costs=unet.costs, ages=(1,))
+        choose_cut(unet.model, spec, unet.stream, costs=unet.costs, trial=SHORT)
 
 
 def test_a_cut_that_leaves_nearly_everything_is_refused(trace: Trace) -> None:
@@ -222,16 +223,16 @@ def test_a_cut_that_leaves_nearly_everything_is_refused(trace: Trace) -> None:
     with pytest.raises(
         ExportError, match="the cut 'identity' does not separate the generator: the consumer would still"
     ):
-        choose_cut(many.model, "identity", many.stream, "image_out", costs=many.costs, ages=(1,))
+        choose_cut(many.model, "identity", many.stream, "image_out", costs=many.costs, trial=SHORT)
 
 
 def test_bad_streams(trace: Trace) -> None:
     unet, many = trace("unet"), trace("many")
     cuts = enumerate_cuts(unet.model, unet.costs)[:1]
     with pytest.raises(InputError, match="the sample stream has 1 frames, but reuse at age 2 needs 3"):
-        rank_cuts(cuts, unet.model, unet.frame(0), ages=(2, 4))
+        rank_cuts(cuts, unet.model, unet.frame(0), trial=Trial(ages=(2, 4)))
     with pytest.raises(InputError, match="the sample stream lacks input 'condition'"):
-        rank_cuts(cuts, unet.model, {}, ages=(1,))
+        rank_cuts(cuts, unet.model, {}, trial=SHORT)
     with pytest.raises(InputError, match="the generator has no output 'picture'; its outputs are image"):
         rank_cuts(cuts, unet.model, unet.stream, "picture")
     with pytest.raises(InputError, match="input 'pose' has 4 frames, but the stream has 6"):

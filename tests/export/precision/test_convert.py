@@ -27,7 +27,7 @@ from warpcache.export.precision import convert as precision_module
 from warpcache.export.precision.casting import elem_types, emulated
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 from warpcache.export.precision.parity import fewest_kept
-from warpcache.export.promise.calibrate import calibrate
+from warpcache.export.promise.calibrate import CalibrationTerms, calibrate
 
 SIZE = 16
 TARGETS = ("sm_86", "sm_89", "sm_120")
@@ -132,8 +132,7 @@ def make_bundle(
             models["producer"],
             {name: models[name] for name in ("plain", "warp")},
             calibrated,
-            image_output="image",
-            max_age=2,
+            CalibrationTerms("image", 2),
             progress=lambda *_: None,
         )
     manifest = Manifest(

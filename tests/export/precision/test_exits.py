@@ -25,7 +25,7 @@ from warpcache.export.graph.surgery import normalise
 from warpcache.export.precision import conversion as conversion_module
 from warpcache.export.precision.casting import elem_types, emulated
 from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
-from warpcache.export.promise.calibrate import calibrate
+from warpcache.export.promise.calibrate import CalibrationTerms, calibrate
 
 SIZE, WIDTH, KEY, ENTRIES = 16, 8, 16, 12
 POOLED = 3 * 4 * 4  # an image's 4x4 cells, flattened
@@ -235,8 +235,7 @@ def make_bundle(folder: Path, *, calibrated: Mapping[str, np.ndarray] | None = N
             models["producer"],
             {name: models[name] for name in ("plain", *EXITS)},
             calibrated,
-            image_output="image",
-            max_age=1,
+            CalibrationTerms("image", 1),
             progress=lambda *_: None,
         )
         assert found is not None

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from warpcache.engine.metrics.images import flip, psnr, ssim
 from warpcache.export.cut.split import split
 from warpcache.export.graph.index import GraphIndex
-from warpcache.export.promise.calibrate import FROZEN, MAX_FRAMES, calibrate
+from warpcache.export.promise.calibrate import FROZEN, MAX_FRAMES, CalibrationTerms, calibrate
 
 FRAMES = 6
 AGES = (1, 2, 3)
@@ -74,9 +74,9 @@ def run(portrait: Any, case: dict[str, Any], **more: Any) -> dict[str, Any] | No
         "progress": silent,
         **more,
     }
-    arrays = options.pop("arrays")
-    parts = case["parts"]
-    return calibrate(portrait.model, parts.producer, {"plain": parts.plain}, arrays, **options)
+    arrays, progress = options.pop("arrays"), options.pop("progress")
+    parts, terms = case["parts"], CalibrationTerms(**options)
+    return calibrate(portrait.model, parts.producer, {"plain": parts.plain}, arrays, terms, progress=progress)
 
 
 def assert_summary(record: dict[str, float], values: list[float], tolerance: float) -> None:
@@ -189,7 +189,7 @@ def test_long_streams_are_measured_on_frames_all_over_them() -> None:
     values = np.arange(frames, dtype=np.float32) / frames
     x = np.broadcast_to(values[:, None, None, None], (frames, *shape[1:])).copy()
     whole, producer, plain = model("x", "image"), model("x", "cache.x"), model("cache.x", "image")
-    record = calibrate(whole, producer, {"plain": plain}, {"x": x}, image_output="image", max_age=2, progress=silent)
+    record = calibrate(whole, producer, {"plain": plain}, {"x": x}, CalibrationTerms("image", 2), progress=silent)
     assert record is not None
     assert record["frames"] == MAX_FRAMES
     for age in (1, 2):
