@@ -18,7 +18,7 @@ from torch import nn
 
 from ..engine.bundle.bundle import Bundle
 from ..engine.bundle.manifest import ExitRecord
-from ..engine.errors import InputError
+from ..engine.errors import ExportError, InputError
 from ..engine.metrics.lpips import Lpips
 from ..engine.spec import Array
 from .adapter.distill import read_plan
@@ -30,14 +30,14 @@ from .bundle.write import bundle_models, refuse_out
 from .cut.candidate import AUTO, CutCandidate
 from .cut.enumerate import enumerate_cuts
 from .cut.rank import Trial, choose_cut, rank_cuts
-from .cut.split import check_exact, split
-from .cut.state import with_state
+from .cut.split import SplitModels, check_exact, split
+from .cut.state import check_state, with_state
 from .frames.clip import Clip, Stream, training_and_held
 from .frames.state import STATE_FILE, State, apart, carried, first_values, state_of, unroll
 from .frames.streams import Progress, frame_at
 from .frames.subject import Subject
 from .frames.surface import Surface
-from .graph.index import GraphIndex, input_names
+from .graph.index import GraphIndex, input_names, tensor_spec
 from .graph.profile import profile_nodes
 from .graph.surgery import fix_input_shapes, merge, normalise
 from .graph.trace import input_names_of, trace_generator
@@ -100,6 +100,7 @@ def compile_generator(
         model = _fixed(
             module,
             train.arrays,
+            first,
             more=set() if surface is None else {surface.atlas},
             state=set(options.state.values()),
         )
@@ -147,7 +148,7 @@ def split_model(
     refuse_out(out)
     options = CompileOptions(cut=cut, steps=0, state=state or {})
     frames, first = _apart_from_state(Clip.of(stream), options.state)
-    model = _fixed(model, frames.arrays, state=set(options.state.values()))
+    model = _fixed(model, frames.arrays, first, state=set(options.state.values()))
     subject = _subject(model, frames, frames, None, state_of(model, options.state, first))
     return _Compilation(subject, out, options, progress).run(made_from)
 
@@ -181,11 +182,8 @@ class _Compilation:
         if options.exits is not None:
             check_promise(subject, options.promised_metric, options.max_age, self.lpips)
         plan = read_plan(self.checkpoint) if options.resume and options.steps else None
-        cut, candidates = _choose(subject, plan["cut"] if plan else options.cut, self.progress)
-        parts = split(subject.answering, cut.names, anchors=cut.anchors)
-        feeds = frame_at(subject.sample, 0)
-        check_exact(subject.answering, parts, feeds)
-        parts = with_state(subject.model, parts, [one.output for one in subject.state], feeds)
+        candidates = _choose(subject, plan["cut"] if plan else options.cut, self.progress)
+        cut, parts = _split(subject, candidates)
         self.models |= {"producer": parts.producer, "plain": parts.plain}
         adapter: AdapterTraining | None = None
         if options.steps:
@@ -209,7 +207,9 @@ class _Compilation:
                 self.models["producer"] = merge(trained.producer, thumbnail_graph(adapter.layout), {})
             # The cut's tensors now leave a producer that does more: still the same bits.
             split_ = dataclasses.replace(parts, producer=self.models["producer"])
-            check_exact(subject.answering, split_, frame_at(subject.train.arrays, 0))
+            feeds = frame_at(subject.train.arrays, 0)
+            check_exact(subject.answering, split_, feeds)
+            check_state(subject.model, split_.producer, subject.state_outputs, feeds)
         values = first_values(subject.state)
         if values is not None:
             self.more[STATE_FILE] = values
@@ -302,8 +302,8 @@ class _Compilation:
         self.branch_checkpoint.unlink(missing_ok=True)
 
 
-def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandidate, list[CutCandidate]]:
-    """The cut, and the candidates that it was ranked among (it alone, where it was named)."""
+def _choose(subject: Subject, spec: str, progress: Progress) -> list[CutCandidate]:
+    """The cuts, the best first; one alone where it was named."""
     progress("choosing the cut", 0, 2)
     model, sample = subject.answering, subject.sample
     feeds = {name: array[-1:] for name, array in sample.items()}
@@ -314,7 +314,7 @@ def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandida
     if spec != AUTO:
         cut = choose_cut(model, spec, sample, measured_on, trial=Trial(state=subject.state_inputs))
         progress("choosing the cut", 2, 2)
-        return cut, [cut]
+        return [cut]
     if frames < 2:
         raise InputError(
             "choosing a cut needs at least 2 frames to see what an old cache is worth; give more, or a cut"
@@ -323,7 +323,22 @@ def _choose(subject: Subject, spec: str, progress: Progress) -> tuple[CutCandida
     progress("choosing the cut", 1, 2)
     ranked = rank_cuts(enumerate_cuts(model, costs, state=subject.state_inputs), model, sample, measured_on)
     progress("choosing the cut", 2, 2)
-    return ranked[0], ranked
+    return ranked
+
+
+def _split(subject: Subject, candidates: Sequence[CutCandidate]) -> tuple[CutCandidate, SplitModels]:
+    """The best cut whose producer gives the state on bit for bit, and its halves; without state that is the best."""
+    feeds = frame_at(subject.sample, 0)
+    for later, cut in enumerate(candidates, 1):
+        parts = split(subject.answering, cut.names, anchors=cut.anchors)
+        check_exact(subject.answering, parts, feeds)
+        try:
+            return cut, with_state(subject.model, parts, subject.state_outputs, feeds)
+        except ExportError as exc:
+            if later == len(candidates):
+                raise
+            logger.info("cut %s is left out: %s", ", ".join(cut.names), exc)
+    raise ExportError("there is no cut to choose from; name one yourself")
 
 
 def _apart_from_state(clip: Clip, wanted: Mapping[str, str]) -> tuple[Clip, dict[str, Array]]:
@@ -345,17 +360,28 @@ def _subject(model: ModelProto, train: Clip, held: Clip, surface: Surface | None
 def _fixed(
     model: ModelProto,
     arrays: Mapping[str, Array],
+    first: Mapping[str, Array],
     more: AbstractSet[str] = frozenset(),
     state: AbstractSet[str] = frozenset(),
 ) -> ModelProto:
-    """An ONNX model in normal form with the stream's sizes; `more` may be in the stream beside its inputs."""
+    """An ONNX model in normal form with the sizes of the stream and of the `first` values of its state.
+
+    `more` may be in the stream beside its inputs.
+    """
     known, given = [name for name in input_names(model) if name not in state], set(arrays)
     missing, unexpected = sorted(set(known) - given), sorted(given - set(known) - more)
     if missing or unexpected:
         faults = [f"lack {', '.join(missing)}"] if missing else []
         faults += [f"hold {', '.join(unexpected)}, which it does not take"] if unexpected else []
         raise InputError(f"the inputs {' and '.join(faults)}; the model takes {', '.join(known)}")
-    return normalise(fix_input_shapes(model, {name: (1, *arrays[name].shape[1:]) for name in known}))
+    shapes = {name: (1, *arrays[name].shape[1:]) for name in known}
+    return normalise(fix_input_shapes(model, shapes | _symbolic(model, first)))
+
+
+def _symbolic(model: ModelProto, first: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Shapes of those first values whose inputs say none themselves."""
+    given = {value.name for value in model.graph.input if tensor_spec(value) is None}
+    return {name: array.shape for name, array in first.items() if name in given}
 
 
 def _first_float(model: ModelProto) -> str | None:

@@ -142,7 +142,7 @@ class AdapterTraining:
         images = self.recording.images
         limits = (float(images.min()), float(images.max()))
         encoder, consumers = self._distillation.encoder.eval(), self._distillation.consumers
-        state = [one.output for one in self._subject.state]
+        state = self._subject.state_outputs
         return TrainedAdapter(
             producer=producer_graph(self._subject.model, self._parts, encoder, self.layout, state),
             consumers={

@@ -13,6 +13,7 @@ from io import BytesIO
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
+from onnxruntime import InferenceSession
 
 from ...engine.bundle.manifest import StateRecord
 from ...engine.errors import InputError
@@ -23,7 +24,7 @@ from ..graph.surgery import rename_values
 from .clip import Clip
 from .streams import frame_at
 
-__all__ = ["STATE_FILE", "State", "apart", "carried", "first_values", "state_of", "unroll"]
+__all__ = ["STATE_FILE", "State", "apart", "carried", "first_values", "state_of", "unroll", "unrolled"]
 
 STATE_FILE = "state.npz"
 """The file of a bundle that holds first values other than zeros."""
@@ -144,18 +145,27 @@ def carried(model: ModelProto, state: tuple[State, ...]) -> ModelProto:
 
 def unroll(model: ModelProto, state: tuple[State, ...], clip: Clip) -> Clip:
     """The clip with the state that every frame starts with as arrays [T, ...], the first value first."""
-    if not state:
-        return clip
-    session = open_session(model)
+    return replace(clip, arrays=unrolled(open_session(model), state, clip.arrays)) if state else clip
+
+
+def unrolled(session: InferenceSession, state: tuple[State, ...], arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """A stream's arrays with the state that every frame starts with where `session` carries it over them in order.
+
+    Args:
+        session: What makes the next state: the whole, or a producer.
+        state: What it carries.
+        arrays: The stream, name -> [T, ...]; what it holds of state is replaced.
+    """
     current = {one.input.name: one.initial for one in state}
-    kept = {name: np.empty((clip.frames, *array.shape[1:]), array.dtype) for name, array in current.items()}
-    for t in range(clip.frames):
+    frames = max(len(array) for name, array in arrays.items() if name not in current)
+    kept = {name: np.empty((frames, *array.shape[1:]), array.dtype) for name, array in current.items()}
+    for t in range(frames):
         for name, array in current.items():
             kept[name][t] = array[0]
-        if t + 1 < clip.frames:
-            made = run_session(session, {**frame_at(clip.arrays, t), **current}, [one.output for one in state])
+        if t + 1 < frames:
+            made = run_session(session, {**frame_at(arrays, t), **current}, [one.output for one in state])
             current = {one.input.name: made[one.output] for one in state}
-    return replace(clip, arrays={**clip.arrays, **kept})
+    return {**arrays, **kept}
 
 
 def first_values(state: tuple[State, ...]) -> bytes | None:

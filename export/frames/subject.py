@@ -51,6 +51,11 @@ class Subject:
         """Those that a frame is not fed with."""
         return frozenset(one.input.name for one in self.state)
 
+    @property
+    def state_outputs(self) -> tuple[str, ...]:
+        """Those that no frame is answered with."""
+        return tuple(one.output for one in self.state)
+
     @cached_property
     def image_output(self) -> str | None:
         """The first output that is a picture."""

@@ -13,6 +13,7 @@ from ...engine.bundle.bundle import Bundle
 from ...engine.bundle.manifest import CACHE_PREFIX
 from ...engine.bundle.roles import Role
 from ...engine.errors import InputError
+from ..frames.state import State
 from ..graph.index import GraphIndex, load_model
 from ..graph.lookups import lookup_nodes
 from ..graph.surgery import normalise
@@ -67,6 +68,7 @@ class Conversion:
 
     Attributes:
         models: Module -> float32 graph.
+        state: What the generator carries; it stays in its own type, as frames do.
         layers: Module that is converted -> layer -> its nodes, in the graph's order.
         rules: Module that is converted -> node -> the rule that keeps it in float32.
         histograms: Module -> value -> distribution; has to be set before anything is quantised.
@@ -84,6 +86,8 @@ class Conversion:
             self.models[name] = model if name in PREDICTORS else normalise(model)
         self._indices = {name: GraphIndex(model) for name, model in self.models.items() if name not in PREDICTORS}
         self._cache = manifest.cache
+        first = bundle.first_state()
+        self.state = tuple(State(one.output, one.input, first[one.input.name]) for one in manifest.state)
         # What a consumer samples at is a coordinate in the producer too, and in the cache between them.
         self._coordinates = {
             value

@@ -26,6 +26,7 @@ from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
 from ..bundle.weights import WEIGHTS_FILE
 from ..bundle.write import bundle_models, refuse_out
+from ..frames.state import unrolled
 from ..frames.streams import Progress, frame_at
 from ..graph.run import open_session, run_session
 from ..promise.calibrate import CalibrationTerms, calibrate
@@ -146,7 +147,10 @@ def convert_bundle(
     progress(f"converting to {options.precision}", 1, 1)
     choice = Choice(half_cache=options.cache_precision != "fp32")
     fitted = _Fitted(choice, conversion.convert(choice), None, 0)
+    state = conversion.state
     if frames is not None:
+        if state:
+            frames = unrolled(open_session(conversion.models[GENERATOR]), state, frames)
         fitted = _Fit(conversion, bundle.manifest, options, frames, progress).run(choice)
     graphs = _graphs(fitted.castings)
     calibration, said = _calibration(bundle.manifest, conversion, graphs, fitted.parity, frames, options, progress)
@@ -194,6 +198,7 @@ class _Fit:
             image_output=manifest.image_output,
             sources=options.parity_frames,
             age=options.age,
+            state=conversion.state,
         )
 
     def run(self, choice: Choice) -> _Fitted:
@@ -371,12 +376,14 @@ def _calibration(
         return known, _IN_FP32
     ages = [int(age) for by_age in known["exits"].values() for age in by_age]
     rounded = {name: emulated(graph) for name, graph in graphs.items()}
+    state = conversion.state
+    carried = unrolled(open_session(rounded[PRODUCER]), state, frames) if state else None
     again = calibrate(
         conversion.models[GENERATOR],
         rounded[PRODUCER],
         {record.name: rounded[record.module] for record in manifest.exits if record.module != GENERATOR},
         frames,
-        CalibrationTerms(image, max(ages, default=1)),
+        CalibrationTerms(image, max(ages, default=1), carried=carried),
         progress=progress,
     )
     if again is None:

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto
 from ...engine.bundle.manifest import CACHE_PREFIX
 from ...engine.metrics.images import PSNR_CAP_DB, measure_frames
 from ...engine.spec import Array
+from ..frames.state import State, unrolled
 from ..frames.streams import frame_at
 from ..graph.run import open_session, run_session
 from .casting import elem_types, emulated
@@ -76,6 +77,8 @@ class Parity:
             then PSNR is of the first float output, its peak the range that float32 gives.
         sources: How many sources at most.
         age: Of the aged caches, in frames; less where the stream is shorter.
+        state: What the generator carries; every graph is given the state that it carries itself, so that errors add up
+            over the stream as they will.
     """
 
     def __init__(
@@ -87,8 +90,9 @@ class Parity:
         image_output: str | None,
         sources: int = 8,
         age: int = 4,
+        state: tuple[State, ...] = (),
     ) -> None:
-        self.exits, self._arrays = dict(exits), arrays
+        self.exits, self._arrays, self._state = dict(exits), arrays, state
         frames = max(len(array) for array in arrays.values())
         age = min(age, frames - 1)
         count = min(sources, frames - age)
@@ -96,7 +100,7 @@ class Parity:
         self._plan = {exit_: self._pairs(exit_, models[module], age) for exit_, module in exits.items()}
         self._image = image_output
         self._reference: dict[tuple[str, int, int], dict[str, Array]] = {}
-        for exit_, answers in _answer(models, self.exits, self._plan, arrays, emulate=False):
+        for exit_, answers in _answer(models, self.exits, self._plan, arrays, state, emulate=False):
             for (t, s), outputs in answers:
                 self._reference[exit_, t, s] = outputs
         first = next(iter(self._reference.values()))
@@ -135,7 +139,7 @@ class Parity:
         wanted = {name: self.exits[name] for name in (exits if exits is not None else self.exits)}
         plan = {name: self._plan[name][:answers] for name in wanted}
         found: dict[str, ExitParity] = {}
-        for exit_, given in _answer(models, wanted, plan, self._arrays, emulate=True):
+        for exit_, given in _answer(models, wanted, plan, self._arrays, self._state, emulate=True):
             psnr: list[float] = []
             flips: list[float] = []
             error, nan = 0.0, 0
@@ -202,6 +206,7 @@ def _answer(
     exits: Mapping[str, str],
     plan: Mapping[str, Sequence[tuple[int, int]]],
     arrays: Mapping[str, Array],
+    state: tuple[State, ...],
     *,
     emulate: bool,
 ) -> Iterator[tuple[str, Iterator[_Answer]]]:
@@ -211,20 +216,29 @@ def _answer(
     """
     caches: dict[int, dict[str, Array]] = {}
     opened: dict[str, ort.InferenceSession] = {}
+    carried: dict[str, dict[str, Array]] = {}
+    inputs, outputs = {one.input.name for one in state}, {one.output for one in state}
 
     def session(module: str) -> ort.InferenceSession:
         if module not in opened:
             opened[module] = open_answering(models[module]) if emulate else open_session(models[module])
         return opened[module]
 
+    def feeds_of(module: str, t: int) -> dict[str, Array]:
+        carries = any(value.name in inputs for value in models[module].graph.input)
+        if carries and module not in carried:
+            carried[module] = unrolled(session(module), state, arrays)
+        return frame_at(carried.get(module, arrays), t)
+
     def answers(module: str, pairs: Sequence[tuple[int, int]]) -> Iterator[_Answer]:
         for t, s in pairs:
-            feeds = frame_at(arrays, t)
+            feeds = feeds_of(module, t)
             if reads_cache(models[module]):
                 if s not in caches:
-                    caches[s] = run_session(session(PRODUCER), frame_at(arrays, s))
+                    caches[s] = run_session(session(PRODUCER), feeds_of(PRODUCER, s))
                 feeds = {**feeds, **caches[s]}
-            yield (t, s), run_session(session(module), feeds)
+            made = run_session(session(module), feeds)
+            yield (t, s), {name: array for name, array in made.items() if name not in outputs}
 
     for exit_, module in exits.items():
         yield exit_, answers(module, plan[exit_])

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from ...engine.metrics.images import available_metrics, measure_frames
 from ...engine.metrics.lpips import Lpips
 from ...engine.spec import Array
-from ..frames.streams import Progress, frames_of
+from ..frames.streams import Progress, frame_at, frames_of
 from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
 
@@ -34,12 +34,14 @@ class CalibrationTerms:
         max_age: Ages 1..max_age are measured, as far as the stream is long enough.
         truth: Ground truth of that output, float32 [T, C, H, W].
         lpips: LPIPS, where its weights are at hand.
+        carried: The stream as the producer carries its state over it, where that is not the generator's to the bit.
     """
 
     image_output: str
     max_age: int
     truth: Array | None = None
     lpips: Lpips | None = None
+    carried: Mapping[str, Array] | None = None
 
 
 def calibrate(
@@ -80,7 +82,8 @@ def calibrate(
     images = [run_session(whole, frame, [image_output])[image_output] for frame in stream]
     source = open_session(producer)
     sources = sorted({t - age for t in targets for age in ages})
-    caches = {s: run_session(source, stream[s]) for s in sources}
+    made_of = arrays if terms.carried is None else terms.carried
+    caches = {s: run_session(source, frame_at(made_of, s)) for s in sources}
     sessions = {name: open_session(model) for name, model in exits.items()}
     cached = {value.name for value in source.get_outputs()}
     ages_of = {

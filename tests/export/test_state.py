@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.parser
 import pytest
 import torch
+from onnx import helper
 from recurrent import NETWORKS, network, stream, torch_loop
 from torch import Tensor, nn
 
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.bundle.roles import Role
 from warpcache.engine.engine import Engine
-from warpcache.engine.errors import InputError
+from warpcache.engine.errors import ExportError, InputError
+from warpcache.export import compile as compile_module
 from warpcache.export.adapter.layout import AdapterConfig
 from warpcache.export.compile import compile_generator, split_model
-from warpcache.export.frames.state import apart, state_of
+from warpcache.export.frames.state import apart, carried, state_of
+from warpcache.export.graph.index import GraphIndex
+from warpcache.export.graph.run import run_model
+from warpcache.export.graph.surgery import normalise
 from warpcache.export.graph.trace import trace_generator
 from warpcache.export.options import CompileOptions
+from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
 
 FRAMES = 10
 SMALL = AdapterConfig(stride=4, width=16, blocks=0, features=16, encoder_width=16)
@@ -209,6 +216,106 @@ def test_what_is_no_state_is_refused(state: dict[str, str], first: dict[str, np.
     model = trace_generator(network("gru"), {key: array[:1] for key, array in inputs.items()})
     with pytest.raises(InputError, match=f"^{message}"):
         state_of(model, state, first)
+
+
+class Leads(nn.Module):
+    """Its one picture is its state."""
+
+    def forward(self, image: Tensor, last: Tensor) -> dict[str, Tensor]:
+        return {"level": image.mean((2, 3)), "shown": 0.5 * image + 0.5 * last}
+
+
+def test_a_picture_that_is_state_only_is_refused() -> None:
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    model = trace_generator(Leads(), {"image": image, "last": image})
+    with pytest.raises(InputError, match=r"^output 'shown' is a picture, but it is state only, .* another name$"):
+        state_of(model, {"shown": "last"}, {})
+
+
+def test_a_generator_without_frames_is_refused() -> None:
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    model = trace_generator(Leads(), {"image": image, "last": image})
+    model.graph.output.add().CopyFrom(model.graph.output[1])
+    model.graph.output[2].name = "again"
+    model.graph.node.append(helper.make_node("Identity", ["shown"], ["again"], name="again"))
+    with pytest.raises(InputError, match=r"^every input of the generator \(image, last\) is state; none is left"):
+        state_of(model, {"shown": "last", "again": "image"}, {})
+
+
+def test_an_onnx_model_with_symbolic_state_takes_the_first_values_shape(tmp_path: Path) -> None:
+    inputs = stream("gru", 12)
+    model = trace_generator(network("gru"), {key: array[:1] for key, array in inputs.items()})
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith("memory"):
+            value.type.tensor_type.shape.dim[2].dim_param = "rows"
+    del model.graph.value_info[:]
+
+    def split(arrays: dict[str, np.ndarray]) -> Bundle:
+        return split_model(
+            model,
+            Frames(arrays),
+            tmp_path / "symbolic.warp",
+            state={"memory_next": "memory"},
+            made_from={},
+            progress=lambda *_: None,
+        )
+
+    with pytest.raises(InputError, match=r"^state 'memory' has no fixed shape in the generator; add its first value"):
+        split({"image": inputs["image"]})
+    assert split(inputs).manifest.state[0].input.shape == (1, 8, 8, 8)
+
+
+def test_a_state_that_a_branch_of_the_graph_captures_is_carried() -> None:
+    """An If reads the state from inside, where no node of the main graph shows it."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[1, 2] x, float[1, 2] h, bool[1] keep) => (float[1, 2] y, float[1, 2] h_next) {
+            h_next = If (keep) <then_branch = t () => (float[1, 2] a) { a = Add (h, x) },
+                                else_branch = e () => (float[1, 2] b) { b = Mul (h, x) }>
+            y = Neg (h_next)
+        }"""
+    )
+    model = normalise(model)
+    feeds = {"x": np.full((1, 2), 3, "f4"), "h": np.full((1, 2), 2, "f4"), "keep": np.array([True])}
+    ends = carried(model, state_of(model, {"h_next": "h"}, {}))
+    index = GraphIndex(ends)
+    assert [index.nodes[reader].op_type for reader in index.consumers["h"]] == ["Identity"]
+    expected, given = run_model(model, feeds), run_model(ends, feeds)
+    assert list(given) == list(expected) == ["y", "h_next"]
+    for name in expected:
+        np.testing.assert_array_equal(given[name], expected[name])
+
+
+def test_a_cut_whose_producer_changes_the_state_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    give = compile_module.with_state
+
+    def with_state(*arguments: Any) -> Any:
+        tried.append(arguments[1])
+        if len(tried) == 1:
+            raise ExportError("the producer's state differs")
+        return give(*arguments)
+
+    monkeypatch.setattr(compile_module, "with_state", with_state)
+    bundle = compile_("gru", tmp_path / "second.warp")
+    candidates = bundle.manifest.cut.candidates
+    assert list(bundle.manifest.cut.tensors) == candidates[1]["tensors"] != candidates[0]["tensors"]
+
+
+def test_half_precision_is_measured_with_the_state_that_it_carries_itself(
+    compiled: tuple[str, Bundle], tmp_path: Path
+) -> None:
+    name, bundle = compiled
+    frames = {"image": stream(name, FRAMES, seed=9)["image"]}
+    half = convert_bundle(bundle, tmp_path / "half.warp", options=PrecisionOptions("fp16"), frames=frames)
+    assert half.manifest.state == bundle.manifest.state
+    for key, value in bundle.first_state().items():
+        np.testing.assert_array_equal(half.first_state()[key], value)
+    parity = half.manifest.created["precision"]["parity"]
+    assert set(parity) == {"whole", "plain"}
+    assert all(40 < record["psnr_db"]["worst"] < 100 for record in parity.values())
+    with Engine(half, policy="full") as engine:
+        assert len(list(engine.session().render(frames))) == FRAMES
 
 
 @pytest.mark.parametrize(
