@@ -25,7 +25,7 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError
 from warpcache.export.adapter.layout import AdapterConfig
-from warpcache.export.compile import CompileOptions, compile_generator
+from warpcache.export.compile import CompileOptions, Footage, compile_generator
 from warpcache.export.frames.surface import Surface
 from warpcache.media.inputs import InputStream
 from warpcache.models.head import SyntheticHead
@@ -84,9 +84,8 @@ def main(
             return
         compile_generator(
             model,
-            _stream(train),
+            Footage(_stream(train), _stream(holdout)),
             out,
-            holdout=_stream(holdout),
             options=CompileOptions(
                 steps=steps,
                 max_age=6,

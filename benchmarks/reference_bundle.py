@@ -90,11 +90,11 @@ def make_reference_bundle(
         WarpcacheError: If something of it cannot be made or written.
     """
     from warpcache.export.adapter.layout import AdapterConfig
-    from warpcache.export.compile import CompileOptions, compile_generator
+    from warpcache.export.compile import CompileOptions, Footage, compile_generator
     from warpcache.export.precision.convert import PrecisionOptions, convert_bundle
     from warpcache.media.inputs import InputStream
 
-    stream = InputStream.from_arrays(_noise(size, _FRAMES), fps=_FPS)
+    footage = Footage(InputStream.from_arrays(_noise(size, _FRAMES), fps=_FPS))
     # The demo's adapter. Clips of one pair keep the one step's memory below that of a real training.
     options = CompileOptions(
         cut=cut,
@@ -106,7 +106,9 @@ def make_reference_bundle(
     recipe: Mapping[str, Any] = {"recipe": "python -m benchmarks.reference_bundle", "size": size, "purpose": PURPOSE}
     with tempfile.TemporaryDirectory() as scratch:
         first = out if precision == "fp32" else Path(scratch) / out.name
-        bundle = compile_generator(generator(size), stream, first, options=options, made_from=recipe, progress=progress)
+        bundle = compile_generator(
+            generator(size), footage, first, options=options, made_from=recipe, progress=progress
+        )
         if precision == "fp32":
             return bundle
         # Without frames: parity of random weights says nothing, and its search takes minutes.

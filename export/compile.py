@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,31 @@ from .promise.predictor import thumbnail_graph
 from .promise.predictor_fit import PromiseFrames
 from .promise.promise import CALIBRATION_FILE, PromiseOptions, make_promise
 
-__all__ = ["DEFAULT_STEPS", "CompileOptions", "Stream", "compile_generator", "split_model"]
+__all__ = ["DEFAULT_STEPS", "CompileOptions", "Footage", "Stream", "compile_generator", "split_model"]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Footage:
+    """The frames that a generator is compiled on.
+
+    Attributes:
+        stream: Frames to train on.
+        holdout: Frames to calibrate on; without it the last quarter of `stream` is kept back.
+        surface: Where the inputs carry motion; without it a module's attribute `surface` says so.
+    """
+
+    stream: Stream
+    holdout: Stream | None = None
+    surface: Surface | None = None
+
+
 def compile_generator(
     module: nn.Module | ModelProto,
-    stream: Stream,
+    footage: Footage,
     out: Path,
     *,
-    holdout: Stream | None = None,
-    surface: Surface | None = None,
     options: CompileOptions,
     made_from: Mapping[str, Any],
     progress: Progress,
@@ -70,10 +84,8 @@ def compile_generator(
     Args:
         module: The trained generator, as a PyTorch module or as it was traced or exported before: an ONNX model, whose
             symbolic dimensions take the stream's sizes.
-        stream: Frames to train on.
+        footage: Frames to train and to calibrate on.
         out: The bundle to write, ``NAME.warp``.
-        holdout: Frames to calibrate on; without it the last quarter of `stream` is kept back.
-        surface: Where the inputs carry motion; without it a module's attribute `surface` says so.
         options: The user's choices.
         made_from: What the manifest is to say of where it comes from, JSON-ready.
         progress: Told how far it is: stage, done, total.
@@ -88,10 +100,11 @@ def compile_generator(
     """
     refuse_out(out)
     training = options.steps > 0
-    surface = surface if surface is not None else getattr(module, "surface", None)
+    holdout = footage.holdout
+    surface = footage.surface if footage.surface is not None else getattr(module, "surface", None)
     # A stream made for training serves `--steps 0` as well; what the cut alone does not need is left out.
     spare = surface.atlas if surface is not None and not training else None
-    frames, first = _apart_from_state(Clip.of(stream, without=spare), options.state)
+    frames, first = _apart_from_state(Clip.of(footage.stream, without=spare), options.state)
     train, held = training_and_held(
         frames, None if holdout is None else _apart_from_state(Clip.of(holdout), options.state)[0], training=training
     )

@@ -28,7 +28,7 @@ from warpcache.export.adapter import training as adapter_training
 from warpcache.export.adapter.graphs import LADDER, choose_configs
 from warpcache.export.adapter.layout import AdapterConfig, AdapterLayout
 from warpcache.export.bundle import write as bundling
-from warpcache.export.compile import CompileOptions, compile_generator, split_model
+from warpcache.export.compile import CompileOptions, Footage, compile_generator, split_model
 from warpcache.export.frames.surface import Surface
 from warpcache.export.graph.run import run_model
 from warpcache.media.inputs import InputStream
@@ -58,7 +58,7 @@ def compiled(
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Bundle:
     return compile_generator(
-        module, stream, out, holdout=holdout, options=options, made_from={"why": "test"}, progress=progress
+        module, Footage(stream, holdout), out, options=options, made_from={"why": "test"}, progress=progress
     )
 
 

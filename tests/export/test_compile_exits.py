@@ -22,7 +22,7 @@ from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Qua
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter.layout import AdapterConfig
 from warpcache.export.branches.branches import BranchOptions
-from warpcache.export.compile import CompileOptions, compile_generator
+from warpcache.export.compile import CompileOptions, Footage, compile_generator
 from warpcache.export.frames.subject import Subject
 from warpcache.export.graph.index import load_model
 from warpcache.export.graph.macs import count_macs
@@ -88,9 +88,8 @@ def compiled(
 ) -> Bundle:
     return compile_generator(
         model,
-        train or clip(8),
+        Footage(train or clip(8), held or clip(29, seed=1)),
         out,
-        holdout=held or clip(29, seed=1),
         options=options,
         made_from={"why": "test"},
         progress=progress,

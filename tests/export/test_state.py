@@ -21,7 +21,7 @@ from warpcache.engine.engine import Engine
 from warpcache.engine.errors import ExportError, InputError
 from warpcache.export import compile as compile_module
 from warpcache.export.adapter.layout import AdapterConfig
-from warpcache.export.compile import compile_generator, split_model
+from warpcache.export.compile import Footage, compile_generator, split_model
 from warpcache.export.frames.state import apart, carried, state_of
 from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.run import run_model
@@ -52,7 +52,7 @@ class Frames:
 def compile_(name: str, out: Path, *, steps: int = 0, **options: Any) -> Bundle:
     return compile_generator(
         network(name),
-        Frames(stream(name, 16)),
+        Footage(Frames(stream(name, 16))),
         out,
         options=CompileOptions(steps=steps, max_age=2, state=NETWORKS[name].state, **options),
         made_from={},
@@ -181,7 +181,7 @@ def test_a_state_that_does_not_fit_itself_is_refused(
     with pytest.raises(InputError, match=f"^{message}"):
         compile_generator(
             Grows(change).eval(),
-            Frames(arrays),
+            Footage(Frames(arrays)),
             tmp_path / "out.warp",
             options=CompileOptions(steps=0, state={"memory_next": "memory"}),
             made_from={},
@@ -336,7 +336,7 @@ def test_exits_and_a_missing_first_value_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^state 'memory' has no first value; add an array 'memory'"):
         compile_generator(
             network("gru"),
-            Frames({"image": stream("gru", 8)["image"]}),
+            Footage(Frames({"image": stream("gru", 8)["image"]})),
             tmp_path / "out.warp",
             options=CompileOptions(steps=0, state={"memory_next": "memory"}),
             made_from={},

@@ -64,7 +64,7 @@ def compile_files(
         WarpcacheError: Whatever is wrong with what the user named; see `warpcache.export.compile`.
         ModuleNotFoundError: If the ``export`` extra is not installed.
     """
-    from ..export.compile import DEFAULT_STEPS, CompileOptions, compile_generator
+    from ..export.compile import DEFAULT_STEPS, CompileOptions, Footage, compile_generator
     from ..export.graph.trace import input_names_of, load_factory, load_weights
 
     # First: wrong options are found before anything is loaded.
@@ -88,9 +88,8 @@ def compile_files(
     promise = {} if exits is None else {"exits": exits, "metric": options.promised_metric, "bank_size": bank_size}
     return compile_generator(
         module,
-        _load(inputs, names),
+        Footage(_load(inputs, names), None if holdout is None else _load(holdout, names)),
         out,
-        holdout=None if holdout is None else _load(holdout, names),
         options=options,
         made_from={
             "factory": factory,
