@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from warpcache import Engine
-from warpcache.engine.bundle import bundle as bundle_module
+from warpcache.engine.bundle import write as bundle_writing
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BundleError, ExportError, InputError, WarpcacheError
 from warpcache.engine.metrics.images import psnr
@@ -495,7 +495,7 @@ def test_a_split_model_is_exact_and_calibrated(portrait: Any, tmp_path: Path) ->
 def test_a_full_disk_leaves_nothing(
     portrait: Any, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, traced_once: None
 ) -> None:
-    write, written = bundle_module._write, []
+    write, written = bundle_writing._write, []
 
     def fail_at_third(target: Path, content: Path | bytes) -> Any:
         written.append(target)
@@ -503,7 +503,7 @@ def test_a_full_disk_leaves_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(target, content)
 
-    monkeypatch.setattr(bundle_module, "_write", fail_at_third)
+    monkeypatch.setattr(bundle_writing, "_write", fail_at_third)
     with pytest.raises(BundleError, match=r"^the disk is full: bundle .*p\.warp needs [0-9]+ bytes"):
         compiled(portrait.module, stream_of(portrait), tmp_path / "p.warp", UNTRAINED)
     monkeypatch.undo()
