@@ -52,6 +52,7 @@ def test_points_are_medians_of_what_was_measured() -> None:
     calibration = Calibration("lpips", exits, ("branch1",), (1,), full, full + 1, scores, age, np.arange(42) % 21)
 
     class Manifest:
+        exact_exit = "whole"
         exits = tuple(
             ExitRecord(name, (name,), cost)
             for name, cost in (("whole", 1.0), ("plain", 0.4), ("warp", 0.1), ("branch1", 0.3))
