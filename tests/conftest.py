@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+# One thread for each library's loops, in this process and those that it starts: there is a process a core, sizes are
+# small, and OpenMP's threads spin while they wait for each other (the README's compile took 130 s with two threads on
+# two busy cores, and 51 s with one). It must be said before NumPy, PyTorch or ONNX Runtime is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import onnx
 import pytest
@@ -64,6 +69,33 @@ _fixtures = _software_cuda_fixtures()
 software_cuda_driver = _fixtures.software_cuda_driver
 software_cuda = _fixtures.software_cuda
 no_cuda_driver = _fixtures.no_cuda_driver
+
+
+# The files that take longest, longest first: begun last, one of them would keep one core busy and leave the rest idle.
+LONGEST = (
+    "test_readme.py",
+    "conformance/test_split_everywhere.py",
+    "export/test_compile_exits.py",
+    "conformance/test_operator_table.py",
+    "export/precision/test_convert.py",
+    "export/branches/test_branches.py",
+    "export/test_compile.py",
+    "benchmarks/test_gpu_engine_benchmark.py",
+    "benchmarks/test_building_benchmarks.py",
+    "conformance/test_generators.py",
+)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No further processes where the tests of a GPU are asked for: it is one, and they measure its memory."""
+    return 0 if config.option.markexpr == "gpu" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the order of the others, and within a file, stays."""
+    root = Path(__file__).parent
+    rank = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -257,6 +258,17 @@ def costs_of(model: onnx.ModelProto) -> dict[str, float]:
     index = GraphIndex(model)
     heavy = ("Conv", "ConvTranspose", "MatMul", "Gemm")
     return {name: 10.0 if node.op_type in heavy else 0.5 for name, node in zip(index.names, index.nodes, strict=True)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_operator_table() -> Iterator[None]:
+    """PyTorch's exporter parses the sources of all its operators at each export, half a trace's time: here once."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        apis = _registration.onnxscript_apis
+        patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
 
 
 _TRACED: dict[str, Traced] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -10,8 +12,9 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -70,9 +73,9 @@ def build_driver() -> Path:
     folder = _folder("driver", [path.read_bytes() for path in (*parts, *headers)])
     # The name is what dlopen("libcuda.so.1") finds it by once it is loaded.
     target = folder / "libcuda.so.1"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if target.exists():
+            return target
         objects = [Path(scratch) / f"{part.stem}.o" for part in parts]
         flags = ["-Wall", "-Wextra", "-isystem", str(_cuda_headers())]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -83,7 +86,7 @@ def build_driver() -> Path:
                 pass
         built = Path(scratch) / "libcuda.so.1"
         _run([*FLAGS, "-shared", "-Wl,-soname,libcuda.so.1", *map(str, objects), "-o", str(built), "-ldl"])
-        # Renamed when it is whole: several test runs may build at once.
+        # Renamed when it is whole: a run that is ended leaves none that is half written.
         built.replace(target)
     return target
 
@@ -117,9 +120,9 @@ def build_kernels(source: str, name: str, *, include: Sequence[Path] = ()) -> Pa
     key = [path.read_bytes() for path in shims if path.is_file()]
     folder = _folder("kernels", [generated.encode(), *(text.encode() for text in headers.values()), *key])
     target = folder / "kernels.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if target.exists():
+            return target
         for header, text in headers.items():
             (Path(scratch) / header).write_text(text)
         unit = Path(scratch) / "kernels.cpp"
@@ -224,6 +227,15 @@ def _folder(what: str, contents: list[bytes]) -> Path:
     return folder
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits while another process builds in `folder`, so that of several test processes one alone compiles."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
 def _compiler_version() -> str:
     return subprocess.run(
         [compiler(), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
