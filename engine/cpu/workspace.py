@@ -61,11 +61,17 @@ class CpuWorkspace:
 
     def exit(self, route: Route) -> Lane:
         """The lane of an exit."""
-        return self._lane(route, lambda: self._late(route), self._take_answer)
+        lane = self._lanes.get(route)
+        if lane is None:
+            lane = self._lanes[route] = self._lane(self._late(route), self._take_answer)
+        return lane
 
     def lane(self, role: Role, index: int = 0) -> Lane:
         """The lane of a module that answers no frame (see `Workspace.lane`)."""
-        return self._lane((role, index), lambda: self._loaded(role, index), None)
+        lane = self._lanes.get((role, index))
+        if lane is None:
+            lane = self._lanes[role, index] = self._lane(self._loaded(role, index), None)
+        return lane
 
     def finite(self, outputs: Mapping[str, Any]) -> bool:
         """Whether an answer holds neither NaN nor Inf."""
@@ -98,16 +104,8 @@ class CpuWorkspace:
         assert self._modules.auditor is not None, "no auditor was loaded"
         return self._modules.auditor
 
-    def _lane(
-        self,
-        key: Route | tuple[Role, int],
-        load: Callable[[], LoadedModule],
-        take: Callable[[], dict[str, Any]] | None,
-    ) -> Lane:
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = DirectLane(load(), self._slots, take, self._first_state)
-        return lane
+    def _lane(self, loaded: LoadedModule, take: Callable[[], dict[str, Any]] | None) -> DirectLane:
+        return DirectLane(loaded, self._slots, take, self._first_state)
 
 
 class DirectLane:

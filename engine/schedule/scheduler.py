@@ -86,6 +86,9 @@ class Scheduler:
                 "come one after the other; take one"
             )
         self.policy = policy
+        # Asked of the policy once, not at every event.
+        self._foreground, self._uses_cache = policy.foreground, policy.uses_cache
+        self._live, self._deterministic = policy.live, policy.deterministic
         self._queue_limit = queue_limit if answering.stateful or not policy.live else 1
         if answering.stateful and answering.max_age:
             self._queue_limit = min(self._queue_limit, answering.max_age)
@@ -122,7 +125,7 @@ class Scheduler:
         """Whether one more frame may arrive now; under a live policy always, since an older one makes room."""
         if self._answering.stateful and len(self._owed) >= self._queue_limit:
             return False
-        return self.policy.live or len(self._pending) < self._queue_limit
+        return self._live or len(self._pending) < self._queue_limit
 
     @property
     def behind(self) -> bool:
@@ -144,7 +147,7 @@ class Scheduler:
         needed = {*self._pending, *self._history, *self._owed}
         if self._refreshing is not None:
             needed.add(self._refreshing)
-        if not self.policy.foreground and self._newest_produced < self._newest_frame:
+        if not self._foreground and self._newest_produced < self._newest_frame:
             needed.add(self._newest_frame)
         return needed
 
@@ -185,10 +188,11 @@ class Scheduler:
                 if self._advancing != event.frame:
                     raise _impossible(f"the state was advanced by frame {event.frame}, which was not asked for")
                 self._advancing = None
-        if not self.policy.foreground:
+        if not self._foreground:
             self._start_producers(actions)
         self._answer_pending(actions)
-        self._prepare_next(actions)
+        if self._foreground and self._uses_cache:
+            self._prepare_next(actions)
         return actions
 
     # Events
@@ -196,18 +200,18 @@ class Scheduler:
     def _arrive(self, frame: int, actions: list[Action]) -> None:
         if frame <= self._newest_frame:
             raise _impossible(f"frame {frame} arrived after frame {self._newest_frame}")
-        if self.policy.live:
+        if self._live:
             actions.extend(DropFrame(stale) for stale in self._pending)
-            if self._answering.stateful and not self.policy.uses_cache:
+            if self._answering.stateful and not self._uses_cache:
                 self._owed.extend(self._pending)
             self._pending.clear()
         elif len(self._pending) >= self._queue_limit:
             raise _impossible(f"frame {frame} arrived while {len(self._pending)} frames wait")
         self._newest_frame = frame
         self._pending.append(frame)
-        if self.policy.deterministic:
+        if self._deterministic:
             self._history.append(frame)
-        if self._answering.stateful and self.policy.uses_cache:
+        if self._answering.stateful and self._uses_cache:
             self._owed.append(frame)
 
     def _end_producer(self, event: ProducerDone | ProducerFailed) -> None:
@@ -290,8 +294,8 @@ class Scheduler:
         actions.append(action)
 
     def _answer_pending(self, actions: list[Action]) -> None:
-        while self._pending and self._current is None and not (self.policy.foreground and self._in_flight):
-            if not self.policy.uses_cache:
+        while self._pending and self._current is None and not (self._foreground and self._in_flight):
+            if not self._uses_cache:
                 if self._advancing is not None or self._advance(actions):
                     return
                 frame = self._pending.popleft()
@@ -299,7 +303,7 @@ class Scheduler:
                     self._answer(frame, actions, refreshed=False)
                 else:
                     self._answer_whole(frame, actions)
-            elif not self.policy.foreground:
+            elif not self._foreground:
                 if self._waits_for_cache(self._pending[0]):
                     self._waited_for_first = True
                     return
@@ -341,20 +345,18 @@ class Scheduler:
         """The frame whose cache must be made before `frame` is answered; None where the one at hand serves."""
         newest = self._newest_for(frame)
         wanted = self.policy.wanted_cache(frame, None if newest is None else newest.frame, self._history)
-        return None if self.policy.deterministic and wanted == self._failed_cache else wanted
+        return None if self._deterministic and wanted == self._failed_cache else wanted
 
     def _prepare_next(self, actions: list[Action]) -> None:
         """Between two frames in the foreground: make the cache of the next one, and what is owed to the state.
 
         If a gap makes the guess wrong, the right cache is made when the frame is there.
         """
-        if not (self.policy.foreground and self.policy.uses_cache) or self._newest_frame < 0:
-            return
-        if self._pending or self._current or self._in_flight:
+        if self._newest_frame < 0 or self._pending or self._current or self._in_flight:
             return
         limit = self.policy.prepared_up_to(self._newest_frame)
         if self._owed:
-            if self.policy.deterministic and (limit is None or self._owed[0] > limit):
+            if self._deterministic and (limit is None or self._owed[0] > limit):
                 return
             self._start_producer(0, self._owed[0], actions)
         elif limit is not None and self._history and not self._answering.stateful:
