@@ -182,7 +182,7 @@ class _Compilation:
         self.checkpoint = out.with_suffix(".checkpoint.safetensors")
         self.branch_checkpoint = out.with_suffix(".branches.checkpoint.safetensors")
         self.models: dict[str, ModelProto] = {"generator": subject.model}
-        self.exits = [WHOLE, "plain"]
+        self.trained: list[str] = []  # exits besides the generator itself and its own remaining layers
         self.training: dict[str, Any] = {}
         self.more: dict[str, bytes] = {}
 
@@ -214,7 +214,7 @@ class _Compilation:
             branches = self._train_branches(adapter)
             trained = adapter.run()
             self.models |= {"producer": trained.producer, **trained.consumers, **branches}
-            self.exits += [*trained.consumers, *branches]
+            self.trained += [*trained.consumers, *branches]
             self.training |= trained.record
             if options.exits is not None:
                 self.models["producer"] = merge(trained.producer, thumbnail_graph(adapter.layout), {})
@@ -226,7 +226,7 @@ class _Compilation:
         values = first_values(subject.state)
         if values is not None:
             self.more[STATE_FILE] = values
-        costs = measure_costs(self.models, self.exits, subject)
+        costs = measure_costs(self.models, [WHOLE, "plain", *self.trained], subject)
         calibration = self._calibrate()
         if adapter is not None and options.exits is not None and calibration is not None:
             calibration["promise"] = self._promise(adapter.layout, costs)
@@ -278,7 +278,7 @@ class _Compilation:
         return calibrate(
             self.subject.answering,
             self.models["producer"],
-            {name: self.models[name] for name in self.exits if name != WHOLE},
+            {name: self.models[name] for name in ("plain", *self.trained)},
             held.arrays,
             CalibrationTerms(self.subject.image_output, self.options.max_age, held.truth, self.lpips),
             progress=self.progress,
@@ -289,7 +289,7 @@ class _Compilation:
         subject, options = self.subject, self.options
         assert subject.image_output is not None  # else `check_promise` had refused
         models = ExitModels(
-            exits={name: self.models[name] for name in self.exits if name not in (WHOLE, "plain")},
+            exits={name: self.models[name] for name in self.trained},
             generator=subject.model,
             producer=self.models["producer"],
             image_output=subject.image_output,

@@ -7,6 +7,7 @@ import gc
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,18 @@ class SoftwareCuda:
         if found < 0:
             raise ValueError(f"there is no stream {stream!r}")
         return found
+
+    def wait_for_work(self, stream: Any, *, limit_s: float = 30.0) -> None:
+        """Wait until somebody, perhaps on another thread, has given `stream` work that is not finished.
+
+        Raises:
+            TimeoutError: If nobody has within the limit.
+        """
+        until = time.monotonic() + limit_s
+        while not self.pending(stream):
+            if time.monotonic() > until:
+                raise TimeoutError(f"nobody gave {stream!r} any work")
+            os.sched_yield()
 
     def add_kernels(self, source: Path | str, *, include: tuple[Path, ...] = ()) -> None:
         """Compile kernels for the host, so that cubins with kernels of the same names can be launched.

@@ -173,7 +173,7 @@ def test_frames_go_on_while_an_audit_is_held(make_engine: Callable[..., Engine],
             routes = [next(reader).route for _ in range(4)]
             assert routes == ["branch1"] * 4
             assert session.statistics.audits == 0
-            assert software_cuda.pending(auditor) > 0
+            software_cuda.wait_for_work(auditor)
         engine.synchronize()
         assert session.statistics.audits == 1
         # The next is due when the last has ended.
