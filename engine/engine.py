@@ -250,7 +250,7 @@ class Engine:
         whole, plain = manifest.exact_exit, manifest.plain_exit
         stateful = bool(manifest.state)
         if exit_ is None:
-            # The dearest consumer is the best one; without any the generator's own remaining layers serve.
+            # The costliest consumer is the best one; without any the generator's own remaining layers serve.
             consumers = sorted(manifest.exits_of(Role.WARP), key=lambda record: record.cost_ratio)
             aged = consumers[-1].name if consumers else plain or ""
         else:

@@ -70,7 +70,7 @@ class Decision:
             nothing was predicted for the exit.
         degraded: What was given up because no eligible exit is done by the deadline; None: nothing.
         scene_cut: Whether caches of earlier frames are of another scene or subject.
-        ranking: What to try, in this order, where the answer is not finite: the dearer eligible exits, ``whole`` last.
+        ranking: What to try, in this order, where the answer is not finite: the costlier eligible exits, ``whole`` last.
             Empty where ``whole`` itself answers, or nothing does.
     """
 
@@ -132,7 +132,7 @@ class RouterOptions:
 class Router:
     """Decides for one session, frame by frame.
 
-    Hysteresis, so that exits do not flicker: to a dearer exit at once; to a cheaper one where it is cheaper by more
+    Hysteresis, so that exits do not flicker: to a costlier exit at once; to a cheaper one where it is cheaper by more
     than `gain`, and has `room` spreads beyond the margin or has been eligible for `hold` frames running. From a branch
     to an eligible consumer at once: beside it the branch may not stay, and the whole generator would have to answer.
 
@@ -212,8 +212,8 @@ class Router:
             predicted = score_value(rule.quality.metric, signals.predicted[chosen])
         ranking: tuple[str, ...] = ()
         if chosen != self._whole:
-            dearer = order[order.index(chosen) + 1 :]
-            ranking = (*(name for name in dearer if name in eligible and name != self._whole), self._whole)
+            costlier = order[order.index(chosen) + 1 :]
+            ranking = (*(name for name in costlier if name in eligible and name != self._whole), self._whole)
         return Decision(chosen, predicted, degraded, scene_cut, ranking)
 
     def _slack(
@@ -264,7 +264,7 @@ class Router:
             settled = slack.get(name, math.inf) >= self._options.room or self._eligible_for[name] >= self._options.hold
             if settled and not (keeps and ms(name) > (1.0 - self._options.gain) * last_ms):
                 return name
-        # The last exit may not answer and nothing dearer is in time: the dearest of what is eligible.
+        # The last exit may not answer and nothing costlier is in time: the costliest of what is eligible.
         return candidates[-1]
 
     def _degraded(
@@ -286,7 +286,7 @@ class Router:
         return (older, "older cache") if older is not None else (None, "dropped")
 
     def _best(self, names: list[str], signals: Signals | None) -> str | None:
-        """The exit of best predicted quality; where nothing is predicted, the dearest, as it should be the best."""
+        """The exit of best predicted quality; where nothing is predicted, the costliest, as it should be the best."""
         if not names:
             return None
         known = {} if signals is None else {name: p for name in names if (p := signals.predicted.get(name)) is not None}

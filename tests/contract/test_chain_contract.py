@@ -41,7 +41,7 @@ def graph(nodes: list, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec
 
 @pytest.fixture(scope="session")
 def chained(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle and two exits more: with middle = y_s * y_s, ``sum`` = middle + x, ``difference`` = middle - x."""
+    """The tiny bundle and two exits more: middle = y_s * y_s, ``sum`` = middle + x, ``difference`` = middle - x."""
     tiny = Bundle.open(tiny_bundle)
     manifest = tiny.manifest
     x, image = manifest.inputs[0].spec, manifest.outputs[0]

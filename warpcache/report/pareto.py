@@ -1,6 +1,6 @@
 """Which exits are worth having: what each costs against how near it comes to the whole generator, at every age.
 
-An exit is *dominated* at an age when another one there is no dearer and no worse, and better in one of the two. Those
+An exit is *dominated* at an age when another one there is no costlier and no worse, and better in one of the two. Those
 that are left are the Pareto front.
 """
 

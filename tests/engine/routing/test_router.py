@@ -228,10 +228,10 @@ def test_to_a_cheaper_exit_at_once_with_room_to_spare() -> None:
 
 
 def test_from_a_branch_to_a_consumer_at_once() -> None:
-    """The branch may not stay beside it, and the whole generator would be the dearer way round."""
+    """The branch may not stay beside it, and the whole generator would be the costlier way round."""
     frames = [signals("branch2"), signals("branch2", "warp"), signals("branch2"), signals("warp", "branch1")]
     assert exits(make(), frames) == ["branch2", "warp", "branch2", "warp"]
-    # Of two without room to spare the dearer, from which hysteresis goes on.
+    # Of two without room to spare the costlier, from which hysteresis goes on.
     frames = [signals("branch1")] + [signals("warp", "warp2")] * 5
     assert exits(make(), frames) == ["branch1", "warp", "warp", "warp", "warp2", "warp2"]
     # Room to spare counts as ever.
@@ -268,7 +268,7 @@ def test_where_nothing_dearer_is_in_time_a_cheaper_eligible_exit_answers() -> No
     assert router.route(Request(0, 1, signals("branch1"), 20.0)).exit == "branch1"
     decision = router.route(Request(1, 1, signals("warp2"), 20.0))
     assert (decision.exit, decision.degraded) == ("warp2", None)
-    # Of several, none with room to spare, the dearest: it is the least of a step down.
+    # Of several, none with room to spare, the costliest: it is the least of a step down.
     router = make()
     assert router.route(Request(0, 1, signals("branch1"), 20.0)).exit == "branch1"
     assert router.route(Request(1, 1, signals("warp2", "warp"), 11.0)).exit == "warp"
