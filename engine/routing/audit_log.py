@@ -193,8 +193,8 @@ class AuditLog:
             f"{sum(needed > 0.0 for needed in self._needed)} of the last {len(self._needed)} audited frames are worse "
             f"than promised or than the predictor leaves open, where about {self._alpha:.3g} of them should be: the "
             "inputs differ from those that the bundle was calibrated with; the rule is tightened by "
-            f"{self._margin.tightening:.2g} spreads and costlier exits answer; compile the bundle again with frames like "
-            "these if it lasts"
+            f"{self._margin.tightening:.2g} spreads and costlier exits answer; compile the bundle again with frames "
+            "like these if it lasts"
         )
         self._needed.clear()
         self._miss_test.reset()

@@ -70,7 +70,8 @@ class Decision:
             nothing was predicted for the exit.
         degraded: What was given up because no eligible exit is done by the deadline; None: nothing.
         scene_cut: Whether caches of earlier frames are of another scene or subject.
-        ranking: What to try, in this order, where the answer is not finite: the costlier eligible exits, ``whole`` last.
+        ranking: What to try, in this order, where the answer is not finite: the costlier eligible exits, the whole
+            last.
             Empty where ``whole`` itself answers, or nothing does.
     """
 
