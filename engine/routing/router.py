@@ -71,8 +71,7 @@ class Decision:
         degraded: What was given up because no eligible exit is done by the deadline; None: nothing.
         scene_cut: Whether caches of earlier frames are of another scene or subject.
         ranking: What to try, in this order, where the answer is not finite: the costlier eligible exits, the whole
-            last.
-            Empty where ``whole`` itself answers, or nothing does.
+            generator last. Empty where that answers itself, or nothing does.
     """
 
     exit: str | None
