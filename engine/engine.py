@@ -112,7 +112,7 @@ class Engine:
         chosen = choose_backend(backend, None if ordinal is None else options) if isinstance(backend, str) else backend
         self._placement = self._place(ordinal, threads, chosen, options)
         planned = self._plan_exits()
-        self._required_inputs = self._find_required_inputs(planned)
+        self.required_inputs = self._find_required_inputs(planned)
         with ExitStack() as undo:
             undo.callback(self._placement.close)
             if self._plan is None:
@@ -182,7 +182,7 @@ class Engine:
             scheduler=scheduler,
             workspace=self._placement.workspace(scheduler.slots),
             specs={record.spec.name: record.spec for record in self.manifest.inputs},
-            required=self._required_inputs,
+            required=self.required_inputs,
             plan=self._plan,
             turn=self._turn,
             validate=self._validate,
