@@ -112,6 +112,7 @@ class Engine:
         chosen = choose_backend(backend, None if ordinal is None else options) if isinstance(backend, str) else backend
         self._placement = self._place(ordinal, threads, chosen, options)
         planned = self._plan_exits()
+        # What a frame has to bring: motion only where a module that is going to run takes it.
         self.required_inputs = self._find_required_inputs(planned)
         with ExitStack() as undo:
             undo.callback(self._placement.close)

@@ -122,7 +122,7 @@ def test_a_quality_is_kept(done: tuple[Path, dict[str, str]]) -> None:
     said = {words.split()[1]: text for words, text in printed.items() if "exits.warp" in words}
     assert "Pareto front" in said["inspect"]
     assert "Pareto front" in (folder / "report.html").read_text(encoding="utf-8")
-    assert "PSNR >= 60 dB, promised" in said["run"]
+    assert "PSNR >= 50 dB, promised" in said["run"]
     assert "async routed" in said["bench"]
     *lines, sums = run("keep_quality.py", cwd=folder).strip().splitlines()
     assert lines
