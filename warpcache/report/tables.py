@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "Column", "LegendEntry", "Sheet", "plain_table", "print_sheet", "terminal"]
 
-_STYLES = {"good": "green", "bad": "yellow"}
+_STYLES = {"good": "green", "bad": "yellow", "problem": "bold red", "note": "cyan"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text that stands out: ``good`` or ``bad`` news, ``even`` for neither, ``last`` for what to look at."""
+    """A text that stands out: ``good`` or ``bad`` news, ``problem``, ``note``, ``even`` for neither, ``last``, to look at."""
 
     text: str
     tone: str

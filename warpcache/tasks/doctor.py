@@ -6,12 +6,11 @@ import importlib.util
 import os
 import platform
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from .. import __version__
 from ..engine.probes import PROBES, Probed, probe
@@ -22,18 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["Facts", "Finding", "Pair", "Report", "diagnose", "examine", "gather", "print_report"]
 
 Status = Literal["ok", "missing", "problem", "note"]
-Version = tuple[int, int]
 Seen = TypeVar("Seen")
 
-_STYLES = {"ok": "green", "missing": "yellow", "problem": "bold red", "note": "cyan"}
-_ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
-_ONE_ONNXRUNTIME = 'install one of "warpcache[cpu]" or "warpcache[gpu]" (they exclude each other)'
-_OLDEST_ONNXRUNTIME = (1, 23)
-_CUDA_PROVIDER = "CUDAExecutionProvider"
-_DRIVER_LIBRARIES = {"libcuda.so.1"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 # TensorRT and our kernels start with Turing.
 _OLDEST_GPU = 75
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+_ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+_ONE_ONNXRUNTIME = 'install one of "warpcache[cpu]" or "warpcache[gpu]" (they exclude each other)'
+_INSTALL_CUDA = 'pip install "warpcache[cuda]"'
 
 
 @dataclass(frozen=True)
@@ -133,29 +129,25 @@ def gather() -> Facts:
 
 def diagnose(facts: Facts) -> Report:
     """Say what `facts` mean."""
-    return Report(tuple(_findings(facts)), tuple(_pairs(facts)))
+    findings = tuple(_findings(facts))
+    return Report(findings, tuple(_pairs(facts, {finding.name: finding for finding in findings})))
 
 
 def print_report(report: Report, *, console: Console | None = None) -> None:
     """Print `report` to `console` (default: stdout)."""
-    from rich.console import Console
-    from rich.text import Text
+    from ..report.tables import Cell, Column, Sheet, print_sheet, terminal
 
-    from ..report.bundle_tables import plain_table
-    from ..report.words import PIPE_WIDTH
-
-    out = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    table = plain_table("What is here", "", "what", "found", "what to do")
-    for finding in report.findings:
-        # As text: "warpcache[gpu]" is no markup.
-        cells = (finding.name, finding.found, finding.advice)
-        table.add_row(Text(finding.status, style=_STYLES[finding.status]), *map(Text, cells))
-    out.print(table)
-    table = plain_table("What can run here (looked at, not run)", "device", "backend", "", "why not")
-    for pair in report.pairs:
-        word = Text("yes", style="green") if pair.works else Text("no", style="yellow")
-        table.add_row(Text(pair.device), Text(pair.backend), word, Text(pair.reason))
-    out.print(table)
+    tones = {"ok": "good", "missing": "bad", "problem": "problem", "note": "note"}
+    found = [[Cell(f.status, tones[f.status]), f.name, f.found, f.advice] for f in report.findings]
+    pairs = [
+        [p.device, p.backend, Cell("yes", "good") if p.works else Cell("no", "bad"), p.reason] for p in report.pairs
+    ]
+    out = terminal(console)
+    for title, headings, rows in (
+        ("What is here", ("", "what", "found", "what to do"), found),
+        ("What can run here (looked at, not run)", ("device", "backend", "", "why not"), pairs),
+    ):
+        print_sheet(Sheet(title, [Column(heading) for heading in headings], rows), out)
 
 
 # -- what is seen
@@ -215,330 +207,253 @@ def _cache() -> dict[str, Any]:
 # -- what it means
 
 
-def _findings(facts: Facts) -> list[Finding]:
-    found = [
-        Finding("system", "ok", f"{facts.system}, {facts.cores} core{'s' if facts.cores != 1 else ''}"),
-        Finding("NumPy", "ok", facts.packages.get("numpy", "unknown version")),
-        _onnxruntime(facts),
-    ]
-    provider = _provider(facts)
-    if provider is not None:
-        found.append(provider)
-    found += [_cuda_python(facts), _driver(facts), *_gpus(facts), _nvrtc(facts)]
-    found += [_tensorrt(facts, name) for name in ("tensorrt", "tensorrt-rtx")]
-    found += [_torch(facts), *_arrays(facts), _engine_cache(facts)]
-    return found
+class _Version(NamedTuple):
+    major: int
+    minor: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
 
 
-def _onnxruntime(facts: Facts) -> Finding:
-    name = "ONNX Runtime"
-    installed = [f"{package} {facts.packages[package]}" for package in _ONNXRUNTIMES if package in facts.packages]
-    if len(installed) > 1:
-        names = " ".join(package for package in _ONNXRUNTIMES if package in facts.packages)
-        return Finding(
-            name,
-            "problem",
-            f"{' and '.join(installed)} unpack into the same folder",
-            f"pip uninstall -y {names}, then {_ONE_ONNXRUNTIME}",
-        )
-    probed = facts.probed["onnxruntime"]
-    if probed.missing:
-        return Finding(name, "problem", "not installed", _ONE_ONNXRUNTIME)
+def _first(name: str, *cases: tuple[object, Status, str, str]) -> Finding:
+    """The finding `name`: the first of these cases (condition, status, found, advice) whose condition holds."""
+    return next(Finding(name, status, found, advice) for holds, status, found, advice in cases if holds)
+
+
+def _findings(facts: Facts) -> Iterator[Finding]:
+    yield Finding("system", "ok", f"{facts.system}, {_counted(facts.cores, 'core')}")
+    yield Finding("NumPy", "ok", facts.packages.get("numpy", "unknown version"))
+    yield from _onnxruntime(facts)
+    yield from _gpus(facts)
+    for name, title in _TITLES.items():
+        yield _tensorrt(facts, name, title)
+    yield from _arrays(facts)
+    yield _engine_cache(facts.cache)
+
+
+def _onnxruntime(facts: Facts) -> Iterator[Finding]:
+    probed, oldest = facts.probed["onnxruntime"], _Version(1, 23)
+    seen = probed.facts
+    provider, missing = _CUDA_PROVIDER in seen.get("providers", ()), seen.get("missing_libraries", ())
+    installed = {name: f"{name} {facts.packages[name]}" for name in _ONNXRUNTIMES if name in facts.packages}
+    both, remove = " and ".join(installed.values()), f"pip uninstall -y {' '.join(installed)}"
+    what = next(iter(installed.values()), str(seen.get("version")))
+    what += f" for CUDA {seen['cuda']}" if provider else " for the CPU"
+    yield _first(
+        "ONNX Runtime",
+        (len(installed) > 1, "problem", f"{both} unpack into the same folder", f"{remove}, then {_ONE_ONNXRUNTIME}"),
+        (probed.missing, "problem", "not installed", _ONE_ONNXRUNTIME),
+        (probed.error, "problem", f"cannot be used: {probed.error}", f"install it again: {_ONE_ONNXRUNTIME}"),
+        ((_version(seen.get("version")) or oldest) < oldest, "problem", f"{what} is older than {oldest}", "update it"),
+        (True, "ok", what, ""),
+    )
     if probed.error is not None:
-        return Finding(name, "problem", f"cannot be used: {probed.error}", f"install it again: {_ONE_ONNXRUNTIME}")
-    version = str(probed.facts["version"])
-    cuda = f" for CUDA {probed.facts['cuda']}" if _CUDA_PROVIDER in probed.facts["providers"] else " for the CPU"
-    what = f"{installed[0] if installed else version}{cuda}"
-    if (_version(version) or _OLDEST_ONNXRUNTIME) < _OLDEST_ONNXRUNTIME:
-        return Finding(name, "problem", f"{what} is older than {_dotted(_OLDEST_ONNXRUNTIME)}", "update it")
-    return Finding(name, "ok", what)
-
-
-def _provider(facts: Facts) -> Finding | None:
-    """ONNX Runtime's CUDA provider; None where there is no ONNX Runtime to have one."""
-    name = "ONNX Runtime on GPUs"
-    probed = facts.probed["onnxruntime"]
-    if probed.error is not None:
-        return None
-    if _CUDA_PROVIDER not in probed.facts["providers"]:
-        return Finding(
-            name,
+        return
+    # The driver's own library is the driver's matter.
+    libraries = ", ".join(name for name in missing if name != "libcuda.so.1") or "cuDNN 9"
+    built, driver = _version(seen["cuda"]), _driver_cuda(facts)
+    yield _first(
+        "ONNX Runtime on GPUs",
+        (
+            not provider,
             "missing",
             "this ONNX Runtime is a build without CUDA",
             'on a machine with a GPU: pip uninstall -y onnxruntime, then pip install "warpcache[gpu]"',
-        )
-    reason = _provider_problem(facts)
-    if reason is not None:
-        return Finding(name, "problem", *reason)
-    return Finding(name, "ok", f"CUDA provider for CUDA {probed.facts['cuda']}, its libraries and cuDNN are found")
-
-
-def _provider_problem(facts: Facts) -> tuple[str, str] | None:
-    """Why ONNX Runtime's CUDA provider cannot work beside this driver, and what to do; None where nothing shows."""
-    probed = facts.probed["onnxruntime"].facts
-    missing = [library for library in probed["missing_libraries"] if library not in _DRIVER_LIBRARIES]
-    remedy = 'pip install "onnxruntime-gpu[cuda,cudnn]"'
-    if missing:
-        return f"its CUDA provider needs {', '.join(missing)}, which cannot be found", remedy
-    if probed["cudnn"] is False:
-        return "its CUDA provider needs cuDNN 9, which cannot be found", remedy
-    built, driver = _version(probed["cuda"]), _driver_cuda(facts)
-    if built is not None and driver is not None and built[0] > driver[0]:
-        return (
-            f"its CUDA provider is built for CUDA {_dotted(built)}, the driver speaks {_dotted(driver)}",
-            f"update the NVIDIA driver to one of CUDA {built[0]}",
-        )
-    return None
-
-
-def _cuda_python(facts: Facts) -> Finding:
-    version = facts.packages.get("cuda-python") or facts.packages.get("cuda-bindings")
-    if version is None:
-        return Finding("cuda-python", "missing", "not installed", 'for GPUs: pip install "warpcache[cuda]"')
-    if facts.probed["driver"].missing:
-        return Finding(
-            "cuda-python", "problem", f"{version} has no bindings", 'install it again: pip install "warpcache[cuda]"'
-        )
-    return Finding("cuda-python", "ok", version)
-
-
-def _driver(facts: Facts) -> Finding:
-    name = "NVIDIA driver"
-    probed = facts.probed["driver"]
-    if probed.error is not None and not probed.missing:
-        return Finding(name, "problem", f"cannot be asked: {probed.error}", "check nvidia-smi, or restart the machine")
-    if probed.missing:
-        return Finding(name, "note", "cannot be asked without cuda-python", 'for GPUs: pip install "warpcache[cuda]"')
-    seen = probed.facts
-    if not seen["found"]:
-        return Finding(name, "missing", "not installed", "for a GPU install its driver; without one the CPU does all")
-    if seen["error"] is not None:
-        what, _, remedy = str(seen["error"]).partition("; ")
-        return Finding(name, "problem", what, remedy)
-    cuda = _driver_cuda(facts)
-    what = f"{seen['driver'] or 'version unknown'}, CUDA {_dotted(cuda) if cuda else 'unknown'}"
-    nvrtc = _nvrtc_version(facts)
-    if cuda is not None and nvrtc is not None and nvrtc[0] > cuda[0]:
-        return Finding(
-            name,
+        ),
+        (
+            libraries != "cuDNN 9" or seen["cudnn"] is False,
             "problem",
-            f"{what}: older than the installed CUDA {_dotted(nvrtc)} packages, whose code it refuses",
-            # Older packages are no way out: cuda-python of that CUDA lacks what is used here.
-            f"update the driver to one of CUDA {nvrtc[0]}",
-        )
-    return Finding(name, "ok", what)
-
-
-def _gpus(facts: Facts) -> list[Finding]:
-    from ..report.words import size_text
-
-    seen = facts.probed["driver"].facts
-    if not seen or seen["error"] is not None:
-        return []
-    if not seen["gpus"]:
-        return [Finding("GPUs", "missing", "the driver shows none", "check nvidia-smi and CUDA_VISIBLE_DEVICES")]
-    found = []
-    for gpu in seen["gpus"]:
-        if gpu["error"] is not None:
-            what, _, remedy = str(gpu["error"]).partition("; ")
-            found.append(Finding(gpu["device"], "problem", what, remedy))
-            continue
-        what = (
-            f"{gpu['name']}, {gpu['architecture']}, {size_text(gpu['free_bytes'])} of "
-            f"{size_text(gpu['total_bytes'])} are free"
-        )
-        if _number(gpu["architecture"]) < _OLDEST_GPU:
-            found.append(Finding(gpu["device"], "problem", what, f"take a GPU of sm_{_OLDEST_GPU} or newer"))
-        else:
-            found.append(Finding(gpu["device"], "ok", what))
-    return found
-
-
-def _nvrtc(facts: Facts) -> Finding:
-    name = "NVRTC and headers"
-    probed = facts.probed["nvrtc"]
-    remedy = 'pip install "warpcache[cuda]"'
-    if probed.missing:
-        return Finding(name, "missing", "cannot be asked without cuda-python", f"for GPUs: {remedy}")
-    if probed.error is not None:
-        package = "nvidia-cuda-nvrtc"
-        status: Status = "problem" if package in facts.packages else "missing"
-        what, _, advice = probed.error.partition("; ")
-        return Finding(name, status, what, advice or f"to compile kernels: {remedy}")
-    nvrtc, driver = _nvrtc_version(facts), _driver_cuda(facts)
-    what = f"{_dotted(nvrtc) if nvrtc else 'unknown version'}, compiles kernels"
-    if nvrtc is not None and driver is not None and nvrtc[0] == driver[0] and nvrtc > driver:
-        return Finding(
-            name,
-            "note",
-            f"{what}; newer than the driver's CUDA {_dotted(driver)}, which refuses its PTX but not the machine code "
-            "that is made here",
-            f'for other programs that hand PTX to the driver: pip install "nvidia-cuda-nvrtc=={_dotted(driver)}.*"',
-        )
-    return Finding(name, "ok", what)
-
-
-def _tensorrt(facts: Facts, name: str) -> Finding:
-    title = _TITLES[name]
-    probed = facts.probed[name]
-    if probed.missing:
-        return Finding(title, "missing", "not installed", f'to use it: pip install "warpcache[{name}]"')
-    if probed.error is not None:
-        what, _, advice = probed.error.partition("; ")
-        return Finding(title, "problem", what, advice or f'install it again: pip install "warpcache[{name}]"')
-    what = str(probed.facts["version"])
-    problem = _flavour_problem(facts, name)
-    if problem is not None:
-        return Finding(title, "problem", f"{what} {problem}", "update the NVIDIA driver")
-    if not probed.facts["ahead_of_time"]:
-        return Finding(title, "ok", f"{what}, builds for the GPU that is here")
-    targets = probed.facts["targets"]
-    what += f", builds anywhere for {', '.join(targets)}"
-    refused = [
-        f"{gpu['device']} ({gpu['architecture']})" for gpu in _usable(facts) if gpu["architecture"] not in targets
-    ]
-    if refused:
-        return Finding(
-            title,
-            "note",
-            f"{what}, and has no code for {', '.join(refused)}",
-            "take 'tensorrt' or 'onnxruntime' there; building for other GPUs works",
-        )
-    return Finding(title, "ok", what)
-
-
-def _flavour_problem(facts: Facts, name: str) -> str | None:
-    """What keeps a TensorRT from working with this driver; the CUDA it is built for is in its packages' names."""
-    driver = _driver_cuda(facts)
-    matches = [re.fullmatch(rf"{name}-cu(\d+)(-libs)?", package) for package in facts.packages]
-    built = max((int(match[1]) for match in matches if match), default=None)
-    if driver is None or built is None or built <= driver[0]:
-        return None
-    return f"is built for CUDA {built}, the driver speaks {_dotted(driver)}"
-
-
-def _torch(facts: Facts) -> Finding:
-    version = facts.packages.get("torch")
-    if version is None:
-        return Finding("torch", "missing", "not installed", 'only compile needs it: pip install "warpcache[export]"')
-    if facts.torch_cuda is None:
-        if _usable(facts):
-            return Finding(
-                "torch", "note", f"{version} for the CPU", "to lend GPU tensors install a build of torch for CUDA"
-            )
-        return Finding("torch", "ok", f"{version} for the CPU")
-    driver, built = _driver_cuda(facts), _version(facts.torch_cuda)
-    what = f"{version} for CUDA {facts.torch_cuda}"
-    if driver is not None and built is not None and built[0] > driver[0]:
-        return Finding(
-            "torch",
+            f"its CUDA provider needs {libraries}, which cannot be found",
+            'pip install "onnxruntime-gpu[cuda,cudnn]"',
+        ),
+        (
+            _too_new(built, driver),
             "problem",
-            f"{what}, the driver speaks {_dotted(driver)}",
-            "update the driver, or take another torch",
-        )
-    return Finding("torch", "ok", f"{what}, its GPU tensors are taken by DLPack")
-
-
-def _arrays(facts: Facts) -> list[Finding]:
-    """The other libraries whose arrays on a GPU are taken without a copy; none is needed."""
-    found = []
-    for title, pattern in (("CuPy", r"cupy(-cuda(\d+)x)?"), ("PyCUDA", r"pycuda()()")):
-        matches = [
-            (match, version) for name, version in facts.packages.items() if (match := re.fullmatch(pattern, name))
-        ]
-        if not matches:
-            continue
-        shown = " and ".join(f"{match[0]} {version}" for match, version in matches)
-        driver = _driver_cuda(facts)
-        built = [int(match[2]) for match, _ in matches if match[2]]
-        if len(matches) > 1:
-            found.append(Finding(title, "problem", f"{shown} are both installed", "uninstall all but one"))
-        elif built and driver is not None and built[0] > driver[0]:
-            found.append(
-                Finding(title, "problem", f"{shown}, the driver speaks {_dotted(driver)}", "update the driver")
-            )
-        else:
-            found.append(Finding(title, "ok", f"{shown}, its arrays are taken without a copy"))
-    return found
-
-
-def _engine_cache(facts: Facts) -> Finding:
-    from ..report.words import size_text
-
-    name, cache = "engine cache", facts.cache
-    if "folder" not in cache:
-        return Finding(name, "problem", cache.get("error", "unknown"), "set WARPCACHE_CACHE to a folder of yours")
-    count = cache["engines"]
-    what = (
-        f"{cache['folder']}: {count} engine{'s' if count != 1 else ''}, {size_text(cache['size_bytes'])}"
-        if cache["exists"]
-        else f"{cache['folder']}, which the first build makes"
+            f"its CUDA provider is built for CUDA {built}, the driver speaks {driver}",
+            f"update the NVIDIA driver to one of CUDA {built and built.major}",
+        ),
+        (True, "ok", f"CUDA provider for CUDA {seen['cuda']}, its libraries and cuDNN are found", ""),
     )
-    if not cache["writable"]:
-        return Finding(name, "problem", f"{what}, cannot be written", "set WARPCACHE_CACHE to a folder of yours")
-    return Finding(name, "ok", what)
 
 
-def _pairs(facts: Facts) -> list[Pair]:
-    probed = facts.probed["onnxruntime"]
-    reason = "" if probed.error is None else f"ONNX Runtime: {probed.error}"
-    pairs = [Pair("cpu", "onnxruntime", not reason, reason)]
-    pairs += [Pair("cpu", name, False, f"{title} runs on GPUs only") for name, title in _TITLES.items()]
-    gpus = facts.probed["driver"].facts.get("gpus") or [{"device": "cuda"}]
-    for gpu in gpus:
-        for backend, why in (
-            ("onnxruntime", _why_not_onnxruntime),
-            ("tensorrt", _why_not_tensorrt),
-            ("tensorrt-rtx", _why_not_tensorrt_rtx),
-        ):
-            reason = _why_no_gpu(facts, gpu) or why(facts, gpu)
-            pairs.append(Pair(gpu["device"], backend, not reason, reason))
-    return pairs
+def _gpus(facts: Facts) -> Iterator[Finding]:
+    """The GPUs, and what is needed to use any."""
+    from ..report.words import size_text
+
+    bindings = facts.packages.get("cuda-python") or facts.packages.get("cuda-bindings")
+    probed, nvrtc = facts.probed["driver"], facts.probed["nvrtc"]
+    seen, driver, compiler = probed.facts, _driver_cuda(facts), _nvrtc_version(facts)
+    without = "cannot be asked without cuda-python", f"for GPUs: {_INSTALL_CUDA}"
+    yield _first(
+        "cuda-python",
+        (bindings is None, "missing", "not installed", f"for GPUs: {_INSTALL_CUDA}"),
+        (probed.missing, "problem", f"{bindings} has no bindings", f"install it again: {_INSTALL_CUDA}"),
+        (True, "ok", str(bindings), ""),
+    )
+    no_driver = "for a GPU install its driver; without one the CPU does all"
+    what = f"{seen.get('driver') or 'version unknown'}, CUDA {driver or 'unknown'}"
+    yield _first(
+        "NVIDIA driver",
+        (probed.missing, "note", *without),
+        (probed.error, "problem", f"cannot be asked: {probed.error}", "check nvidia-smi, or restart the machine"),
+        (not seen.get("found"), "missing", "not installed", no_driver),
+        (seen.get("error"), "problem", *_split(seen.get("error"))),
+        (
+            _too_new(compiler, driver),
+            "problem",
+            f"{what}: older than the installed CUDA {compiler} packages, whose code it refuses",
+            # Older packages are no way out: cuda-python of that CUDA lacks what is used here.
+            f"update the driver to one of CUDA {compiler and compiler.major}",
+        ),
+        (True, "ok", what, ""),
+    )
+    if seen and seen["error"] is None and not seen["gpus"]:
+        yield Finding("GPUs", "missing", "the driver shows none", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    for gpu in seen.get("gpus", ()) if seen.get("error") is None else ():
+        if gpu["error"] is not None:
+            yield Finding(gpu["device"], "problem", *_split(gpu["error"]))
+            continue
+        room = f"{size_text(gpu['free_bytes'])} of {size_text(gpu['total_bytes'])} are free"
+        what = f"{gpu['name']}, {gpu['architecture']}, {room}"
+        yield _first(
+            gpu["device"],
+            (_too_old(gpu), "problem", what, f"take a GPU of sm_{_OLDEST_GPU} or newer"),
+            (True, "ok", what, ""),
+        )
+    what = f"{compiler or 'unknown version'}, compiles kernels"
+    yield _first(
+        "NVRTC and headers",
+        (nvrtc.missing, "missing", *without),
+        (
+            nvrtc.error,
+            "problem" if "nvidia-cuda-nvrtc" in facts.packages else "missing",
+            *_split(nvrtc.error, f"to compile kernels: {_INSTALL_CUDA}"),
+        ),
+        (
+            compiler and driver and compiler.major == driver.major and compiler > driver,
+            "note",
+            f"{what}; newer than the driver's CUDA {driver}, which refuses its PTX but not the machine code that is "
+            "made here",
+            f'for other programs that hand PTX to the driver: pip install "nvidia-cuda-nvrtc=={driver}.*"',
+        ),
+        (True, "ok", what, ""),
+    )
 
 
-def _why_no_gpu(facts: Facts, gpu: Mapping[str, Any]) -> str:
-    if facts.probed["driver"].missing:
+def _tensorrt(facts: Facts, name: str, title: str) -> Finding:
+    install, probed = f'pip install "warpcache[{name}]"', facts.probed[name]
+    # The CUDA that it is built for is in its packages' names.
+    built, driver = _built_for(facts, rf"{name}-cu(\d+)(?:-libs)?"), _driver_cuda(facts)
+    version, targets = probed.facts.get("version"), probed.facts.get("targets", ())
+    what = f"{version}, builds anywhere for {', '.join(targets)}"
+    refused = [f"{g['device']} ({g['architecture']})" for g in _usable(facts) if g["architecture"] not in targets]
+    speaks = f"{version} is built for CUDA {built and built.major}, the driver speaks {driver}"
+    elsewhere = "take 'tensorrt' or 'onnxruntime' there; building for other GPUs works"
+    return _first(
+        title,
+        (probed.missing, "missing", "not installed", f"to use it: {install}"),
+        (probed.error, "problem", *_split(probed.error, f"install it again: {install}")),
+        (_too_new(built, driver), "problem", speaks, "update the NVIDIA driver"),
+        (not probed.facts.get("ahead_of_time"), "ok", f"{version}, builds for the GPU that is here", ""),
+        (refused, "note", f"{what}, and has no code for {', '.join(refused)}", elsewhere),
+        (True, "ok", what, ""),
+    )
+
+
+def _arrays(facts: Facts) -> Iterator[Finding]:
+    """The libraries whose arrays on a GPU are taken without a copy."""
+    torch, cuda, driver = facts.packages.get("torch"), facts.torch_cuda, _driver_cuda(facts)
+    without, what, speaks = f"{torch} for the CPU", f"{torch} for CUDA {cuda}", f", the driver speaks {driver}"
+    refused = _too_new(_version(cuda), driver)
+    yield _first(
+        "torch",
+        (torch is None, "missing", "not installed", 'only compile needs it: pip install "warpcache[export]"'),
+        (not cuda and _usable(facts), "note", without, "to lend GPU tensors install a build of torch for CUDA"),
+        (not cuda, "ok", without, ""),
+        (refused, "problem", f"{what}{speaks}", "update the driver, or take another torch"),
+        (True, "ok", f"{what}, its GPU tensors are taken by DLPack", ""),
+    )
+    # None of these is needed.
+    for title, pattern in (("CuPy", r"cupy(?:-cuda(\d+)x)?"), ("PyCUDA", r"pycuda()")):
+        found = [f"{name} {version}" for name, version in facts.packages.items() if re.fullmatch(pattern, name)]
+        what = " and ".join(found)
+        if found:
+            yield _first(
+                title,
+                (len(found) > 1, "problem", f"{what} are both installed", "uninstall all but one"),
+                (_too_new(_built_for(facts, pattern), driver), "problem", f"{what}{speaks}", "update the driver"),
+                (True, "ok", f"{what}, its arrays are taken without a copy", ""),
+            )
+
+
+def _engine_cache(cache: Mapping[str, Any]) -> Finding:
+    from ..report.words import size_text
+
+    what, elsewhere = f"{cache.get('folder')}, which the first build makes", "set WARPCACHE_CACHE to a folder of yours"
+    if cache.get("exists"):
+        what = f"{cache['folder']}: {_counted(cache['engines'], 'engine')}, {size_text(cache['size_bytes'])}"
+    return _first(
+        "engine cache",
+        ("folder" not in cache, "problem", cache.get("error", "unknown"), elsewhere),
+        (not cache.get("writable"), "problem", f"{what}, cannot be written", elsewhere),
+        (True, "ok", what, ""),
+    )
+
+
+def _pairs(facts: Facts, findings: Mapping[str, Finding]) -> Iterator[Pair]:
+    error = facts.probed["onnxruntime"].error
+    reason = "" if error is None else f"ONNX Runtime: {error}"
+    yield Pair("cpu", "onnxruntime", not reason, reason)
+    for name, title in _TITLES.items():
+        yield Pair("cpu", name, False, f"{title} runs on GPUs only")
+    for gpu in facts.probed["driver"].facts.get("gpus") or [{"device": "cuda"}]:
+        for backend in ("onnxruntime", *_TITLES):
+            why_not = _why_not_onnxruntime if backend == "onnxruntime" else _why_not_tensorrt
+            reason = _why_no_gpu(facts, findings, gpu) or why_not(facts, findings, gpu, backend)
+            yield Pair(gpu["device"], backend, not reason, reason)
+
+
+def _why_no_gpu(facts: Facts, findings: Mapping[str, Finding], gpu: Mapping[str, Any]) -> str:
+    driver = facts.probed["driver"]
+    if driver.missing:
         return "cuda-python is not installed"
-    seen = facts.probed["driver"].facts
-    if not seen or seen["error"] is not None:
-        return f"NVIDIA driver: {_driver(facts).found}"
+    if not driver.facts or driver.facts["error"] is not None:
+        return f"NVIDIA driver: {findings['NVIDIA driver'].found}"
     if "architecture" not in gpu:
         return str(gpu.get("error") or "the driver shows no GPU").partition("; ")[0]
-    if _number(gpu["architecture"]) < _OLDEST_GPU:
-        return f"{gpu['name']} ({gpu['architecture']}) is older than sm_{_OLDEST_GPU}"
+    return f"{gpu['name']} ({gpu['architecture']}) is older than sm_{_OLDEST_GPU}" if _too_old(gpu) else ""
+
+
+def _why_not_onnxruntime(facts: Facts, findings: Mapping[str, Finding], gpu: Mapping[str, Any], backend: str) -> str:
+    error, provider = facts.probed[backend].error, findings.get("ONNX Runtime on GPUs")
+    if provider is None:
+        return f"ONNX Runtime: {error}"
+    if provider.status == "missing":
+        return "the installed ONNX Runtime is a build without CUDA"
+    return "" if provider.status == "ok" else f"ONNX Runtime: {provider.found}"
+
+
+def _why_not_tensorrt(facts: Facts, findings: Mapping[str, Finding], gpu: Mapping[str, Any], backend: str) -> str:
+    probed, title = facts.probed[backend], _TITLES[backend]
+    finding = findings[title]
+    if finding.status == "missing":
+        return f"{title} is not installed"
+    if finding.status == "problem":
+        return finding.found if probed.error is not None else f"{title} {finding.found}"
+    if probed.facts["ahead_of_time"] and gpu["architecture"] not in probed.facts["targets"]:
+        return f"{title} {probed.facts['version']} has no code for {gpu['architecture']}"
     return ""
 
 
-def _why_not_onnxruntime(facts: Facts, gpu: Mapping[str, Any]) -> str:
-    probed = facts.probed["onnxruntime"]
-    if probed.error is not None:
-        return f"ONNX Runtime: {probed.error}"
-    if _CUDA_PROVIDER not in probed.facts["providers"]:
-        return "the installed ONNX Runtime is a build without CUDA"
-    problem = _provider_problem(facts)
-    return "" if problem is None else f"ONNX Runtime: {problem[0]}"
+def _split(error: str | None, remedy: str = "") -> tuple[str, str]:
+    """What an error's sentence says is wrong, and what to do: what it says itself, or `remedy`."""
+    what, _, advice = (error or "").partition("; ")
+    return what, advice or remedy
 
 
-def _why_not_tensorrt(facts: Facts, gpu: Mapping[str, Any]) -> str:
-    return _why_not_flavour(facts, "tensorrt")
-
-
-def _why_not_tensorrt_rtx(facts: Facts, gpu: Mapping[str, Any]) -> str:
-    reason = _why_not_flavour(facts, "tensorrt-rtx")
-    if not reason and gpu["architecture"] not in facts.probed["tensorrt-rtx"].facts["targets"]:
-        version = facts.probed["tensorrt-rtx"].facts["version"]
-        return f"TensorRT-RTX {version} has no code for {gpu['architecture']}"
-    return reason
-
-
-def _why_not_flavour(facts: Facts, name: str) -> str:
-    probed = facts.probed[name]
-    if probed.missing:
-        return f"{_TITLES[name]} is not installed"
-    if probed.error is not None:
-        return probed.error.partition("; ")[0]
-    problem = _flavour_problem(facts, name)
-    return "" if problem is None else f"{_TITLES[name]} {probed.facts['version']} {problem}"
+def _version(text: str | None) -> _Version | None:
+    found = re.match(r"(\d+)\.(\d+)", text or "")
+    return None if found is None else _Version(int(found[1]), int(found[2]))
 
 
 def _usable(facts: Facts) -> list[Mapping[str, Any]]:
@@ -546,28 +461,32 @@ def _usable(facts: Facts) -> list[Mapping[str, Any]]:
     return [gpu for gpu in facts.probed["driver"].facts.get("gpus", ()) if gpu["error"] is None]
 
 
-def _driver_cuda(facts: Facts) -> Version | None:
+def _driver_cuda(facts: Facts) -> _Version | None:
     """The newest CUDA that the driver speaks."""
     number = facts.probed["driver"].facts.get("cuda")
-    return None if number is None else (number // 1000, number % 1000 // 10)
+    return None if number is None else _Version(number // 1000, number % 1000 // 10)
 
 
-def _nvrtc_version(facts: Facts) -> Version | None:
+def _nvrtc_version(facts: Facts) -> _Version | None:
     number = facts.probed["nvrtc"].facts.get("version")
-    if number is not None:
-        return number[0], number[1]
     # Where it could not compile, the package says what it is.
-    return _version(facts.packages.get("nvidia-cuda-nvrtc"))
+    return _Version(*number) if number is not None else _version(facts.packages.get("nvidia-cuda-nvrtc"))
 
 
-def _version(text: str | None) -> Version | None:
-    found = re.match(r"(\d+)\.(\d+)", text or "")
-    return None if found is None else (int(found[1]), int(found[2]))
+def _built_for(facts: Facts, pattern: str) -> _Version | None:
+    """The newest CUDA that packages are built for, by the group of `pattern` in their names."""
+    matches = [re.fullmatch(pattern, name) for name in facts.packages]
+    return max((_Version(int(match[1])) for match in matches if match and match[1]), default=None)
 
 
-def _dotted(version: Version) -> str:
-    return f"{version[0]}.{version[1]}"
+def _too_new(built: _Version | None, driver: _Version | None) -> bool:
+    """Whether the driver refuses what is built for this CUDA, as far as both are known."""
+    return built is not None and driver is not None and built.major > driver.major
 
 
-def _number(architecture: str) -> int:
-    return int(architecture.removeprefix("sm_"))
+def _too_old(gpu: Mapping[str, Any]) -> bool:
+    return int(gpu["architecture"].removeprefix("sm_")) < _OLDEST_GPU
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count != 1 else ''}"
