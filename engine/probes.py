@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.util
 import io
 import json
-import mmap
 import os
+import platform
+import re
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,9 @@ from typing import Any
 
 from .errors import WarpcacheError
 
-__all__ = ["PROBES", "Probed", "needed_libraries", "probe"]
+__all__ = ["PROBES", "Probed", "missing_libraries", "probe"]
 
 _MARK = "warpcache-probe:"
-_ELF = b"\x7fELF"
 _CUDNN = "libcudnn.so.9"
 _KERNEL = '#include <cuda_fp16.h>\nextern "C" __global__ void probe(__half* x) { x[0] = __float2half(1.0f); }\n'
 
@@ -82,40 +82,22 @@ def probe(name: str, *, timeout_s: float = 60.0) -> Probed:
         return Probed(error=f"no process could be started to look at it: {exc.strerror or exc}")
 
 
-def needed_libraries(path: Path) -> list[str]:
-    """The shared libraries that an ELF library (64 bit, little-endian) asks for by name, read without loading it.
+def missing_libraries(path: Path) -> list[str]:
+    """The shared libraries that a library needs and that are neither found nor loaded already; nothing of it is run.
 
-    Source: System V ABI, chapters 4 and 5: program headers, the dynamic section's DT_NEEDED and DT_STRTAB.
+    Source: ld.so(8), LD_TRACE_LOADED_OBJECTS.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If the dynamic loader cannot read it.
     """
-    with path.open("rb") as file:
-        try:
-            # Only the pages that are looked at are read: such a library may have hundreds of megabytes.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _needed(data)
-        except (struct.error, IndexError, ValueError) as exc:
-            raise ValueError(f"{path.name} is no 64-bit ELF library") from exc
-
-
-def _needed(data: mmap.mmap) -> list[str]:
-    if data[:6] != _ELF + b"\x02\x01":
-        raise ValueError("no ELF64")
-    (table,) = struct.unpack_from("<Q", data, 32)
-    size, count = struct.unpack_from("<HH", data, 54)
-    segments = [struct.unpack_from("<IIQQQQQQ", data, table + index * size) for index in range(count)]
-    loaded = [(virtual, offset, length) for kind, _, offset, virtual, _, length, _, _ in segments if kind == 1]
-    (start, length), *_ = [(offset, length) for kind, _, offset, _, _, length, _, _ in segments if kind == 2]
-    entries = [struct.unpack_from("<qQ", data, start + position) for position in range(0, length - 15, 16)]
-    (names,) = (value for tag, value in entries if tag == 5)
-    (strings,) = (names - virtual + offset for virtual, offset, size in loaded if virtual <= names < virtual + size)
-    found = []
-    for tag, value in entries:
-        if tag == 1:
-            first = strings + value
-            found.append(data[first : data.find(b"\0", first)].decode())
-    return found
+    loader = next(Path("/").glob(f"lib*/ld-linux-{platform.machine().replace('_', '-')}.so.*"))
+    # As ldd does it: with --list the loader stops at the first that is missing.
+    environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1"}
+    listed = subprocess.run([loader, path], env=environment, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise ValueError(f"{path.name} cannot be read by the dynamic loader: {listed.stderr.strip()}")
+    lost = re.findall(r"^\s*(\S+) => not found$", listed.stdout, re.MULTILINE)
+    return [name for name in lost if not _opens(name)]
 
 
 def _understood(out: str, err: str, code: int) -> Probed:
@@ -160,7 +142,7 @@ def _onnxruntime() -> dict[str, Any]:
     if library.is_file():
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        facts["missing_libraries"] = [name for name in needed_libraries(library) if not _opens(name)]
+        facts["missing_libraries"] = missing_libraries(library)
         # Opened at run time, so it is not among what the library names.
         facts["cudnn"] = _opens(_CUDNN)
     return facts
@@ -215,14 +197,6 @@ def _nvrtc() -> dict[str, Any]:
     return {"version": [int(major), int(minor)]}
 
 
-def _tensorrt() -> dict[str, Any]:
-    return _flavour("tensorrt")
-
-
-def _tensorrt_rtx() -> dict[str, Any]:
-    return _flavour("tensorrt-rtx")
-
-
 def _flavour(name: Any) -> dict[str, Any]:
     from .tensorrt.flavour import Flavour
 
@@ -236,8 +210,8 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {
     "onnxruntime": _onnxruntime,
     "driver": _driver,
     "nvrtc": _nvrtc,
-    "tensorrt": _tensorrt,
-    "tensorrt-rtx": _tensorrt_rtx,
+    "tensorrt": functools.partial(_flavour, "tensorrt"),
+    "tensorrt-rtx": functools.partial(_flavour, "tensorrt-rtx"),
 }
 """What can be looked at, by name."""
 

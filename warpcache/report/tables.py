@@ -28,7 +28,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text that stands out: ``good`` or ``bad`` news, ``problem``, ``note``, ``even`` for neither, ``last``, to look at."""
+    """A text that stands out: ``good`` or ``bad`` news, a ``problem``, a ``note``, ``even``: neither, ``last``: look here."""
 
     text: str
     tone: str
