@@ -26,7 +26,6 @@ from rich.table import Table
 from benchmarks.exit_cases import Case, clip_case, head_case
 from benchmarks.exit_figures import draw_front, simulate
 from benchmarks.exit_tables import COLD, ExitTable, kept_table, oracle_reuse, within
-from benchmarks.mains import PATH, option, takes
 from benchmarks.measuring import BareModule, Figure, interleaved_ms, print_figures
 from warpcache.engine import Engine
 from warpcache.engine.bundle.bundle import Bundle
@@ -36,6 +35,7 @@ from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Qua
 from warpcache.engine.session.frame import Frame
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.report.policies import environment
+from warpcache.tasks.options import PATH, option, takes
 from warpcache.tasks.progress import ProgressBar
 
 CASES = ("d6-128", "d3-128", "d6-256", "head-256")

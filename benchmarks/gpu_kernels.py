@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_arrays import Gpu
 from benchmarks.kernel_checks import MAP_CHANNELS, check_change, check_image, check_raster, check_warp, smooth_grid
-from benchmarks.mains import PATH, option, takes
 from benchmarks.measuring import Figure
 from benchmarks.parts import Measured, device_record, device_title, finish, run_parts, show_parts, write_parts
 from warpcache.engine.cuda.graph import CudaGraph
@@ -36,6 +35,7 @@ from warpcache.kernels.image import ImageKernels
 from warpcache.kernels.rasterizer import MeshRasterizer
 from warpcache.kernels.reference.rasterizer import Mesh
 from warpcache.kernels.warp import WarpKernel
+from warpcache.tasks.options import PATH, option, takes
 
 __all__ = ["PARTS", "Case", "Timing", "bandwidth_gb_s", "face_mesh", "main", "ratio_figures"]
 

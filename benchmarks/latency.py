@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.mains import PATH, option, takes
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.options import CudaOptions, parse_device
 from warpcache.engine.engine import Engine
@@ -37,6 +36,7 @@ from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.schedule.policy import Policy
 from warpcache.engine.session.frame import Frame
 from warpcache.report.policies import environment
+from warpcache.tasks.options import PATH, option, takes
 
 __all__ = ["CONTENDERS", "Contender", "compare", "main"]
 

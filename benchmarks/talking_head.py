@@ -31,7 +31,6 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from benchmarks.clips import TalkingHead, load_talking_head
-from benchmarks.mains import PATH, option, takes
 from benchmarks.measuring import (
     BareModule,
     Figure,
@@ -52,6 +51,7 @@ from warpcache.export.graph.index import load_model
 from warpcache.export.graph.run import open_session, run_session
 from warpcache.models.training import train_renderer
 from warpcache.report.policies import environment
+from warpcache.tasks.options import PATH, option, takes
 from warpcache.tasks.progress import ProgressBar
 
 AGES = (1, 2, 3, 4)

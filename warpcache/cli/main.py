@@ -17,9 +17,9 @@ import click
 
 from .. import __version__
 from ..engine.errors import DeviceError, WarpcacheError
+from ..tasks.options import PATH, one_line, writable
 from .failure import Failure
 from .make import build, compile_command, split
-from .options import PATH, one_line, writable
 from .stream import bench, demo, run
 
 __all__ = ["cli", "main"]

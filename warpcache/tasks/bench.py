@@ -7,7 +7,7 @@ frames' copies happens between two frames; quality is measured afterwards, so th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from ..engine.schedule.policy import Policy
 from ..engine.spec import Array
-from .device_choice import DeviceChoice
+from .choices import BenchOptions, RunOptions
 from .progress import Report, silent
-from .stream import CPU, ExitName, Recording, pace, record
+from .stream import Recording, pace, record
 
 if TYPE_CHECKING:
     from ..engine.bundle.manifest import Manifest
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from .quality_choice import QualityChoice
 
 __all__ = [
-    "CPU",
     "MEASURED_FRAMES",
-    "ExitName",
     "Measured",
     "Recording",
     "bench_bundle",
@@ -156,33 +154,14 @@ def _compare(
     return {metric: np.array(column) for metric, column in values.items()}
 
 
-def bench_bundle(
-    path: Path,
-    inputs: Path,
-    *,
-    policies: Sequence[Policy],
-    exit_name: ExitName | None = None,
-    fps: float | None = None,
-    measure_every: int | None = None,
-    threads: int | None = None,
-    on: DeviceChoice = CPU,
-    promise: QualityChoice | None = None,
-    lpips: Path | None = None,
-    progress: Report = silent,
-) -> Measured:
+def bench_bundle(path: Path, inputs: Path, options: BenchOptions, *, progress: Report = silent) -> Measured:
     """Measure the bundle at `path` under several policies on the frames of `inputs`.
 
     Args:
         path: The bundle.
         inputs: ``.npz`` or ``.mp4``; an array ``truth`` in the ``.npz`` is a second reference.
-        policies: Policies to measure, in this order.
-        exit_name: Answer old caches with this exit only.
-        fps: Pace of arrival under `async`; default: the clip's or the bundle's.
-        measure_every: Measure quality on every N-th frame; default: so that about `MEASURED_FRAMES` are measured.
-        threads: CPU threads; default: the cores of this process.
-        on: Where it runs and by what; default: the CPU.
-        promise: A quality to keep: every policy is measured a second time with its frames routed.
-        lpips: Weights of LPIPS; without them it is left out.
+        options: Policies, pace and the rest; with a quality to keep every policy is measured a second time, its frames
+            routed. Unless told otherwise, quality is measured on about `MEASURED_FRAMES` frames.
         progress: Told how far it is.
 
     Returns:
@@ -197,30 +176,27 @@ def bench_bundle(
     from ..engine.bundle.bundle import Bundle
     from ..report.policies import row
 
+    promise, on, policies = options.promise, options.on, options.chosen_policies
     if promise is not None:
-        promise.require_lpips(lpips, measuring=True)
-    bundle, network = Bundle.open(path), load_lpips(lpips)
+        promise.require_lpips(options.lpips, measuring=True)
+    bundle, network = Bundle.open(path), load_lpips(options.lpips)
     if promise is not None:
         promise.check(bundle)
     stream = open_inputs(inputs, bundle.manifest)
-    step = measure_every or max(1, -(-stream.frames // MEASURED_FRAMES))
-    rate = fps or stream.fps or bundle.manifest.fps
+    step = options.measure_every or max(1, -(-stream.frames // MEASURED_FRAMES))
+    rate = options.fps or stream.fps or bundle.manifest.fps
 
-    # Beside async, what it is measured against: there is no producer there that could be elsewhere. Without async the
-    # engine refuses the option.
-    others = on.without_producers() if any(policy.kind == "async" for policy in policies) else on
+    # Beside producers in the background, what it is measured against: there is none there that could be elsewhere.
+    # Where no policy has them the engine refuses the option.
+    others = on if all(policy.foreground for policy in policies) else on.without_producers()
 
     def run(policy: Policy, promise: QualityChoice | None = None) -> Recording:
+        placed = others if policy.foreground else on
         return record(
             bundle,
             stream.arrays,
-            policy=policy,
-            exit_name=exit_name,
-            fps=pace(policy, None, rate),
-            threads=threads,
-            on=on if policy.kind == "async" else others,
-            promise=promise,
-            lpips=lpips,
+            policy,
+            replace(options, fps=pace(policy, None, rate), on=placed, promise=promise),
             keep=lambda index: index % step == 0,
             progress=progress,
         )
@@ -249,34 +225,10 @@ def bench_bundle(
     )
 
 
-def run_bundle(
-    path: Path,
-    inputs: Path,
-    out: Path,
-    *,
-    policy: Policy,
-    exit_name: ExitName | None = None,
-    fps: float | None = None,
-    threads: int | None = None,
-    on: DeviceChoice = CPU,
-    promise: QualityChoice | None = None,
-    lpips: Path | None = None,
-    progress: Report = silent,
-) -> Measured:
-    """Stream `inputs` through the bundle at `path` and write the answers to `out`.
+def run_bundle(path: Path, inputs: Path, options: RunOptions, *, progress: Report = silent) -> Measured:
+    """Stream `inputs`, ``.npz`` or ``.mp4``, through the bundle at `path` and write the answers to `options.out`.
 
-    Args:
-        path: The bundle.
-        inputs: ``.npz`` or ``.mp4``.
-        out: ``.mp4`` (the image output) or ``.npz`` (one array per output, in the generator's order).
-        policy: When producers run.
-        exit_name: Answer old caches with this exit only.
-        fps: Pace of arrival and of the video; default: the clip's or the bundle's.
-        threads: CPU threads; default: the cores of this process.
-        on: Where it runs and by what; default: the CPU.
-        promise: A quality to keep: every frame is routed to the cheapest exit that keeps it.
-        lpips: Weights of LPIPS, for the audits of a promise in it.
-        progress: Told how far it is.
+    They are an ``.mp4`` (the image output) or an ``.npz`` (one array per output, in the generator's order).
 
     Returns:
         One row: latency, frames per second and age; quality is not measured here.
@@ -285,25 +237,21 @@ def run_bundle(
     from ..media.outputs import OutputWriter
     from ..report.policies import row
 
+    promise, policy, fps = options.promise, options.chosen_policy, options.fps
     if promise is not None:
-        promise.require_lpips(lpips, measuring=False)
+        promise.require_lpips(options.lpips, measuring=False)
     bundle = Bundle.open(path)
     if promise is not None:
         promise.check(bundle)
     manifest = bundle.manifest
     stream = open_inputs(inputs, manifest)
     rate = pace(policy, fps, stream.fps or manifest.fps)
-    with OutputWriter(out, image_output=manifest.image_output, fps=fps or stream.fps or manifest.fps) as writer:
+    with OutputWriter(options.out, image_output=manifest.image_output, fps=fps or stream.fps or manifest.fps) as writer:
         recording = record(
             bundle,
             stream.arrays,
-            policy=policy,
-            exit_name=exit_name,
-            fps=rate,
-            threads=threads,
-            on=on,
-            promise=promise,
-            lpips=lpips,
+            policy,
+            replace(options, fps=rate),
             on_frame=lambda frame: writer.write(frame.outputs),
             progress=progress,
         )
@@ -312,7 +260,7 @@ def run_bundle(
         caption=f"Frames came {f'{rate:g} a second' if rate else 'as fast as they were answered'}."
         + ("" if promise is None else f" Routed for {promise}."),
         rows=[row(result_of(recording, {}))],
-        facts=on.facts(),
+        facts=options.on.facts(),
     )
 
 

@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..engine.errors import BackendError, DeviceError, InputError
+from .choices import BuildOptions, LowPrecision
 from .deploy import ENGINES, Deployment, add_bundle, add_runtime, bundle_name, check_place, written_folder
 from .progress import Report, silent
 
@@ -24,56 +25,22 @@ if TYPE_CHECKING:
 
     from ..engine.bundle.bundle import Bundle
     from ..engine.tensorrt.engines import BuiltEngine
-    from ..engine.tensorrt.flavour import Flavour, FlavourName
+    from ..engine.tensorrt.flavour import Flavour
 
 __all__ = [
     "CONSUMER_GPUS",
-    "PRECISIONS",
     "Built",
-    "Conversion",
-    "Precision",
     "build_bundle",
     "choose_targets",
     "converted_path",
     "print_built",
 ]
 
-LowPrecision = Literal["fp16", "bf16", "int8", "fp8"]
-Precision = Literal["fp32"] | LowPrecision
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 CALIBRATED = ("int8", "fp8")
 """Precisions whose scales are measured on frames."""
 
 CONSUMER_GPUS = ("sm_86", "sm_89", "sm_120")
 """GeForce RTX 30, 40 and 50: what is built for where no GPU is here and none was named."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What is asked of a conversion to another precision, beside the precision.
-
-    Attributes:
-        inputs: Frames to calibrate and to measure parity on; None measures nothing.
-        keep: Paths of PyTorch modules, or names of nodes, that stay in fp32.
-        cache_precision: Of the cache tensors; None is fp16, or fp32 where an exit would miss `min_psnr_db` by it.
-        min_psnr_db: What every answer of every exit has to reach against fp32; None is the conversion's default.
-    """
-
-    inputs: Path | None = None
-    keep: tuple[str, ...] = ()
-    cache_precision: Literal["fp32", "fp16"] | None = None
-    min_psnr_db: float | None = None
-
-    @property
-    def asked(self) -> list[str]:
-        """The command line's options that were given."""
-        given = {
-            "--inputs": self.inputs is not None,
-            "--keep": bool(self.keep),
-            "--cache-precision": self.cache_precision is not None,
-            "--min-psnr": self.min_psnr_db is not None,
-        }
-        return [name for name, is_given in given.items() if is_given]
 
 
 @dataclass(frozen=True)
@@ -142,27 +109,10 @@ class Built:
         }
 
 
-def build_bundle(
-    path: Path,
-    *,
-    backend: FlavourName,
-    precision: Precision | None = None,
-    targets: Sequence[str] | None = None,
-    conversion: Conversion | None = None,
-    out: Path | None = None,
-    progress: Report = silent,
-) -> Built:
+def build_bundle(path: Path, options: BuildOptions, *, progress: Report = silent) -> Built:
     """Build the engines of the bundle at `path`, converted to another precision first where one is asked for.
 
-    Args:
-        path: The bundle.
-        backend: Which TensorRT.
-        precision: What its graphs are to compute in; None takes the bundle as it is.
-        targets: GPUs to build for, e.g. ``("sm_86", "sm_89")`` or ``("current",)``; None leaves it to `choose_targets`.
-        conversion: What is asked of the conversion.
-        out: A folder to write that needs nothing else of this project; None keeps the engines in the engine cache, and
-            writes a converted bundle beside the one it was made from.
-        progress: Told how far it is.
+    Without a folder to write, engines stay in the engine cache, and a converted bundle is written beside `path`.
 
     Raises:
         BackendError: If the TensorRT is missing or of the other flavour, or refuses a graph or a target.
@@ -178,13 +128,13 @@ def build_bundle(
     from ..engine.tensorrt.flavour import Flavour
 
     started = time.perf_counter()
-    conversion = conversion or Conversion()
+    out, targets = options.out, options.targets
     if out is not None:
         check_place(out, path)
-    flavour = Flavour.load(backend)
+    flavour = Flavour.load(options.backend)
     chosen, why = choose_targets(flavour, targets)
     bundle = Bundle.open(path)
-    wanted = _wanted_precision(bundle, precision_of(bundle), precision, conversion)
+    wanted = _wanted_precision(bundle, precision_of(bundle), options)
     if targets is None:
         chosen, why = _fitting(wanted or precision_of(bundle), chosen, why)
     # Before the conversion, which may take minutes.
@@ -194,7 +144,7 @@ def build_bundle(
         with written_folder(out) as folder:
             name = bundle_name(bundle.path)
             inside = (
-                _convert(bundle, folder / name, wanted, conversion, progress) if wanted else add_bundle(folder, bundle)
+                _convert(bundle, folder / name, wanted, options, progress) if wanted else add_bundle(folder, bundle)
             )
             engines = _engines(inside, flavour, chosen, folder / ENGINES, progress, home=out / ENGINES)
             deployment = add_runtime(folder, out, inside, flavour=flavour, targets=chosen)
@@ -207,7 +157,7 @@ def build_bundle(
             )
         home = default_folder(beside)
         with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", suffix=".partial", dir=beside.parent) as staging:
-            inside = _convert(bundle, Path(staging) / beside.name, wanted, conversion, progress)
+            inside = _convert(bundle, Path(staging) / beside.name, wanted, options, progress)
             engines = _engines(inside, flavour, chosen, home, progress, home=home)
             try:
                 inside.path.rename(beside)
@@ -269,16 +219,15 @@ def converted_path(path: Path, precision: str) -> Path:
     return path.absolute().parent / f"{name.removesuffix('.warp')}.{precision}.warp"
 
 
-def _wanted_precision(
-    bundle: Bundle, there: str, asked: Precision | None, conversion: Conversion
-) -> LowPrecision | None:
+def _wanted_precision(bundle: Bundle, there: str, options: BuildOptions) -> LowPrecision | None:
     """What to convert to; None where the bundle stays as it is."""
+    asked = options.precision
     if asked is None or asked == there:
-        if conversion.asked:
+        if options.of_conversion:
             because = f"is {there} already" if asked is not None else "stays as it is without --precision"
-            one = len(conversion.asked) == 1
+            one = len(options.of_conversion) == 1
             raise InputError(
-                f"{', '.join(conversion.asked)} {'belongs' if one else 'belong'} to a conversion, but the bundle "
+                f"{', '.join(options.of_conversion)} {'belongs' if one else 'belong'} to a conversion, but the bundle "
                 f"{str(bundle.path)!r} {because}; leave {'it' if one else 'them'} out"
             )
         return None
@@ -287,7 +236,7 @@ def _wanted_precision(
             f"the bundle {str(bundle.path)!r} is {there} already and cannot become {asked}; convert the fp32 bundle "
             "that it was made from, or build it as it is without --precision"
         )
-    if asked in CALIBRATED and conversion.inputs is None:
+    if asked in CALIBRATED and options.inputs is None:
         raise InputError(f"{asked} is calibrated on frames of yours; name them with --inputs FRAMES.npz")
     return asked
 
@@ -320,17 +269,17 @@ def _engines(
     return engines
 
 
-def _convert(bundle: Bundle, out: Path, precision: LowPrecision, conversion: Conversion, progress: Report) -> Bundle:
+def _convert(bundle: Bundle, out: Path, precision: LowPrecision, asked: BuildOptions, progress: Report) -> Bundle:
     from ..export.precision.convert import PrecisionOptions, convert_bundle
     from ..media.inputs import load_inputs
 
-    given: dict[str, Any] = {"min_psnr_db": conversion.min_psnr_db, "cache_precision": conversion.cache_precision}
+    given: dict[str, Any] = {"min_psnr_db": asked.min_psnr_db, "cache_precision": asked.cache_precision}
     options = PrecisionOptions(
-        precision=precision, keep=conversion.keep, **{name: value for name, value in given.items() if value is not None}
+        precision=precision, keep=asked.keep, **{name: value for name, value in given.items() if value is not None}
     )
     frames = None
-    if conversion.inputs is not None:
-        frames = load_inputs(conversion.inputs, bundle.manifest.inputs).arrays
+    if asked.inputs is not None:
+        frames = load_inputs(asked.inputs, bundle.manifest.inputs).arrays
     return convert_bundle(bundle, out, options=options, frames=frames, progress=progress)
 
 

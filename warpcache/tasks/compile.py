@@ -6,11 +6,11 @@ inside the functions: without the extra of that name the rest of the package wor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..media.inputs import InputStream, load_inputs
+from .choices import CompileChoice, SplitOptions
 from .progress import Report
 
 if TYPE_CHECKING:
@@ -18,113 +18,49 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_files", "split_files"]
 
+# What is loaded and written here, and is no option of a compile.
+_FILES = frozenset({"weights", "inputs", "holdout", "out"})
 
-def compile_files(
-    factory: str,
-    *,
-    weights: Path | None,
-    inputs: Path,
-    holdout: Path | None,
-    cut: str,
-    budget: float,
-    steps: int | None,
-    out: Path,
-    lpips: Path | None,
-    seed: int,
-    max_age: int,
-    resume: bool,
-    exits: int | None = None,
-    metric: str | None = None,
-    bank_size: int | None = None,
-    state: Mapping[str, str] | None = None,
-    progress: Report,
-) -> Bundle:
-    """Compile the generator that `factory` makes.
 
-    Args:
-        factory: ``MODULE:FACTORY``.
-        weights: Its weights, ``.safetensors``, or None to take it as the factory made it.
-        inputs: Frames to train on.
-        holdout: Frames to calibrate on, or None to keep the last quarter of `inputs` back.
-        cut: ``auto``, or names joined by commas.
-        budget: The consumer's cost as a fraction of the generator's.
-        steps: Training steps, None for the default.
-        out: The bundle to write.
-        lpips: Weights of LPIPS, or None to do without.
-        seed: Of the training.
-        max_age: Oldest cache to train and calibrate for.
-        resume: Go on from an interrupted compile's checkpoint.
-        exits: How many exits to train for a promise of quality; None: one, and no promise.
-        metric: What quality is promised in, None for LPIPS where its weights are given, else FLIP.
-        bank_size: Entries of the branches' guide bank, 0 for none, None for the default.
-        state: What the generator carries from frame to frame, output -> input.
-        progress: Told how far it is.
+def compile_files(factory: str, choice: CompileChoice, *, progress: Report) -> Bundle:
+    """Compile the generator that `factory`, ``MODULE:FACTORY``, makes.
 
     Raises:
         WarpcacheError: Whatever is wrong with what the user named; see `warpcache.export.compile`.
         ModuleNotFoundError: If the ``export`` extra is not installed.
     """
-    from ..export.compile import DEFAULT_STEPS, CompileOptions, Footage, compile_generator
+    from ..export.compile import CompileOptions, Footage, compile_generator
     from ..export.graph.trace import input_names_of, load_factory, load_weights
 
     # First: wrong options are found before anything is loaded.
-    options = CompileOptions(
-        cut=cut,
-        budget=budget,
-        steps=DEFAULT_STEPS if steps is None else steps,
-        max_age=max_age,
-        seed=seed,
-        lpips=lpips,
-        resume=resume,
-        exits=exits,
-        metric=metric,
-        bank_size=bank_size,
-        state=state or {},
-    )
+    given = {name: value for name, value in vars(choice).items() if value is not None}
+    options = CompileOptions(**{name: value for name, value in given.items() if name not in _FILES})
     module = load_factory(factory)
-    if weights is not None:
-        load_weights(module, weights)
+    if choice.weights is not None:
+        load_weights(module, choice.weights)
     names = input_names_of(module)
-    promise = {} if exits is None else {"exits": exits, "metric": options.promised_metric, "bank_size": bank_size}
+    promise: dict[str, Any] = {}
+    if choice.exits is not None:
+        promise = {"exits": choice.exits, "metric": options.promised_metric, "bank_size": choice.bank_size}
     return compile_generator(
         module,
-        Footage(_load(inputs, names), None if holdout is None else _load(holdout, names)),
-        out,
+        Footage(_load(choice.inputs, names), None if choice.holdout is None else _load(choice.holdout, names)),
+        choice.out,
         options=options,
         made_from={
             "factory": factory,
-            "inputs": inputs.name,
-            "cut": cut,
-            "budget": budget,
-            "steps": options.steps,
-            "max_age": max_age,
-            "seed": seed,
-            "lpips": lpips is not None,
+            "inputs": choice.inputs.name,
+            **{name: getattr(options, name) for name in ("cut", "budget", "steps", "max_age", "seed")},
+            "lpips": choice.lpips is not None,
             **promise,
-            **({"state": dict(state)} if state else {}),
+            **({"state": dict(choice.state)} if choice.state else {}),
         },
         progress=progress,
     )
 
 
-def split_files(
-    model: Path,
-    *,
-    inputs: Path,
-    cut: str,
-    state: Mapping[str, str] | None = None,
-    out: Path,
-    progress: Report,
-) -> Bundle:
-    """Cut the ONNX model in file `model`; nothing is trained.
-
-    Args:
-        model: The ``.onnx`` file.
-        inputs: Sample frames.
-        cut: ``auto``, or names joined by commas.
-        state: What the generator carries from frame to frame, output -> input.
-        out: The bundle to write.
-        progress: Told how far it is.
+def split_files(model: Path, options: SplitOptions, *, progress: Report) -> Bundle:
+    """Cut the ONNX model in the file `model`; nothing is trained.
 
     Raises:
         WarpcacheError: Whatever is wrong with what the user named.
@@ -136,15 +72,15 @@ def split_files(
     proto = load_model(model)
     return split_model(
         proto,
-        _load(inputs, input_names(proto)),
-        out,
-        cut=cut,
-        state=state,
+        _load(options.inputs, input_names(proto)),
+        options.out,
+        cut=options.cut,
+        state=options.state,
         made_from={
             "model": model.name,
-            "inputs": inputs.name,
-            "cut": cut,
-            **({"state": dict(state)} if state else {}),
+            "inputs": options.inputs.name,
+            "cut": options.cut,
+            **({"state": dict(options.state)} if options.state else {}),
         },
         progress=progress,
     )

@@ -22,10 +22,10 @@ from ..engine.errors import BundleError, InputError
 from ..engine.schedule.policy import Policy
 from ..engine.session.frame import Frame
 from ..engine.spec import Array
-from .bench import CPU, Measured, Recording, load_lpips, record, result_of
-from .device_choice import DeviceChoice
+from .bench import Measured, load_lpips, result_of
+from .choices import DemoOptions, StreamOptions
 from .progress import Report, silent
-from .stream import pace
+from .stream import Recording, pace, record
 
 if TYPE_CHECKING:
     from ..models.head import HeadMotion
@@ -120,24 +120,11 @@ def _moment(motion: HeadMotion, index: int) -> HeadMotion:
     return replace(motion, **arrays)
 
 
-def run_demo(
-    *,
-    frames: int = 300,
-    out: Path = Path("warpcache-demo"),
-    lpips: Path | None = None,
-    threads: int | None = None,
-    on: DeviceChoice = CPU,
-    bundle: Bundle | None = None,
-    progress: Report = silent,
-) -> Demo:
-    """Stream the synthetic head twice, measure, and write `out`/report.html and `out`/frames.mp4.
+def run_demo(options: DemoOptions, *, bundle: Bundle | None = None, progress: Report = silent) -> Demo:
+    """Stream the synthetic head twice, measure, and write report.html and frames.mp4 into `options.out`.
 
     Args:
-        frames: Frames to stream.
-        out: Folder to write; made if missing, files of an earlier demo in it are replaced.
-        lpips: Weights of LPIPS; without them it is left out.
-        threads: CPU threads; default: the cores of this process.
-        on: Where it runs and by what; default: the CPU.
+        options: Frames, folder, and where it runs.
         bundle: Another bundle of the synthetic head; default: the shipped one.
         progress: Told how far it is.
 
@@ -152,30 +139,21 @@ def run_demo(
     from ..report.policies import environment, row, write_report
     from ..report.results import ReportData
 
+    out, frames = options.out, options.frames
     bundle = bundle or demo_bundle()
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; choose another folder with --out")
-    network = load_lpips(lpips)
-    facts = on.facts()  # before the head is drawn: a GPU that is not there is found out at once
+    network = load_lpips(options.lpips)
+    facts = options.on.facts()  # before the head is drawn: a GPU that is not there is found out at once
     inputs = demo_inputs(bundle, frames, progress)
 
     fps = bundle.manifest.fps or 30.0
-    shown: list[dict[int, NDArray[np.uint8]]] = []
-    recordings = []
+    recordings, shown = [], []
     for policy in (Policy("full"), Policy("async")):
-        images: dict[int, NDArray[np.uint8]] = {}
-        recordings.append(
-            _stream(
-                bundle,
-                inputs,
-                policy,
-                fps,
-                threads,
-                on if policy.kind == "async" else on.without_producers(),
-                images,
-                progress,
-            )
-        )
+        placed = options.on.without_producers() if policy.foreground else options.on
+        how = StreamOptions(fps=pace(policy, None, fps), threads=options.threads, on=placed)
+        recording, images = _stream(bundle, inputs, policy, how, progress)
+        recordings.append(recording)
         shown.append(images)
     references = {WHOLE_LABEL: recordings[0].images, "rendered truth": inputs.truth}
     results = [result_of(recording, references, lpips=network, progress=progress) for recording in recordings]
@@ -214,37 +192,31 @@ def run_demo(
 
 
 def _stream(
-    bundle: Bundle,
-    inputs: DemoInputs,
-    policy: Policy,
-    fps: float,
-    threads: int | None,
-    on: DeviceChoice,
-    images: dict[int, NDArray[np.uint8]],
-    progress: Report,
-) -> Recording:
-    """Stream the inputs under one policy; every frame's picture goes into `images`, uint8 [3, H, W]."""
+    bundle: Bundle, inputs: DemoInputs, policy: Policy, options: StreamOptions, progress: Report
+) -> tuple[Recording, dict[int, NDArray[np.uint8]]]:
+    """Stream the inputs under one policy; with what it did, every frame's picture by its index, uint8 [3, H, W]."""
     from ..media.video import to_uint8
 
     name = bundle.manifest.image_output
     if name is None:
         raise InputError(f"bundle {bundle.manifest.name!r} has no image output, so there is nothing to show")
 
+    images: dict[int, NDArray[np.uint8]] = {}
+
     def keep_picture(frame: Frame) -> None:
         # A quarter of the memory of float32, for about half a millisecond between two frames.
         images[frame.index] = to_uint8(frame.outputs[name][0])
 
-    return record(
+    recording = record(
         bundle,
         inputs.arrays,
-        policy=policy,
-        fps=pace(policy, None, fps),
-        threads=threads,
-        on=on,
+        policy,
+        options,
         keep=lambda index: index % MEASURE_EVERY == 0,
         on_frame=keep_picture,
         progress=progress,
     )
+    return recording, images
 
 
 def _write_video(

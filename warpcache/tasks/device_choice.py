@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-__all__ = ["DeviceChoice"]
+import click
+
+from .options import checked_device, option
+
+__all__ = ["CPU", "DeviceChoice"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,48 @@ class DeviceChoice:
         producer_devices: GPUs that producers run on; empty for the consumer's.
     """
 
-    device: str = "cpu"
-    backend: str = "onnxruntime"
-    graphs: Literal["auto", "on", "off"] | None = None
-    producer_devices: tuple[str, ...] = ()
+    device: Annotated[str, option("--device", metavar="cpu|cuda:N", callback=checked_device, help="Where to run.")] = (
+        "cpu"
+    )
+    backend: Annotated[
+        str,
+        option(
+            "--backend",
+            type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+            help="What executes the graphs; the TensorRTs on a GPU only.",
+        ),
+    ] = "onnxruntime"
+    graphs: Annotated[
+        Literal["auto", "on", "off"] | None,
+        option(
+            "--graphs",
+            type=click.Choice(["auto", "on", "off"]),
+            help="Replay CUDA graphs; default on a GPU: auto, where the backend can be captured.",
+        ),
+    ] = None
+    producer_devices: Annotated[
+        tuple[str, ...],
+        option(
+            "--producer-device",
+            multiple=True,
+            metavar="cuda:N",
+            callback=checked_device,
+            help="Repeatable; a GPU that producers run on under async; default: the consumer's.",
+        ),
+    ] = ()
+
+    def settled(self) -> DeviceChoice:
+        """Refuse what is for a GPU on the CPU.
+
+        Not left to the engine: the policies of a benchmark that run first do without producers beside them.
+
+        Raises:
+            click.UsageError: If it is given.
+        """
+        for name, value in (("--graphs", self.graphs), ("--producer-device", self.producer_devices)):
+            if self.device == "cpu" and value:
+                raise click.UsageError(f"{name} is for a GPU, but the device is the CPU; name one by --device cuda:N")
+        return self
 
     def for_engine(self) -> dict[str, Any]:
         """The keywords of `Engine` that say the same.
@@ -57,3 +99,7 @@ class DeviceChoice:
         from ..engine.cuda.gpu_facts import gpu_facts
 
         return gpu_facts(found)
+
+
+CPU = DeviceChoice()
+"""Where everything runs unless told otherwise."""

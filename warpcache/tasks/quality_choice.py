@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
 
 from ..engine.errors import InputError
+from .options import RATE, one_line, option
 
 if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
     from ..engine.promise.calibration import Quality
 
-__all__ = ["QualityChoice"]
+__all__ = ["QualityChoice", "QualityOptions"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,73 @@ class QualityChoice:
             "the quality is to be kept in LPIPS, whose weights were not given; "
             f"name them by --lpips PATH or WARPCACHE_LPIPS{way_out}"
         )
+
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """The options that ask for a quality; together they are a `QualityChoice`, or None."""
+
+    quality: Annotated[
+        str | None,
+        option(
+            "--quality",
+            metavar="METRIC=VALUE",
+            help="Answer every frame with the cheapest exit that keeps this quality, e.g. lpips=0.1; the metric is the "
+            "one that the bundle was compiled with --exits for: lpips, flip, psnr or ms-ssim.",
+        ),
+    ] = None
+    confidence: Annotated[
+        float | None,
+        option(
+            "--confidence",
+            type=float,
+            metavar="SHARE",
+            help="With --quality: share of the frames that keep it; default: 0.95.",
+        ),
+    ] = None
+    deadline_ms: Annotated[
+        float | None,
+        option(
+            "--deadline-ms",
+            type=RATE,
+            metavar="MS",
+            help="With --quality: milliseconds that an answer may take; where no exit that keeps the quality is quick "
+            "enough, the frame is answered worse, or dropped, and counted.",
+        ),
+    ] = None
+    audit_every: Annotated[
+        int | None,
+        option(
+            "--audit-every",
+            type=click.IntRange(min=0),
+            metavar="M",
+            help="With --quality: the whole generator answers every M-th frame in the background too, to compare; "
+            "0 never; default: 30.",
+        ),
+    ] = None
+
+    def settled(self) -> QualityChoice | None:
+        """The quality that was asked for.
+
+        Raises:
+            click.UsageError: If options of a quality are given without one, its metric is unknown, or its threshold or
+                confidence is out of its range.
+        """
+        from ..engine.promise.calibration import Quality
+
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.quality is None:
+            for name in given:
+                flag = f"--{name.replace('_', '-')}"
+                raise click.UsageError(f"{flag} goes with a quality to keep; name one by --quality, e.g. lpips=0.1")
+            return None
+        del given["quality"]
+        hint = "--quality"
+        try:
+            asked = Quality.parse(self.quality)
+            if self.confidence is not None:
+                hint = "--confidence"
+                asked = replace(asked, confidence=given.pop("confidence"))
+        except InputError as exc:
+            raise click.BadParameter(one_line(str(exc)), param_hint=hint) from exc
+        return QualityChoice(asked, **given)

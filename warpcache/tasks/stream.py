@@ -5,26 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.schedule.policy import Policy
 from ..engine.spec import Array
-from .device_choice import DeviceChoice
+from .choices import StreamOptions
 from .progress import Report, silent
 
 if TYPE_CHECKING:
     from ..engine.bundle.bundle import Bundle
     from ..engine.session.frame import Frame
     from ..report.routed import Routed
-    from .quality_choice import QualityChoice
 
-__all__ = ["CPU", "ExitName", "Recording", "frame_count", "pace", "record"]
-
-ExitName = str
-
-CPU = DeviceChoice()
-"""Where everything runs unless told otherwise."""
+__all__ = ["Recording", "frame_count", "pace", "record"]
 
 
 @dataclass
@@ -74,20 +67,15 @@ def pace(policy: Policy, asked: float | None, known: float | None) -> float | No
     """
     if asked is not None:
         return asked
-    return known if policy.kind == "async" else None
+    return None if policy.foreground else known
 
 
 def record(
     bundle: Bundle,
     arrays: Mapping[str, Array],
-    *,
     policy: Policy,
-    exit_name: ExitName | None = None,
-    fps: float | None = None,
-    threads: int | None = None,
-    on: DeviceChoice = CPU,
-    promise: QualityChoice | None = None,
-    lpips: Path | None = None,
+    options: StreamOptions = StreamOptions(),
+    *,
     keep: Callable[[int], bool] = lambda index: False,
     on_frame: Callable[[Frame], None] | None = None,
     progress: Report = silent,
@@ -98,12 +86,7 @@ def record(
         bundle: An opened bundle.
         arrays: Inputs by name, leading axis time.
         policy: When producers run.
-        exit_name: Answer old caches with this exit only.
-        fps: Pace of arrival; None submits the next frame when the last one is answered.
-        threads: CPU threads; default: the cores of this process.
-        on: Where it runs and by what; default: the CPU.
-        promise: A quality to keep: every frame is routed to the cheapest exit that keeps it.
-        lpips: Weights of LPIPS, for the audits of a promise in it.
+        options: How; of its pace None submits the next frame when the last one is answered.
         keep: Which frames' images to keep, by index.
         on_frame: Called with every frame between two frames; it must be short.
         progress: Told how far it is.
@@ -113,18 +96,20 @@ def record(
     """
     from ..engine import Engine
 
+    promise = options.promise
     label = str(policy) if promise is None else f"{policy} routed"
     total = frame_count(arrays)
     result = Recording(policy=str(policy))
     image = bundle.manifest.image_output
     progress(label, 0, total)
-    routing = {} if promise is None else promise.for_engine(lpips)
+    routing = {} if promise is None else promise.for_engine(options.lpips)
     answered: list[Frame] = []
-    with Engine(bundle, policy=policy, exit=exit_name, threads=threads, **on.for_engine(), **routing) as engine:
+    chosen = {"exit": options.exit_name, "threads": options.threads, **options.on.for_engine(), **routing}
+    with Engine(bundle, policy=policy, **chosen) as engine:
         result.placement = engine.placement
         session = engine.session()
         begin = time.perf_counter()
-        for frame in session.render(arrays, fps=fps):
+        for frame in session.render(arrays, fps=options.fps):
             result.latency_ms.append(frame.latency_ms)
             result.indices.append(frame.index)
             result.ages.append(frame.age)
