@@ -35,8 +35,10 @@ from warpcache.export.compile import split_model
 from warpcache.export.graph.index import load_model
 from warpcache.media.inputs import InputStream
 from warpcache.report.policies import print_table, row, write_json
-from warpcache.tasks.bench import ExitName, Recording, record, result_of
+from warpcache.tasks.bench import result_of
+from warpcache.tasks.choices import ExitName, StreamOptions
 from warpcache.tasks.progress import ProgressBar, Report, silent
+from warpcache.tasks.stream import Recording, record
 
 __all__ = ["compare_policies", "frame_reuse", "plain_bundle"]
 
@@ -163,10 +165,8 @@ def compare_policies(
         recording = record(
             of,
             {name: array for name, array in clip.items() if name in known},
-            policy=policy,
-            exit_name=exit_name,
-            fps=fps,
-            threads=threads,
+            policy,
+            StreamOptions(exit_name=exit_name, fps=fps, threads=threads),
             keep=lambda index: True,
             progress=lambda _, done, total: progress(label, done, total),
         )

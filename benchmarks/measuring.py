@@ -16,7 +16,8 @@ from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.schedule.policy import Policy
-from warpcache.tasks.bench import ExitName, record
+from warpcache.tasks.choices import ExitName, StreamOptions
+from warpcache.tasks.stream import record
 
 __all__ = [
     "BareModule",
@@ -131,7 +132,8 @@ def answers(
     fps: float | None = None,
 ) -> dict[int, NDArray[np.float32]]:
     """Images that the engine answers under a policy, by frame."""
-    return record(bundle, arrays, policy=policy, exit_name=exit_name, fps=fps, keep=lambda index: True).images
+    options = StreamOptions(exit_name=exit_name, fps=fps)
+    return record(bundle, arrays, policy, options, keep=lambda index: True).images
 
 
 def means(

@@ -14,7 +14,8 @@ from benchmarks.caching_policies import SHOWN_AGAIN, compare_policies, frame_reu
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure
 from warpcache.engine.schedule.policy import Policy
-from warpcache.tasks.bench import Recording, record
+from warpcache.tasks.choices import StreamOptions
+from warpcache.tasks.stream import Recording, record
 
 FRAMES = 7
 
@@ -33,7 +34,7 @@ def clip() -> dict[str, NDArray[np.float32]]:
 
 
 def whole(bundle: Bundle, arrays: dict[str, NDArray[np.float32]]) -> Recording:
-    return record(bundle, arrays, policy=Policy("full"), threads=1, keep=lambda index: True)
+    return record(bundle, arrays, Policy("full"), StreamOptions(threads=1), keep=lambda index: True)
 
 
 def test_frame_reuse_shows_the_last_asked_image(bundle: Bundle, clip: dict[str, NDArray[np.float32]]) -> None:

@@ -6,6 +6,7 @@ Checks run while the arguments are parsed: what is wrong is wrong usage, and fou
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -69,7 +70,7 @@ def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., N
 def _about(options: type[Any]) -> dict[str, Any]:
     """What every field is annotated with: what `option` gives, or another class of options."""
     hints = get_type_hints(options, include_extras=True)
-    own_first = dict.fromkeys(name for base in options.__mro__ for name in base.__dict__.get("__annotations__", ()))
+    own_first = dict.fromkeys(name for base in options.__mro__ for name in inspect.get_annotations(base))
     return {name: hints[name].__metadata__[0] for name in own_first}
 
 
@@ -82,11 +83,8 @@ def _declared(options: type[Any]) -> Iterator[tuple[str, tuple[str, ...], dict[s
         flags, attributes = about
         default = defaults[name]
         if default is not dataclasses.MISSING:
-            attributes = {
-                "default": default,
-                "show_default": default not in (None, ()) and default is not False,
-                **attributes,
-            }
+            shown = default is not None and default is not False and default != ()
+            attributes = {"default": default, "show_default": shown, **attributes}
         yield name, flags, attributes
 
 

@@ -74,7 +74,7 @@ def record(
     bundle: Bundle,
     arrays: Mapping[str, Array],
     policy: Policy,
-    options: StreamOptions = StreamOptions(),
+    options: StreamOptions,
     *,
     keep: Callable[[int], bool] = lambda index: False,
     on_frame: Callable[[Frame], None] | None = None,

@@ -25,6 +25,7 @@ from warpcache.engine.routing.exit_costs import ExitCosts
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.report.promise_tables import rule_sentences
 from warpcache.report.routed import Routed, routed_lines, within_of
+from warpcache.tasks.choices import CompileChoice
 from warpcache.tasks.quality_choice import QualityChoice
 
 FRAMES = 8
@@ -149,8 +150,8 @@ def test_wrong_usage_of_compile(options: list[str], words: str) -> None:
 def test_compile_hands_on_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     asked: dict[str, Any] = {}
 
-    def compile_files(factory: str, **options: Any) -> Bundle:
-        asked.update(options)
+    def compile_files(factory: str, choice: CompileChoice, **more: Any) -> Bundle:
+        asked.update(vars(choice))
         return Bundle.open(tiny_bundle)
 
     monkeypatch.setattr(warpcache.tasks.compile, "compile_files", compile_files)

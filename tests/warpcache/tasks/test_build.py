@@ -23,6 +23,7 @@ from warpcache.engine.tensorrt.engine_cache import EngineCache, default_folder
 from warpcache.engine.tensorrt.engines import precision_of
 from warpcache.engine.tensorrt.flavour import Flavour
 from warpcache.tasks.build import CONSUMER_GPUS, Built, build_bundle, choose_targets, converted_path
+from warpcache.tasks.choices import BuildOptions
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -376,7 +377,7 @@ def test_a_conversion_without_the_export_extra_says_what_to_install(
 def test_a_folder_of_engines_beside_the_bundle_is_the_cache(make_bundle: Any, tmp_path: Path, cache: Path) -> None:
     bundle = make_bundle()
     (tmp_path / "engines").mkdir()
-    built: Built = build_bundle(bundle, backend="tensorrt-rtx", targets=("sm_89",))
+    built: Built = build_bundle(bundle, BuildOptions(backend="tensorrt-rtx", targets=("sm_89",)))
     assert built.folder == default_folder(bundle) == tmp_path / "engines"
     assert not cache.exists()
     keys = [

@@ -25,6 +25,7 @@ from warpcache.export.adapter.distill import Distillation
 from warpcache.export.adapter.layout import AdapterConfig
 from warpcache.export.compile import CompileOptions
 from warpcache.export.graph.trace import trace_generator
+from warpcache.tasks.choices import CompileChoice
 from warpcache.tasks.compile import compile_files
 
 MODEL = '''
@@ -315,11 +316,11 @@ def test_exits_are_handed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     def options(**more: Any) -> CompileOptions:
         with pytest.raises(Asked):
-            compile_files(
-                "my_models.py:Generator", weights=None, inputs=folder / "train.npz", holdout=None, cut="deep",
-                budget=0.2, steps=30, out=folder / "g.warp", lpips=None, seed=5, max_age=2, resume=False,
-                progress=lambda *_: None, **more,
+            choice = CompileChoice(
+                inputs=folder / "train.npz", cut="deep", budget=0.2, steps=30, out=folder / "g.warp", seed=5,
+                max_age=2, **more,
             )  # fmt: skip
+            compile_files("my_models.py:Generator", choice, progress=lambda *_: None)
         given: CompileOptions = asked["options"]
         return given
 

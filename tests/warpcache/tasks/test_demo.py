@@ -21,6 +21,7 @@ from warpcache.engine.bundle.write import write_bundle
 from warpcache.engine.errors import BundleError, InputError
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord
 from warpcache.engine.spec import TensorSpec
+from warpcache.tasks.choices import DemoOptions
 from warpcache.tasks.demo import DEMO_MOTION_SEED, MEASURE_EVERY, demo_inputs, run_demo
 
 SIZE = 48
@@ -128,7 +129,9 @@ def promised_head(head_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_the_report_shows_what_the_bundle_promises(promised_head: Bundle, tmp_path: Path) -> None:
-    page = run_demo(frames=4, out=tmp_path / "demo", bundle=promised_head).report.read_text(encoding="utf-8")
+    page = run_demo(DemoOptions(frames=4, out=tmp_path / "demo"), bundle=promised_head).report.read_text(
+        encoding="utf-8"
+    )
     for words in ("What it promises", "<h3>Pareto front</h3>", "cache 1 frame old", "conformal risk control"):
         assert words in page, words
 
@@ -139,8 +142,7 @@ def test_the_demo_measures_and_writes(head_bundle: Bundle, tmp_path: Path) -> No
     out = tmp_path / "demo"
     stages: dict[str, tuple[int, int]] = {}
     demo = run_demo(
-        frames=FRAMES,
-        out=out,
+        DemoOptions(frames=FRAMES, out=out),
         bundle=head_bundle,
         progress=lambda stage, done, total: stages.update({stage: (done, total)}),
     )
@@ -204,7 +206,7 @@ def test_a_file_in_the_way_is_refused(head_bundle: Bundle, tmp_path: Path) -> No
     out = tmp_path / "demo"
     out.write_text("mine")
     with pytest.raises(InputError, match=f"^'{out}' is a file"):
-        run_demo(frames=2, out=out, bundle=head_bundle)
+        run_demo(DemoOptions(frames=2, out=out), bundle=head_bundle)
     assert out.read_text() == "mine"
 
 

@@ -27,6 +27,7 @@ from warpcache.engine.errors import BackendError, InputError
 from warpcache.engine.promise.calibration import Calibration, Quality
 from warpcache.engine.tensorrt.flavour import Flavour
 from warpcache.tasks.build import Built, build_bundle
+from warpcache.tasks.choices import BuildOptions
 from warpcache.tasks.deploy import (
     CUDA_PYTHON,
     LEFT_OUT,
@@ -106,7 +107,7 @@ assert warpcache.__file__.startswith({str(folder)!r}), warpcache.__file__
 def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The tiny bundle as a folder, by the real builder. Read it only."""
     out = tmp_path_factory.mktemp("deployed") / "new" / "edge"
-    return build_bundle(tiny_bundle, backend="tensorrt-rtx", targets=TARGETS, out=out)
+    return build_bundle(tiny_bundle, BuildOptions(backend="tensorrt-rtx", targets=TARGETS, out=out))
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +395,9 @@ def routed(routed_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bui
     """A bundle that promises a quality as a folder, converted to fp16 by the way. Read it only."""
     pytest.importorskip("torch", reason="the export extra is not installed")
     out = tmp_path_factory.mktemp("routed") / "edge"
-    return build_bundle(routed_bundle, backend="tensorrt-rtx", precision="fp16", targets=TARGETS[:1], out=out)
+    return build_bundle(
+        routed_bundle, BuildOptions(backend="tensorrt-rtx", precision="fp16", targets=TARGETS[:1], out=out)
+    )
 
 
 def test_a_bundle_with_exits_is_carried_whole(routed: Built, routed_bundle: Path) -> None:
@@ -480,7 +483,9 @@ def test_the_commands_of_the_guide_parse() -> None:
 @pytest.mark.gpu
 def test_the_folder_answers_on_the_gpu_that_is_here(tiny_bundle: Path, tmp_path: Path) -> None:
     try:
-        built = build_bundle(tiny_bundle, backend="tensorrt-rtx", targets=("current",), out=tmp_path / "edge")
+        built = build_bundle(
+            tiny_bundle, BuildOptions(backend="tensorrt-rtx", targets=("current",), out=tmp_path / "edge")
+        )
     except BackendError as exc:
         pytest.skip(str(exc))
     frames = np.random.default_rng(3).uniform(-1, 1, (8, 3, 16, 16)).astype(np.float32)
