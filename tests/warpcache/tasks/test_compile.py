@@ -315,11 +315,11 @@ def test_exits_are_handed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(compile_module, "compile_generator", compile_generator)
 
     def options(**more: Any) -> CompileOptions:
+        choice = CompileChoice(
+            inputs=folder / "train.npz", cut="deep", budget=0.2, steps=30, out=folder / "g.warp", seed=5, max_age=2,
+            **more,
+        )  # fmt: skip
         with pytest.raises(Asked):
-            choice = CompileChoice(
-                inputs=folder / "train.npz", cut="deep", budget=0.2, steps=30, out=folder / "g.warp", seed=5,
-                max_age=2, **more,
-            )  # fmt: skip
             compile_files("my_models.py:Generator", choice, progress=lambda *_: None)
         given: CompileOptions = asked["options"]
         return given

@@ -129,9 +129,8 @@ def promised_head(head_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_the_report_shows_what_the_bundle_promises(promised_head: Bundle, tmp_path: Path) -> None:
-    page = run_demo(DemoOptions(frames=4, out=tmp_path / "demo"), bundle=promised_head).report.read_text(
-        encoding="utf-8"
-    )
+    demo = run_demo(DemoOptions(frames=4, out=tmp_path / "demo"), bundle=promised_head)
+    page = demo.report.read_text(encoding="utf-8")
     for words in ("What it promises", "<h3>Pareto front</h3>", "cache 1 frame old", "conformal risk control"):
         assert words in page, words
 
