@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 import numpy as np
@@ -35,7 +35,7 @@ from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Qua
 from warpcache.engine.session.frame import Frame
 from warpcache.engine.telemetry import SessionStatistics
 from warpcache.report.policies import environment
-from warpcache.tasks.options import PATH, option, takes
+from warpcache.tasks.options import option, takes
 from warpcache.tasks.progress import ProgressBar
 
 CASES = ("d6-128", "d3-128", "d6-256", "head-256")
@@ -84,27 +84,23 @@ class Run:
 class Options:
     """What is compiled and measured, and where it is kept."""
 
-    data: Annotated[Path, option("--data", type=PATH, envvar="WARPCACHE_CLIPS", required=True, help="The clips.")]
-    lpips: Annotated[Path, option("--lpips", type=PATH, envvar="WARPCACHE_LPIPS", required=True)]
-    names: Annotated[
-        tuple[str, ...], option("--case", type=click.Choice(CASES), multiple=True, default=CASES, show_default=True)
-    ]
-    work: Annotated[Path, option("--work", type=PATH, default="out/early_exits", show_default=True)]
-    generator_steps: Annotated[int, option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)]
-    steps: Annotated[
-        int | None,
-        option("--steps", type=int, help="Training steps of the exits; default: that of `warpcache compile`."),
-    ]
-    stage: Annotated[
-        str,
-        option(
-            "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
-        ),
-    ]
-    pictures: Annotated[
-        Path | None, option("--pictures", type=PATH, help="Folder for the Pareto fronts; default: --work.")
-    ]
-    json_path: Annotated[Path | None, option("--json", type=PATH)]
+    data: Path = option("--data", "The clips.", envvar="WARPCACHE_CLIPS")
+    lpips: Path = option("--lpips", envvar="WARPCACHE_LPIPS")
+    names: tuple[str, ...] = option("--case", default=CASES, type=click.Choice(CASES), multiple=True)
+    work: Path = option("--work", default="out/early_exits")
+    generator_steps: int = option("--generator-steps", default=GENERATOR_STEPS)
+    steps: int | None = option(
+        "--steps", "Training steps of the exits; default: that of `warpcache compile`.", default=None
+    )
+    stage: str = option(
+        "--stage",
+        "Where to stop.",
+        default="measure",
+        show_default=False,
+        type=click.Choice(["generator", "bundle", "measure"]),
+    )
+    pictures: Path | None = option("--pictures", "Folder for the Pareto fronts; default: --work.", default=None)
+    json_path: Path | None = option("--json", default=None)
 
 
 @click.command(epilog="Example:  python -m benchmarks.early_exits --data clips --lpips squeeze_v0.1.safetensors")

@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import click
 import numpy as np
@@ -35,7 +35,7 @@ from warpcache.kernels.image import ImageKernels
 from warpcache.kernels.rasterizer import MeshRasterizer
 from warpcache.kernels.reference.rasterizer import Mesh
 from warpcache.kernels.warp import WarpKernel
-from warpcache.tasks.options import PATH, option, takes
+from warpcache.tasks.options import option, takes
 
 __all__ = ["PARTS", "Case", "Timing", "bandwidth_gb_s", "face_mesh", "main", "ratio_figures"]
 
@@ -295,28 +295,18 @@ def _side(size_bytes: int, bytes_a_pixel: int) -> int:
 class Options:
     """What is measured, and how long."""
 
-    device: Annotated[str, option("--device", default="cuda:0", show_default=True)]
-    asked: Annotated[
-        tuple[str, ...], option("--part", type=click.Choice(list(PARTS)), multiple=True, help="Only this; repeatable.")
-    ]
-    mib: Annotated[
-        float | None,
-        option("--mib", type=click.FloatRange(min=0.1), help="MiB a launch moves; default: 512, or 8 x L2."),
-    ]
-    launches: Annotated[
-        int, option("--launches", type=click.IntRange(min=1), default=20, show_default=True, help="Between two events.")
-    ]
-    repeats: Annotated[
-        int, option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="The median counts.")
-    ]
-    frames: Annotated[
-        int, option("--frames", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the rasteriser.")
-    ]
-    picture: Annotated[
-        int,
-        option("--picture", type=click.IntRange(min=64), default=512, show_default=True, help="Its rows and columns."),
-    ]
-    json_path: Annotated[Path | None, option("--json", type=PATH)]
+    device: str = option("--device", default="cuda:0")
+    asked: tuple[str, ...] = option(
+        "--part", "Only this; repeatable.", default=(), type=click.Choice(list(PARTS)), multiple=True
+    )
+    mib: float | None = option(
+        "--mib", "MiB a launch moves; default: 512, or 8 x L2.", default=None, type=click.FloatRange(min=0.1)
+    )
+    launches: int = option("--launches", "Between two events.", default=20, type=click.IntRange(min=1))
+    repeats: int = option("--repeats", "The median counts.", default=7, type=click.IntRange(min=1))
+    frames: int = option("--frames", "Of the rasteriser.", default=2000, type=click.IntRange(min=1))
+    picture: int = option("--picture", "Its rows and columns.", default=512, type=click.IntRange(min=64))
+    json_path: Path | None = option("--json", default=None)
 
 
 @click.command(epilog="Example:  python -m benchmarks.gpu_kernels --json gpu_kernels.json")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import click
 import numpy as np
@@ -36,7 +36,7 @@ from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.schedule.policy import Policy
 from warpcache.engine.session.frame import Frame
 from warpcache.report.policies import environment
-from warpcache.tasks.options import PATH, option, takes
+from warpcache.tasks.options import option, takes
 
 __all__ = ["CONTENDERS", "Contender", "compare", "main"]
 
@@ -106,37 +106,24 @@ class TorchContender:
 class Options:
     """Who is compared, on what."""
 
-    inputs: Annotated[Path | None, option("--inputs", type=PATH, help="Frames, .npz or .mp4; the demo draws its own.")]
-    against: Annotated[
-        str, option("--against", default="onnxruntime", show_default=True, help=f"Some of {','.join(CONTENDERS)}.")
-    ]
-    device: Annotated[str, option("--device", default="cpu", show_default=True, help="cpu or cuda:N.")]
-    backend: Annotated[
-        str, option("--backend", default="onnxruntime", show_default=True, help="What runs this project's bundle.")
-    ]
-    policy: Annotated[str, option("--policy", default="async", show_default=True)]
-    generator: Annotated[
-        str | None,
-        option("--generator", metavar="MODULE:FACTORY", help="The PyTorch generator, for torch and torch-compile."),
-    ]
-    weights: Annotated[
-        Path | None,
-        option(
-            "--weights",
-            type=PATH,
-            help="Its weights, .safetensors; else as the factory made it, and its PSNR says nothing.",
-        ),
-    ]
-    half: Annotated[bool, option("--half", is_flag=True, help="Run torch in float16.")]
-    frames: Annotated[
-        int, option("--frames", type=click.IntRange(min=8), default=120, show_default=True, help="Frames a block.")
-    ]
-    blocks: Annotated[int, option("--blocks", type=click.IntRange(min=1), default=3, show_default=True)]
-    threads: Annotated[
-        int | None,
-        option("--threads", type=click.IntRange(min=1), help="CPU threads of our engines; default: all cores."),
-    ]
-    json_path: Annotated[Path | None, option("--json", type=PATH)]
+    inputs: Path | None = option("--inputs", "Frames, .npz or .mp4; the demo draws its own.", default=None)
+    against: str = option("--against", f"Some of {','.join(CONTENDERS)}.", default="onnxruntime")
+    device: str = option("--device", "cpu or cuda:N.", default="cpu")
+    backend: str = option("--backend", "What runs this project's bundle.", default="onnxruntime")
+    policy: str = option("--policy", default="async")
+    generator: str | None = option(
+        "--generator", "The PyTorch generator, for torch and torch-compile.", default=None, metavar="MODULE:FACTORY"
+    )
+    weights: Path | None = option(
+        "--weights", "Its weights, .safetensors; else as the factory made it, and its PSNR says nothing.", default=None
+    )
+    half: bool = option("--half", "Run torch in float16.", default=False)
+    frames: int = option("--frames", "Frames a block.", default=120, type=click.IntRange(min=8))
+    blocks: int = option("--blocks", default=3, type=click.IntRange(min=1))
+    threads: int | None = option(
+        "--threads", "CPU threads of our engines; default: all cores.", default=None, type=click.IntRange(min=1)
+    )
+    json_path: Path | None = option("--json", default=None)
 
 
 @click.command(epilog="Example:  python -m benchmarks.latency demo --against onnxruntime --frames 60")

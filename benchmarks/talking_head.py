@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 import numpy as np
@@ -51,7 +51,7 @@ from warpcache.export.graph.index import load_model
 from warpcache.export.graph.run import open_session, run_session
 from warpcache.models.training import train_renderer
 from warpcache.report.policies import environment
-from warpcache.tasks.options import PATH, option, takes
+from warpcache.tasks.options import option, takes
 from warpcache.tasks.progress import ProgressBar
 
 AGES = (1, 2, 3, 4)
@@ -65,23 +65,23 @@ BUDGET = 0.1
 class Options:
     """What is trained and measured, and where it is kept."""
 
-    data: Annotated[Path, option("--data", type=PATH, envvar="WARPCACHE_CLIPS", required=True, help="The clips.")]
-    lpips: Annotated[Path, option("--lpips", type=PATH, envvar="WARPCACHE_LPIPS", required=True)]
-    clips: Annotated[tuple[str, ...], option("--clip", multiple=True, default=("d6", "d3"), show_default=True)]
-    work: Annotated[Path, option("--work", type=PATH, default="out/talking_head", show_default=True)]
-    generator_steps: Annotated[int, option("--generator-steps", type=int, default=GENERATOR_STEPS, show_default=True)]
-    steps: Annotated[
-        int | None,
-        option("--steps", type=int, help="Training steps of the warp adapter; default: that of `warpcache compile`."),
-    ]
-    budget: Annotated[float, option("--budget", type=float, default=BUDGET, show_default=True)]
-    stage: Annotated[
-        str,
-        option(
-            "--stage", type=click.Choice(["generator", "bundle", "measure"]), default="measure", help="Where to stop."
-        ),
-    ]
-    json_path: Annotated[Path | None, option("--json", type=PATH)]
+    data: Path = option("--data", "The clips.", envvar="WARPCACHE_CLIPS")
+    lpips: Path = option("--lpips", envvar="WARPCACHE_LPIPS")
+    clips: tuple[str, ...] = option("--clip", default=("d6", "d3"), multiple=True)
+    work: Path = option("--work", default="out/talking_head")
+    generator_steps: int = option("--generator-steps", default=GENERATOR_STEPS)
+    steps: int | None = option(
+        "--steps", "Training steps of the warp adapter; default: that of `warpcache compile`.", default=None
+    )
+    budget: float = option("--budget", default=BUDGET)
+    stage: str = option(
+        "--stage",
+        "Where to stop.",
+        default="measure",
+        show_default=False,
+        type=click.Choice(["generator", "bundle", "measure"]),
+    )
+    json_path: Path | None = option("--json", default=None)
 
 
 @click.command(epilog="Example:  python -m benchmarks.talking_head --data clips --lpips squeeze_v0.1.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -23,35 +23,27 @@ class DeviceChoice:
         producer_devices: GPUs that producers run on; empty for the consumer's.
     """
 
-    device: Annotated[str, option("--device", metavar="cpu|cuda:N", callback=checked_device, help="Where to run.")] = (
-        "cpu"
+    device: str = option("--device", "Where to run.", default="cpu", metavar="cpu|cuda:N", callback=checked_device)
+    backend: str = option(
+        "--backend",
+        "What executes the graphs; the TensorRTs on a GPU only.",
+        default="onnxruntime",
+        type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
     )
-    backend: Annotated[
-        str,
-        option(
-            "--backend",
-            type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
-            help="What executes the graphs; the TensorRTs on a GPU only.",
-        ),
-    ] = "onnxruntime"
-    graphs: Annotated[
-        Literal["auto", "on", "off"] | None,
-        option(
-            "--graphs",
-            type=click.Choice(["auto", "on", "off"]),
-            help="Replay CUDA graphs; default on a GPU: auto, where the backend can be captured.",
-        ),
-    ] = None
-    producer_devices: Annotated[
-        tuple[str, ...],
-        option(
-            "--producer-device",
-            multiple=True,
-            metavar="cuda:N",
-            callback=checked_device,
-            help="Repeatable; a GPU that producers run on under async; default: the consumer's.",
-        ),
-    ] = ()
+    graphs: Literal["auto", "on", "off"] | None = option(
+        "--graphs",
+        "Replay CUDA graphs; default on a GPU: auto, where the backend can be captured.",
+        default=None,
+        type=click.Choice(["auto", "on", "off"]),
+    )
+    producer_devices: tuple[str, ...] = option(
+        "--producer-device",
+        "Repeatable; a GPU that producers run on under async; default: the consumer's.",
+        default=(),
+        multiple=True,
+        metavar="cuda:N",
+        callback=checked_device,
+    )
 
     def settled(self) -> DeviceChoice:
         """Refuse what is for a GPU on the CPU.

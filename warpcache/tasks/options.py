@@ -9,9 +9,10 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING
 from functools import wraps
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import click
 
@@ -25,6 +26,7 @@ __all__ = [
     "checked_device",
     "checked_metric",
     "checked_policy",
+    "holds",
     "json_option",
     "one_line",
     "option",
@@ -38,20 +40,38 @@ PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 AGE = click.IntRange(min=0)
 RATE = click.FloatRange(min=0, min_open=True)
+_TYPES: dict[type[Any], Any] = {Path: PATH, int: int, float: float}
 
 
-def option(*flags: str, **attributes: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """What is known of an option beside its type: ``Annotated[int, option("--runs")]``, as `click.option` takes it."""
-    return flags, attributes
+def option(
+    flag: str, help: str | None = None, *, default: Any = MISSING, factory: Any = MISSING, **attributes: Any
+) -> Any:
+    """A dataclass's field that is an option: without a default it has to be given.
+
+    Args:
+        flag: Its name, as in ``--runs``.
+        help: What is said of it; its default is added where it says something.
+        default: The field's default, which is the option's too.
+        factory: Makes the default of a field whose option makes one by its callback.
+        attributes: What else `click.option` takes. Types follow from annotations where they are simple.
+    """
+    metadata = {"flag": flag, "help": help, **attributes}
+    if factory is not MISSING:
+        return dataclasses.field(default_factory=factory, kw_only=True, metadata=metadata)
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+def holds(options: type[Any], *, default: Any) -> Any:
+    """A dataclass's field that holds what another class of options makes of its own."""
+    return dataclasses.field(default=default, kw_only=True, metadata={"options": options})
 
 
 def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options that are the fields of `options`; it gets an instance as its argument `options`.
 
-    A field's default is the option's, and shown where it says something. A field that is annotated with another such
-    class holds what that one makes of its options. A class with a method `settled` has it called at the end: it raises
-    `click.UsageError` where options do not go together, and returns what takes the instance's place. A class's own
-    options come before those that it inherits. What other decorators give the command it gets by name.
+    A class with a method `settled` has it called at the end: it raises `click.UsageError` where options do not go
+    together, and returns what takes the instance's place. A class's own options come before those that it inherits.
+    What other decorators give the command it gets by name.
     """
 
     def decorate(main: Callable[..., None]) -> Callable[..., None]:
@@ -60,42 +80,41 @@ def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., N
             chosen = _settled(options, given)
             main(*positional, options=chosen, **given)
 
-        for name, flags, attributes in reversed(list(_declared(options))):
-            command = click.option(name, *flags, **attributes)(command)
+        for declared in reversed(list(_declared(options))):
+            command = declared(command)
         return command
 
     return decorate
 
 
-def _about(options: type[Any]) -> dict[str, Any]:
-    """What every field is annotated with: what `option` gives, or another class of options."""
-    hints = get_type_hints(options, include_extras=True)
-    own_first = dict.fromkeys(name for base in options.__mro__ for name in inspect.get_annotations(base))
-    return {name: hints[name].__metadata__[0] for name in own_first}
-
-
-def _declared(options: type[Any]) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    for name, about in _about(options).items():
-        if isinstance(about, type):
-            yield from _declared(about)
+def _declared(options: type[Any]) -> Iterator[Callable[..., Any]]:
+    """click's decorators, a field each."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    hints = get_type_hints(options)
+    for name in dict.fromkeys(name for base in options.__mro__ for name in inspect.get_annotations(base)):
+        field, metadata = fields[name], dict(fields[name].metadata)
+        if "options" in metadata:
+            yield from _declared(metadata["options"])
             continue
-        flags, attributes = about
-        default = defaults[name]
-        if default is not dataclasses.MISSING:
-            shown = default is not None and default is not False and default != ()
-            attributes = {"default": default, "show_default": shown, **attributes}
-        yield name, flags, attributes
+        kinds = {hints[name], *get_args(hints[name])}
+        attributes: dict[str, Any] = {"is_flag": True} if bool in kinds else {}
+        for kind in kinds & _TYPES.keys():
+            attributes["type"] = _TYPES[kind]
+        if field.default is not MISSING:
+            shown = field.default is not None and field.default is not False and field.default != ()
+            attributes |= {"default": field.default, "show_default": shown}
+        elif field.default_factory is MISSING:
+            attributes["required"] = True
+        yield click.option(name, metadata.pop("flag"), **(attributes | metadata))
 
 
 def _settled(options: type[Any], given: dict[str, Any]) -> Any:
     """What `options` makes of what was given, which is taken out of `given`."""
-    chosen = options(
-        **{
-            name: _settled(about, given) if isinstance(about, type) else given.pop(name)
-            for name, about in _about(options).items()
-        }
-    )
+    values = {
+        field.name: _settled(field.metadata["options"], given) if "options" in field.metadata else given.pop(field.name)
+        for field in dataclasses.fields(options)
+    }
+    chosen = options(**values)
     return chosen.settled() if hasattr(chosen, "settled") else chosen
 
 

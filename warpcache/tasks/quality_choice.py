@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -89,44 +89,35 @@ class QualityChoice:
 class QualityOptions:
     """The options that ask for a quality; together they are a `QualityChoice`, or None."""
 
-    quality: Annotated[
-        str | None,
-        option(
-            "--quality",
-            metavar="METRIC=VALUE",
-            help="Answer every frame with the cheapest exit that keeps this quality, e.g. lpips=0.1; the metric is the "
-            "one that the bundle was compiled with --exits for: lpips, flip, psnr or ms-ssim.",
-        ),
-    ] = None
-    confidence: Annotated[
-        float | None,
-        option(
-            "--confidence",
-            type=float,
-            metavar="SHARE",
-            help="With --quality: share of the frames that keep it; default: 0.95.",
-        ),
-    ] = None
-    deadline_ms: Annotated[
-        float | None,
-        option(
-            "--deadline-ms",
-            type=RATE,
-            metavar="MS",
-            help="With --quality: milliseconds that an answer may take; where no exit that keeps the quality is quick "
-            "enough, the frame is answered worse, or dropped, and counted.",
-        ),
-    ] = None
-    audit_every: Annotated[
-        int | None,
-        option(
-            "--audit-every",
-            type=click.IntRange(min=0),
-            metavar="M",
-            help="With --quality: the whole generator answers every M-th frame in the background too, to compare; "
-            "0 never; default: 30.",
-        ),
-    ] = None
+    quality: str | None = option(
+        "--quality",
+        "Answer every frame with the cheapest exit that keeps this quality, e.g. lpips=0.1; the metric is "
+        "the one that the bundle was compiled with --exits for: lpips, flip, psnr or ms-ssim.",
+        default=None,
+        metavar="METRIC=VALUE",
+    )
+    confidence: float | None = option(
+        "--confidence",
+        "With --quality: share of the frames that keep it; default: 0.95.",
+        default=None,
+        metavar="SHARE",
+    )
+    deadline_ms: float | None = option(
+        "--deadline-ms",
+        "With --quality: milliseconds that an answer may take; where no exit that keeps the quality is "
+        "quick enough, the frame is answered worse, or dropped, and counted.",
+        default=None,
+        type=RATE,
+        metavar="MS",
+    )
+    audit_every: int | None = option(
+        "--audit-every",
+        "With --quality: the whole generator answers every M-th frame in the background too, to compare; 0 "
+        "never; default: 30.",
+        default=None,
+        type=click.IntRange(min=0),
+        metavar="M",
+    )
 
     def settled(self) -> QualityChoice | None:
         """The quality that was asked for.
