@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -86,18 +86,14 @@ class Options:
 
     data: Path = option("--data", "The clips.", envvar="WARPCACHE_CLIPS")
     lpips: Path = option("--lpips", envvar="WARPCACHE_LPIPS")
-    names: tuple[str, ...] = option("--case", default=CASES, type=click.Choice(CASES), multiple=True)
+    names: tuple[str, ...] = option("--case", default=CASES, type=click.Choice(CASES))
     work: Path = option("--work", default="out/early_exits")
     generator_steps: int = option("--generator-steps", default=GENERATOR_STEPS)
     steps: int | None = option(
         "--steps", "Training steps of the exits; default: that of `warpcache compile`.", default=None
     )
-    stage: str = option(
-        "--stage",
-        "Where to stop.",
-        default="measure",
-        show_default=False,
-        type=click.Choice(["generator", "bundle", "measure"]),
+    stage: Literal["generator", "bundle", "measure"] = option(
+        "--stage", "Where to stop.", default="measure", show_default=False
     )
     pictures: Path | None = option("--pictures", "Folder for the Pareto fronts; default: --work.", default=None)
     json_path: Path | None = option("--json", default=None)

@@ -296,9 +296,7 @@ class Options:
     """What is measured, and how long."""
 
     device: str = option("--device", default="cuda:0")
-    asked: tuple[str, ...] = option(
-        "--part", "Only this; repeatable.", default=(), type=click.Choice(list(PARTS)), multiple=True
-    )
+    asked: tuple[str, ...] = option("--part", "Only this; repeatable.", default=(), type=click.Choice(list(PARTS)))
     mib: float | None = option(
         "--mib", "MiB a launch moves; default: 512, or 8 x L2.", default=None, type=click.FloatRange(min=0.1)
     )

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -67,19 +67,15 @@ class Options:
 
     data: Path = option("--data", "The clips.", envvar="WARPCACHE_CLIPS")
     lpips: Path = option("--lpips", envvar="WARPCACHE_LPIPS")
-    clips: tuple[str, ...] = option("--clip", default=("d6", "d3"), multiple=True)
+    clips: tuple[str, ...] = option("--clip", default=("d6", "d3"))
     work: Path = option("--work", default="out/talking_head")
     generator_steps: int = option("--generator-steps", default=GENERATOR_STEPS)
     steps: int | None = option(
         "--steps", "Training steps of the warp adapter; default: that of `warpcache compile`.", default=None
     )
     budget: float = option("--budget", default=BUDGET)
-    stage: str = option(
-        "--stage",
-        "Where to stop.",
-        default="measure",
-        show_default=False,
-        type=click.Choice(["generator", "bundle", "measure"]),
+    stage: Literal["generator", "bundle", "measure"] = option(
+        "--stage", "Where to stop.", default="measure", show_default=False
     )
     json_path: Path | None = option("--json", default=None)
 

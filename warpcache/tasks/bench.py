@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MEASURED_FRAMES",
     "Measured",
-    "Recording",
     "bench_bundle",
-    "record",
     "result_of",
     "run_bundle",
 ]

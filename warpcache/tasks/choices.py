@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..engine.schedule.policy import Policy
 
 __all__ = [
-    "PRECISIONS",
     "BenchOptions",
     "BuildOptions",
     "CompileChoice",
@@ -45,7 +44,6 @@ __all__ = [
 ExitName = str
 LowPrecision = Literal["fp16", "bf16", "int8", "fp8"]
 Precision = Literal["fp32"] | LowPrecision
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 _LPIPS: dict[str, Any] = {
     "flag": "--lpips",
@@ -163,12 +161,9 @@ class BenchOptions(StreamOptions):
         "Repeatable; default: full, every:4, async.",
         default=(),
         callback=checked_policy,
-        multiple=True,
         metavar="full|every:N|async",
     )
-    ages: tuple[int, ...] = option(
-        "--age", "Repeatable; adds a lockstep run at this age.", default=(), type=AGE, multiple=True
-    )
+    ages: tuple[int, ...] = option("--age", "Repeatable; adds a lockstep run at this age.", default=(), type=AGE)
     fps: float | None = option(
         "--fps", "Pace of arrival under async; default: the clip's or the bundle's.", default=None, type=RATE
     )
@@ -285,13 +280,9 @@ class BuildOptions:
     backend: Literal["tensorrt-rtx", "tensorrt"] = option(
         "--backend",
         "tensorrt-rtx builds for named GPUs, none needs to be here; tensorrt builds for the GPU that is here.",
-        type=click.Choice(["tensorrt-rtx", "tensorrt"]),
     )
     precision: Precision | None = option(
-        "--precision",
-        "Convert the bundle to this precision first; default: build it as it is.",
-        default=None,
-        type=click.Choice(PRECISIONS),
+        "--precision", "Convert the bundle to this precision first; default: build it as it is.", default=None
     )
     targets: tuple[str, ...] | None = option(
         "--target",
@@ -304,17 +295,10 @@ class BuildOptions:
         "--inputs", "Frames to calibrate int8 and fp8 on, and to measure any conversion's parity on.", default=None
     )
     keep: tuple[str, ...] = option(
-        "--keep",
-        "Repeatable; a PyTorch module path or node to keep in fp32.",
-        default=(),
-        multiple=True,
-        metavar="PATH",
+        "--keep", "Repeatable; a PyTorch module path or node to keep in fp32.", default=(), metavar="PATH"
     )
     cache_precision: Literal["fp32", "fp16"] | None = option(
-        "--cache-precision",
-        "Of the cache tensors; default: fp16 where parity allows it.",
-        default=None,
-        type=click.Choice(["fp32", "fp16"]),
+        "--cache-precision", "Of the cache tensors; default: fp16 where parity allows it.", default=None
     )
     min_psnr_db: float | None = option(
         "--min-psnr", "Parity in dB that every answer must reach against fp32; default: 45.", default=None, type=RATE

@@ -24,23 +24,16 @@ class DeviceChoice:
     """
 
     device: str = option("--device", "Where to run.", default="cpu", metavar="cpu|cuda:N", callback=checked_device)
-    backend: str = option(
-        "--backend",
-        "What executes the graphs; the TensorRTs on a GPU only.",
-        default="onnxruntime",
-        type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+    backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] = option(
+        "--backend", "What executes the graphs; the TensorRTs on a GPU only.", default="onnxruntime"
     )
     graphs: Literal["auto", "on", "off"] | None = option(
-        "--graphs",
-        "Replay CUDA graphs; default on a GPU: auto, where the backend can be captured.",
-        default=None,
-        type=click.Choice(["auto", "on", "off"]),
+        "--graphs", "Replay CUDA graphs; default on a GPU: auto, where the backend can be captured.", default=None
     )
     producer_devices: tuple[str, ...] = option(
         "--producer-device",
         "Repeatable; a GPU that producers run on under async; default: the consumer's.",
         default=(),
-        multiple=True,
         metavar="cuda:N",
         callback=checked_device,
     )

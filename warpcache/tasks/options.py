@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING
 from functools import wraps
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
@@ -40,7 +41,12 @@ PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 AGE = click.IntRange(min=0)
 RATE = click.FloatRange(min=0, min_open=True)
-_TYPES: dict[type[Any], Any] = {Path: PATH, int: int, float: float}
+_TYPES: dict[Any, dict[str, Any]] = {
+    Path: {"type": PATH},
+    int: {"type": int},
+    float: {"type": float},
+    bool: {"is_flag": True},
+}
 
 
 def option(
@@ -53,7 +59,8 @@ def option(
         help: What is said of it; its default is added where it says something.
         default: The field's default, which is the option's too.
         factory: Makes the default of a field whose option makes one by its callback.
-        attributes: What else `click.option` takes. Types follow from annotations where they are simple.
+        attributes: What else `click.option` takes. A simple type follows from the annotation, choices from a Literal,
+            and a tuple can be given repeatedly.
     """
     metadata = {"flag": flag, "help": help, **attributes}
     if factory is not MISSING:
@@ -96,16 +103,24 @@ def _declared(options: type[Any]) -> Iterator[Callable[..., Any]]:
         if "options" in metadata:
             yield from _declared(metadata["options"])
             continue
-        kinds = {hints[name], *get_args(hints[name])}
-        attributes: dict[str, Any] = {"is_flag": True} if bool in kinds else {}
-        for kind in kinds & _TYPES.keys():
-            attributes["type"] = _TYPES[kind]
+        attributes = dict(_typed(hints[name]))
         if field.default is not MISSING:
             shown = field.default is not None and field.default is not False and field.default != ()
             attributes |= {"default": field.default, "show_default": shown}
         elif field.default_factory is MISSING:
             attributes["required"] = True
         yield click.option(name, metadata.pop("flag"), **(attributes | metadata))
+
+
+def _typed(hint: Any) -> dict[str, Any]:
+    """What an annotation says of an option."""
+    if get_origin(hint) is tuple:
+        return {**_typed(get_args(hint)[0]), "multiple": True}
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        return {"type": click.Choice(choices)}
+    return next((_TYPES[kind] for kind in kinds if kind in _TYPES), {})
 
 
 def _settled(options: type[Any], given: dict[str, Any]) -> Any:
