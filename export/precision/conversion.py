@@ -18,12 +18,9 @@ from ..graph.index import GraphIndex, load_model
 from ..graph.lookups import lookup_nodes
 from ..graph.surgery import normalise
 from .casting import Casting, HalfType, Reason, cast_model, coordinate_values
-from .parity import PRODUCER
 from .quantize import Histogram, QuantType, quantisable, quantise, scales
 
 __all__ = ["Choice", "Conversion", "Rule"]
-
-PREDICTORS = (Role.PREDICTOR, Role.PREDICTOR_COLD)
 
 Rule = Reason | Literal["lookup", "predictor"]
 """Why a node is in float32 without being asked for: by a rule of `casting`, because it decides what a look-up finds, or
@@ -80,11 +77,12 @@ class Conversion:
     def __init__(self, bundle: Bundle, half: HalfType, quant: QuantType | None, keep: Sequence[str]) -> None:
         manifest = bundle.manifest
         self.half, self.quant = half, quant
+        self._roles = {name: module.role for name, module in manifest.modules.items()}
         self.models: dict[str, ModelProto] = {}
         for name, module in manifest.modules.items():
             model = load_model(bundle.file(module.file))
-            self.models[name] = model if name in PREDICTORS else normalise(model)
-        self._indices = {name: GraphIndex(model) for name, model in self.models.items() if name not in PREDICTORS}
+            self.models[name] = model if module.role.predicts else normalise(model)
+        self._indices = {name: GraphIndex(self.models[name]) for name, role in self._roles.items() if not role.predicts}
         self._cache = manifest.cache
         first = bundle.first_state()
         self.state = tuple(State(one.output, one.input, first[one.input.name]) for one in manifest.state)
@@ -92,14 +90,14 @@ class Conversion:
         self._coordinates = {
             value
             for name, index in self._indices.items()
-            if name != PRODUCER
+            if self._roles[name] is not Role.PRODUCER
             for value in coordinate_values(index)
             if value.startswith(CACHE_PREFIX)
         }
         self._predicted_from = {
             spec.name
-            for name, module in manifest.modules.items()
-            if name in PREDICTORS
+            for module in manifest.modules.values()
+            if module.role.predicts
             for spec in module.inputs
             if spec.name.startswith(CACHE_PREFIX)
         }
@@ -124,6 +122,10 @@ class Conversion:
         """The graphs of some modules (all by default) under a choice."""
         return {name: self._convert(name, choice) for name in (modules if modules is not None else self.models)}
 
+    def model_of(self, role: Role) -> ModelProto:
+        """The float32 graph of a role that the bundle has one module of."""
+        return next(self.models[name] for name, known in self._roles.items() if known is role)
+
     def cache_types(self, *, half_cache: bool) -> dict[str, str]:
         """Cache tensor -> its dtype in the result; coordinates, and what a predictor reads, stay in float32."""
         exact = self._coordinates | self._predicted_from
@@ -140,7 +142,7 @@ class Conversion:
     def layers_of(self, modules: Sequence[str], *, quantised: bool) -> list[str]:
         """Layers with nodes that are converted, or quantised: from the answer backwards, the producer's last."""
         found: dict[str, None] = {}
-        for name in sorted(modules, key=lambda name: name == PRODUCER):
+        for name in sorted(modules, key=lambda name: self._roles[name] is Role.PRODUCER):
             nodes = self.lowered(name, quantised=quantised)
             found.update(
                 (layer, None) for layer, members in reversed(self.layers[name].items()) if nodes.intersection(members)
@@ -153,7 +155,8 @@ class Conversion:
 
     def _convert(self, name: str, choice: Choice) -> Casting:
         model = self.models[name]
-        if name in PREDICTORS:
+        role = self._roles[name]
+        if role.predicts:
             return Casting(model, {}, {})
         layers = self.layers[name]
         keep = (
@@ -167,13 +170,14 @@ class Conversion:
             model = quantise(model, self.quant, scales(self.histograms[name], self.quant, choice.ranges), nodes)
         types = self.cache_types(half_cache=choice.half_cache)
         io = {tensor: dtype for tensor, dtype in types.items() if dtype == "float16"}
-        return cast_model(model, self.half, keep=keep, io=io, coordinates=self._coordinates if name == PRODUCER else ())
+        coordinates = self._coordinates if role is Role.PRODUCER else ()
+        return cast_model(model, self.half, keep=keep, io=io, coordinates=coordinates)
 
     def _own_rules(self, name: str) -> dict[str, Rule]:
         """Node -> the rule that keeps it, for the rules that single graphs do not know."""
         index = self._indices[name]
         rules: dict[str, Rule] = dict.fromkeys(lookup_nodes(index), "lookup")
-        if name == PRODUCER:
+        if self._roles[name] is Role.PRODUCER:
             read = index.closure(self._predicted_from)
             rules.update(dict.fromkeys((index.names[number] for number in read), "predictor"))
         return rules

@@ -22,6 +22,7 @@ from onnx import ModelProto
 
 from ...engine.bundle.bundle import Bundle
 from ...engine.bundle.manifest import Manifest
+from ...engine.bundle.roles import Role
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array, TensorSpec
 from ..bundle.weights import WEIGHTS_FILE
@@ -32,7 +33,7 @@ from ..graph.run import open_session, run_session
 from ..promise.calibrate import CalibrationTerms, calibrate
 from .casting import Casting, HalfType, emulated
 from .conversion import Choice, Conversion
-from .parity import GENERATOR, PRODUCER, ExitParity, Parity, fewest_kept, reads_cache
+from .parity import ExitParity, Parity, fewest_kept
 from .quantize import METHODS, QuantType, RangeCollector
 
 __all__ = ["Precision", "PrecisionOptions", "convert_bundle"]
@@ -150,7 +151,7 @@ def convert_bundle(
     state = conversion.state
     if frames is not None:
         if state:
-            frames = unrolled(open_session(conversion.models[GENERATOR]), state, frames)
+            frames = unrolled(open_session(conversion.model_of(Role.WHOLE)), state, frames)
         fitted = _Fit(conversion, bundle.manifest, options, frames, progress).run(choice)
     graphs = _graphs(fitted.castings)
     calibration, said = _calibration(bundle.manifest, conversion, graphs, fitted.parity, frames, options, progress)
@@ -188,14 +189,13 @@ class _Fit:
         progress: Progress,
     ) -> None:
         self.conversion, self.options, self.frames, self.progress = conversion, options, frames, progress
-        self.exits = {record.name: record.module for record in manifest.exits}
+        self.manifest = manifest
         self.trials = 0
         progress("measuring parity", 0, 1)
         self.reference = Parity(
             conversion.models,
-            self.exits,
+            manifest,
             frames,
-            image_output=manifest.image_output,
             sources=options.parity_frames,
             age=options.age,
             state=conversion.state,
@@ -244,7 +244,7 @@ class _Fit:
         self._collect()
         worst: dict[str, float] = {}
         for method in METHODS[quant]:
-            parity = self._measure(replace(choice, ranges=method), list(self.exits))
+            parity = self._measure(replace(choice, ranges=method), [record.name for record in self.manifest.exits])
             worst[method] = min(min(p.psnr_db) for p in parity.values())
         choice = replace(choice, ranges=max(worst, key=lambda method: worst[method]))
         quantised = self.conversion.layers_of(list(self.conversion.layers), quantised=True)
@@ -296,12 +296,12 @@ class _Fit:
         chosen = _spread(length, self.options.calibration_frames)
         models = self.conversion.models
         collectors = {name: RangeCollector(models[name]) for name in self.conversion.layers}
-        producer = open_session(models[PRODUCER])
+        producer = open_session(self.conversion.model_of(Role.PRODUCER))
         for done, t in enumerate(chosen):
             now = frame_at(self.frames, t)
             cache = run_session(producer, now)
             for name, collector in collectors.items():
-                aged = [min(t + self.options.age, length - 1)] if reads_cache(models[name]) else []
+                aged = [min(t + self.options.age, length - 1)] if self.manifest.modules[name].role.reads_cache else []
                 for feeds in (now, *(frame_at(self.frames, later) for later in aged if later != t)):
                     collector.add({**feeds, **cache})
             self.progress("collecting ranges", done + 1, len(chosen))
@@ -331,11 +331,13 @@ class _Fit:
 
     def _modules(self, exits: Sequence[str]) -> list[str]:
         """The modules that these exits run."""
-        models = self.conversion.models
-        names = {self.exits[name] for name in exits}
-        if any(reads_cache(models[name]) for name in names):
-            names.add(PRODUCER)
-        return [name for name in models if name in names]
+        names = {self.manifest.exit(name).module for name in exits}
+        cached = any(self.manifest.reads_cache(name) for name in exits)
+        return [
+            name
+            for name, module in self.manifest.modules.items()
+            if name in names or (cached and module.role is Role.PRODUCER)
+        ]
 
     def _short(self, exit_: str, parity: ExitParity) -> ExportError:
         what = f"{parity.nan} values that are NaN or Inf" if parity.nan else f"{min(parity.psnr_db):.1f} dB"
@@ -376,12 +378,12 @@ def _calibration(
         return known, _IN_FP32
     ages = [int(age) for by_age in known["exits"].values() for age in by_age]
     rounded = {name: emulated(graph) for name, graph in graphs.items()}
-    state = conversion.state
-    carried = unrolled(open_session(rounded[PRODUCER]), state, frames) if state else None
+    state, producer = conversion.state, rounded[manifest.module_of(Role.PRODUCER) or ""]
+    carried = unrolled(open_session(producer), state, frames) if state else None
     again = calibrate(
-        conversion.models[GENERATOR],
-        rounded[PRODUCER],
-        {record.name: rounded[record.module] for record in manifest.exits if record.module != GENERATOR},
+        conversion.model_of(Role.WHOLE),
+        producer,
+        {record.name: rounded[record.module] for record in manifest.exits if record.name != manifest.exact_exit},
         frames,
         CalibrationTerms(image, max(ages, default=1), carried=carried),
         progress=progress,

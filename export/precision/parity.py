@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 
-from ...engine.bundle.manifest import CACHE_PREFIX
+from ...engine.bundle.manifest import Manifest
+from ...engine.bundle.roles import Role
 from ...engine.metrics.images import PSNR_CAP_DB, measure_frames
 from ...engine.spec import Array
 from ..frames.state import State, unrolled
@@ -22,9 +23,8 @@ from ..frames.streams import frame_at
 from ..graph.run import open_session, run_session
 from .casting import elem_types, emulated
 
-__all__ = ["GENERATOR", "PRODUCER", "ExitParity", "Parity", "fewest_kept", "open_answering", "reads_cache"]
+__all__ = ["ExitParity", "Parity", "fewest_kept", "open_answering"]
 
-GENERATOR, PRODUCER = "generator", "producer"
 _FLOAT8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
 
 Group = TypeVar("Group")
@@ -71,10 +71,9 @@ class Parity:
 
     Args:
         models: Module name -> float32 graph.
-        exits: Exit name -> module name.
+        manifest: Says what exits and modules are for, and which output is an image in [-1, 1]: PSNR and FLIP are of it.
+            Where none is, PSNR is of the first float output, its peak the range that float32 gives.
         arrays: The stream, name -> [T, ...].
-        image_output: The output that PSNR and FLIP are of, RGB or gray in [-1, 1]. None where no output is an image:
-            then PSNR is of the first float output, its peak the range that float32 gives.
         sources: How many sources at most.
         age: Of the aged caches, in frames; less where the stream is shorter.
         state: What the generator carries; every graph is given the state that it carries itself, so that errors add up
@@ -84,23 +83,22 @@ class Parity:
     def __init__(
         self,
         models: Mapping[str, ModelProto],
-        exits: Mapping[str, str],
+        manifest: Manifest,
         arrays: Mapping[str, Array],
         *,
-        image_output: str | None,
         sources: int = 8,
         age: int = 4,
         state: tuple[State, ...] = (),
     ) -> None:
-        self.exits, self._arrays, self._state = dict(exits), arrays, state
+        self.manifest, self._arrays, self._state = manifest, arrays, state
         frames = max(len(array) for array in arrays.values())
         age = min(age, frames - 1)
         count = min(sources, frames - age)
         self.sources = sorted({round(s) for s in np.linspace(0, frames - 1 - age, count)})
-        self._plan = {exit_: self._pairs(exit_, models[module], age) for exit_, module in exits.items()}
-        self._image = image_output
+        self._plan = {record.name: self._pairs(record.name, age) for record in manifest.exits}
+        self._image = image_output = manifest.image_output
         self._reference: dict[tuple[str, int, int], dict[str, Array]] = {}
-        for exit_, answers in _answer(models, self.exits, self._plan, arrays, state, emulate=False):
+        for exit_, answers in self._answer(models, self._plan, emulate=False):
             for (t, s), outputs in answers:
                 self._reference[exit_, t, s] = outputs
         first = next(iter(self._reference.values()))
@@ -109,12 +107,12 @@ class Parity:
         images = [outputs[self._signal] for outputs in self._reference.values()] if self._signal else []
         self._peak = max((float(np.ptp(i[np.isfinite(i)])) for i in images if np.isfinite(i).any()), default=0.0) or 1.0
 
-    def _pairs(self, exit_: str, model: ModelProto, age: int) -> list[tuple[int, int]]:
+    def _pairs(self, exit_: str, age: int) -> list[tuple[int, int]]:
         """(frame, source) of every answer."""
         later = [(s + age, s) for s in self.sources]
-        if not reads_cache(model):
+        if not self.manifest.reads_cache(exit_):
             return [(t, t) for t in sorted({*self.sources, *(t for t, _ in later)})]
-        if exit_ == "plain" or age == 0:
+        if self.manifest.role_of(exit_) is Role.PLAIN or age == 0:
             return sorted({*((s, s) for s in self.sources), *later})
         return later
 
@@ -136,10 +134,9 @@ class Parity:
             flip: Measure FLIP too, which takes longer than the answers themselves.
             answers: Only so many of each exit, where a rough figure will do.
         """
-        wanted = {name: self.exits[name] for name in (exits if exits is not None else self.exits)}
-        plan = {name: self._plan[name][:answers] for name in wanted}
+        plan = {name: self._plan[name][:answers] for name in (exits if exits is not None else self._plan)}
         found: dict[str, ExitParity] = {}
-        for exit_, given in _answer(models, wanted, plan, self._arrays, self._state, emulate=True):
+        for exit_, given in self._answer(models, plan, emulate=True):
             psnr: list[float] = []
             flips: list[float] = []
             error, nan = 0.0, 0
@@ -166,6 +163,44 @@ class Parity:
             return float(measure_frames(ours, theirs, ["psnr_db"])["psnr_db"].mean())
         square = float(np.mean(np.square(np.nan_to_num(ours - theirs), dtype=np.float64))) / self._peak**2
         return PSNR_CAP_DB if square == 0 else min(PSNR_CAP_DB, float(-10 * np.log10(square)))
+
+    def _answer(
+        self, models: Mapping[str, ModelProto], plan: Mapping[str, Sequence[tuple[int, int]]], *, emulate: bool
+    ) -> Iterator[tuple[str, Iterator[_Answer]]]:
+        """Yield every exit of `plan` with an iterator over ((frame, source), outputs) of its answers.
+
+        A source's cache is made once for all consumers, when the first asks for it.
+        """
+        caches: dict[int, dict[str, Array]] = {}
+        opened: dict[str, ort.InferenceSession] = {}
+        carried: dict[str, dict[str, Array]] = {}
+        inputs, outputs = {one.input.name for one in self._state}, {one.output for one in self._state}
+        producer = self.manifest.module_of(Role.PRODUCER) or ""
+
+        def session(module: str) -> ort.InferenceSession:
+            if module not in opened:
+                opened[module] = open_answering(models[module]) if emulate else open_session(models[module])
+            return opened[module]
+
+        def feeds_of(module: str, t: int) -> dict[str, Array]:
+            carries = any(value.name in inputs for value in models[module].graph.input)
+            if carries and module not in carried:
+                carried[module] = unrolled(session(module), self._state, self._arrays)
+            return frame_at(carried.get(module, self._arrays), t)
+
+        def answers(exit_: str, pairs: Sequence[tuple[int, int]]) -> Iterator[_Answer]:
+            module = self.manifest.exit(exit_).module
+            for t, s in pairs:
+                feeds = feeds_of(module, t)
+                if self.manifest.reads_cache(exit_):
+                    if s not in caches:
+                        caches[s] = run_session(session(producer), feeds_of(producer, s))
+                    feeds = {**feeds, **caches[s]}
+                made = run_session(session(module), feeds)
+                yield (t, s), {name: array for name, array in made.items() if name not in outputs}
+
+        for exit_, pairs in plan.items():
+            yield exit_, answers(exit_, pairs)
 
 
 def fewest_kept(groups: Sequence[Group], holds: Callable[[Sequence[Group]], bool]) -> list[Group]:
@@ -199,54 +234,6 @@ def fewest_kept(groups: Sequence[Group], holds: Callable[[Sequence[Group]], bool
     except TimeoutError:
         return [*kept, *groups[:best]]
     return kept
-
-
-def _answer(
-    models: Mapping[str, ModelProto],
-    exits: Mapping[str, str],
-    plan: Mapping[str, Sequence[tuple[int, int]]],
-    arrays: Mapping[str, Array],
-    state: tuple[State, ...],
-    *,
-    emulate: bool,
-) -> Iterator[tuple[str, Iterator[_Answer]]]:
-    """Yield every exit with an iterator over ((frame, source), outputs) of its answers.
-
-    A source's cache is made once for all consumers, when the first asks for it.
-    """
-    caches: dict[int, dict[str, Array]] = {}
-    opened: dict[str, ort.InferenceSession] = {}
-    carried: dict[str, dict[str, Array]] = {}
-    inputs, outputs = {one.input.name for one in state}, {one.output for one in state}
-
-    def session(module: str) -> ort.InferenceSession:
-        if module not in opened:
-            opened[module] = open_answering(models[module]) if emulate else open_session(models[module])
-        return opened[module]
-
-    def feeds_of(module: str, t: int) -> dict[str, Array]:
-        carries = any(value.name in inputs for value in models[module].graph.input)
-        if carries and module not in carried:
-            carried[module] = unrolled(session(module), state, arrays)
-        return frame_at(carried.get(module, arrays), t)
-
-    def answers(module: str, pairs: Sequence[tuple[int, int]]) -> Iterator[_Answer]:
-        for t, s in pairs:
-            feeds = feeds_of(module, t)
-            if reads_cache(models[module]):
-                if s not in caches:
-                    caches[s] = run_session(session(PRODUCER), feeds_of(PRODUCER, s))
-                feeds = {**feeds, **caches[s]}
-            made = run_session(session(module), feeds)
-            yield (t, s), {name: array for name, array in made.items() if name not in outputs}
-
-    for exit_, module in exits.items():
-        yield exit_, answers(module, plan[exit_])
-
-
-def reads_cache(model: ModelProto) -> bool:
-    """Whether a module is a consumer: what reads no cache answers from the frame's inputs alone."""
-    return any(value.name.startswith(CACHE_PREFIX) for value in model.graph.input)
 
 
 def open_answering(model: ModelProto) -> ort.InferenceSession:

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from warpcache.engine.bundle.manifest import Cut, ExitRecord, InputRecord, Manifest, module_record
 from warpcache.engine.metrics.images import flip
+from warpcache.engine.spec import TensorSpec
 from warpcache.export.graph.surgery import normalise
 from warpcache.export.precision.casting import cast_model
 from warpcache.export.precision.parity import ExitParity, Parity, fewest_kept
@@ -19,6 +21,7 @@ from warpcache.export.precision.parity import ExitParity, Parity, fewest_kept
 RNG = np.random.default_rng(2)
 FRAMES = RNG.uniform(-1, 1, (7, 3, 8, 8)).astype(np.float32)
 EXITS = {"whole": "generator", "plain": "plain", "warp": "warp"}
+X, HIDDEN, IMAGE = (TensorSpec(name, "float32", (1, 3, 8, 8)) for name in ("x", "cache.h", "image"))
 
 
 def model(nodes: list[tuple[str, list[str], str]], inputs: list[str], output: str, **values: float) -> ModelProto:
@@ -48,6 +51,28 @@ def models(scale: float = 0.7) -> dict[str, ModelProto]:
     }
 
 
+def manifest(image_output: str | None = "image") -> Manifest:
+    ends = {
+        "generator": ((X,), (IMAGE,)),
+        "producer": ((X,), (HIDDEN,)),
+        "plain": ((HIDDEN,), (IMAGE,)),
+        "warp": ((HIDDEN, X), (IMAGE,)),
+    }
+    return Manifest(
+        name="parity",
+        created={},
+        inputs=(InputRecord(X),),
+        outputs=(IMAGE,),
+        image_output=image_output,
+        fps=None,
+        cut=Cut(("h",)),
+        cache=(HIDDEN,),
+        modules={name: module_record(name, *specs) for name, specs in ends.items()},
+        exits=tuple(ExitRecord(name, (module,), 1.0) for name, module in EXITS.items()),
+        calibration=None,
+    )
+
+
 def halved(graphs: dict[str, ModelProto]) -> dict[str, ModelProto]:
     return {name: cast_model(graph, "float16", io={"cache.h": "float16"}).model for name, graph in graphs.items()}
 
@@ -62,7 +87,7 @@ def half(x: np.ndarray) -> np.ndarray:
 
 
 def test_every_exit_is_measured_through_producer_and_cache() -> None:
-    parity = Parity(models(), EXITS, {"x": FRAMES}, image_output="image", sources=3, age=2)
+    parity = Parity(models(), manifest(), {"x": FRAMES}, sources=3, age=2)
     assert parity.sources == [0, 2, 4]
     measured = parity.measure(halved(models()), flip=True)
     a, b = np.float16(0.7), np.float16(0.1)
@@ -96,7 +121,7 @@ def test_every_exit_is_measured_through_producer_and_cache() -> None:
 
 
 def test_nan_and_overflow_are_counted_and_no_exit_holds_with_them() -> None:
-    parity = Parity(models(), EXITS, {"x": FRAMES[:3]}, image_output="image", sources=1, age=1)
+    parity = Parity(models(), manifest(), {"x": FRAMES[:3]}, sources=1, age=1)
     graphs = halved(models())
     # Infinity times zero where x is 0 or so; finite elsewhere: 1e5 cannot be a constant of float16, 6e4 twice can.
     graphs["warp"] = cast_model(
@@ -122,7 +147,7 @@ def test_nan_and_overflow_are_counted_and_no_exit_holds_with_them() -> None:
 
 
 def test_a_search_leaves_an_exit_at_the_first_answer_that_falls_short() -> None:
-    parity = Parity(models(), EXITS, {"x": FRAMES}, image_output="image", sources=3, age=2)
+    parity = Parity(models(), manifest(), {"x": FRAMES}, sources=3, age=2)
     wrong = halved(models(scale=0.5))
     measured = parity.measure(wrong, ["plain"], floor_db=45)
     assert list(measured) == ["plain"]
@@ -133,7 +158,7 @@ def test_a_search_leaves_an_exit_at_the_first_answer_that_falls_short() -> None:
 
 
 def test_one_frame_is_enough_and_an_output_that_is_no_image_is_measured_by_its_range() -> None:
-    parity = Parity(models(), EXITS, {"x": FRAMES[:1]}, image_output=None)
+    parity = Parity(models(), manifest(None), {"x": FRAMES[:1]})
     measured = parity.measure(halved(models()), flip=True)
     assert [len(p.psnr_db) for p in measured.values()] == [1, 1, 1]
     assert measured["plain"].flip is None
