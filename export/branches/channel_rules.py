@@ -45,11 +45,20 @@ def _follow(c: Channels, i: int, node: NodeProto) -> None:
     if not labelled:
         return
     folded = any(c.labels[name].groups for name in labelled)
-    rule = _elementwise if node.op_type in ELEMENTWISE else _RULES.get(node.op_type)
-    if rule is not None and (not folded or node.op_type in _KEEPS_FOLDS) and rule(c, i, node):
+    if (not folded or node.op_type in _KEEPS_FOLDS) and _passed_on(c, i, node):
         return
     for name in labelled:
         c.pin(c.labels[name])
+
+
+def _passed_on(c: Channels, i: int, node: NodeProto) -> bool:
+    """Follow an operator that reads labelled values and has no weights."""
+    if node.op_type in ELEMENTWISE:
+        return _elementwise(c, i, node)
+    if node.op_type == "Concat":
+        return _concat(c, i, node)
+    label, rule = c.label(node, 0), _RULES.get(node.op_type)
+    return label is not None and rule is not None and rule(c, i, node, label)
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:
@@ -113,12 +122,10 @@ def _conv(c: Channels, i: int, node: NodeProto) -> bool:
 
 def _gemm(c: Channels, i: int, node: NodeProto) -> bool:
     options, weights, label = _attributes(node), c.constant(node, 1), c.label(node, 0)
-    if weights is None or options.get("transA", 0) or (label and label.groups):
-        return False
-    if label and label.axis != 1:
-        return False
     has_bias = len(node.input) > 2 and bool(node.input[2])
-    if has_bias and not c.is_initializer(node, 2):
+    if weights is None or options.get("transA", 0) or (has_bias and not c.is_initializer(node, 2)):
+        return False
+    if label and (label.groups or label.axis != 1):
         return False
     rows, columns = (1, 0) if options.get("transB", 0) else (0, 1)
     made = c.new(weights.shape[columns], c.index.names[i], _filters(weights, columns))
@@ -153,7 +160,7 @@ def _embedding(c: Channels, i: int, node: NodeProto) -> bool:
     return c.give(node, Label(len(c.shape(node.input[1])), made))
 
 
-# Rules: operators on labelled values. They return whether they could follow.
+# Rules: operators on labelled values. All but the first two are given the label of input 0.
 
 
 def _elementwise(c: Channels, i: int, node: NodeProto) -> bool:
@@ -184,10 +191,8 @@ def _elementwise(c: Channels, i: int, node: NodeProto) -> bool:
     return c.give(node, main) if whole else True
 
 
-def _per_channel(c: Channels, i: int, node: NodeProto) -> bool:
+def _per_channel(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
     """Norms over images: one scale, bias and so on for every channel."""
-    label = c.label(node, 0)
-    assert label is not None
     if label.groups:
         # One scale a group; `Reshape` made sure that groups keep equally many channels.
         return node.op_type == "InstanceNormalization" and c.give(node, label)
@@ -205,28 +210,23 @@ def _per_channel(c: Channels, i: int, node: NodeProto) -> bool:
     return c.give(node, label)
 
 
-def _layer_norm(c: Channels, i: int, node: NodeProto) -> bool:
-    label = c.label(node, 0)
-    shape = c.shape(node.input[0])
-    if label is None or len([name for name in node.output if name]) > 1:
+def _layer_norm(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
+    if len([name for name in node.output if name]) > 1:
         return False
-    return all(c.beside(i, k, label, len(shape)) for k in range(1, len(node.input)) if node.input[k]) and c.give(
-        node, label
-    )
+    rank, others = len(c.shape(node.input[0])), [k for k in range(1, len(node.input)) if node.input[k]]
+    return all(c.beside(i, k, label, rank) for k in others) and c.give(node, label)
 
 
-def _spatial(c: Channels, i: int, node: NodeProto) -> bool:
+def _spatial(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
     """Pools: channels are those of axis 1, each by itself."""
-    label = c.label(node, 0)
     one = len([name for name in node.output if name]) == 1
-    return label is not None and label.axis == 1 and one and c.give(node, label)
+    return label.axis == 1 and one and c.give(node, label)
 
 
-def _same_extent(c: Channels, i: int, node: NodeProto) -> bool:
+def _same_extent(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
     """Resize, Pad, Expand, Tile: followed where the channels' axis keeps its extent."""
-    label = c.label(node, 0)
     before, after = c.shape(node.input[0]), c.shape(node.output[0])
-    if label is None or any(c.label(node, k) for k in range(1, len(node.input))):
+    if any(c.label(node, k) for k in range(1, len(node.input))):
         return False
     axis = label.axis + len(after) - len(before)
     if after[axis] != before[label.axis]:
@@ -253,10 +253,7 @@ def _pads_nothing(c: Channels, node: NodeProto, axis: int) -> bool:
     return not pads[place] and not pads[place + len(padded)]
 
 
-def _reshape(c: Channels, i: int, node: NodeProto) -> bool:
-    label = c.label(node, 0)
-    if label is None:
-        return False
+def _reshape(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
     before, after, count = c.shape(node.input[0]), c.shape(node.output[0]), len(label.atoms)
     if node.op_type == "Reshape" and not c.is_initializer(node, 1):
         return False
@@ -295,9 +292,7 @@ def _reshape(c: Channels, i: int, node: NodeProto) -> bool:
     return c.give(node, Label(axis, parts[:, 0].copy()))
 
 
-def _transpose(c: Channels, i: int, node: NodeProto) -> bool:
-    label = c.label(node, 0)
-    assert label is not None
+def _transpose(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
     order = list(_attributes(node).get("perm", reversed(range(len(c.shape(node.input[0]))))))
     return c.give(node, Label(order.index(label.axis), label.atoms))
 
@@ -325,9 +320,7 @@ def _concat(c: Channels, i: int, node: NodeProto) -> bool:
     return c.give(node, Label(axis, np.concatenate(parts)))
 
 
-def _split(c: Channels, i: int, node: NodeProto) -> bool:
-    label = c.label(node, 0)
-    assert label is not None
+def _split(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
     axis = _attributes(node).get("axis", 0) % len(c.shape(node.input[0]))
     start = 0
     for name in node.output:
@@ -339,17 +332,15 @@ def _split(c: Channels, i: int, node: NodeProto) -> bool:
     return True
 
 
-def _slice(c: Channels, i: int, node: NodeProto) -> bool:
-    label, pick = c.label(node, 0), channel_slice(c, node)
-    if label is None or pick is None or pick.step != 1:
+def _slice(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
+    pick = channel_slice(c, node, label)
+    if pick is None or pick.step != 1:
         return False
     return c.give(node, Label(label.axis, label.atoms[pick.start : pick.stop]))
 
 
-def channel_slice(c: Channels, node: NodeProto) -> range | None:
-    """Channels that a Slice takes, None where its bounds are no constants."""
-    label = c.label(node, 0)
-    assert label is not None
+def channel_slice(c: Channels, node: NodeProto, label: Label) -> range | None:
+    """Of the channels `label` the ones that a Slice takes, None where its bounds are no constants."""
     shape = c.shape(node.input[0])
     starts, ends, axes, steps = (c.constant(node, k) for k in range(1, 5))
     if starts is None or ends is None or (axes is None and len(node.input) > 3 and node.input[3]):
@@ -362,27 +353,22 @@ def channel_slice(c: Channels, node: NodeProto) -> range | None:
     return range(*slice(int(starts[k]), int(ends[k]), step).indices(shape[label.axis]))
 
 
-def _gather(c: Channels, i: int, node: NodeProto) -> bool:
-    label, places = c.label(node, 0), c.constant(node, 1)
-    if label is None or places is None:
-        return False
+def _gather(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
+    places = c.constant(node, 1)
     axis = _attributes(node).get("axis", 0) % len(c.shape(node.input[0]))
-    if axis == label.axis:
+    if places is None or axis == label.axis:
         return False
     return c.give(node, Label(label.axis + (places.ndim - 1 if axis < label.axis else 0), label.atoms))
 
 
-def _softmax(c: Channels, i: int, node: NodeProto) -> bool:
-    label = c.label(node, 0)
-    assert label is not None
+def _softmax(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
     axis = _attributes(node).get("axis", -1) % len(c.shape(node.input[0]))
     return axis != label.axis and c.give(node, label)
 
 
-def _reduce(c: Channels, i: int, node: NodeProto) -> bool:
-    label, axes = c.label(node, 0), c.constant(node, 1)
-    options, rank = _attributes(node), len(c.shape(node.input[0]))
-    if label is None or axes is None or not axes.size:  # all axes, or none: rare, and told apart by an attribute
+def _reduce(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
+    axes, options, rank = c.constant(node, 1), _attributes(node), len(c.shape(node.input[0]))
+    if axes is None or not axes.size:  # all axes, or none: rare, and told apart by an attribute
         return False
     reduced = sorted({int(a) % rank for a in axes.reshape(-1)})
     if label.groups:
@@ -396,16 +382,13 @@ def _reduce(c: Channels, i: int, node: NodeProto) -> bool:
     return c.give(node, Label(axis, label.atoms))
 
 
-def _grid_sample(c: Channels, i: int, node: NodeProto) -> bool:
-    label = c.label(node, 0)
-    if label is None or label.axis != 1 or c.label(node, 1) is not None:
-        return False
-    return c.give(node, label)
+def _grid_sample(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
+    return label.axis == 1 and c.label(node, 1) is None and c.give(node, label)
 
 
-def _depth_to_space(c: Channels, i: int, node: NodeProto) -> bool:
-    label, options = c.label(node, 0), _attributes(node)
-    if label is None or label.axis != 1:
+def _depth_to_space(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
+    options = _attributes(node)
+    if label.axis != 1:
         return False
     area = options["blocksize"] ** 2
     # The channels that become one: neighbours in mode CRD, a stride apart in mode DCR.
@@ -415,28 +398,24 @@ def _depth_to_space(c: Channels, i: int, node: NodeProto) -> bool:
     return c.give(node, Label(1, one[:, 0].copy()))
 
 
-def _space_to_depth(c: Channels, i: int, node: NodeProto) -> bool:
-    label = c.label(node, 0)
-    if label is None or label.axis != 1:
+def _space_to_depth(c: Channels, i: int, node: NodeProto, label: Label) -> bool:
+    options = _attributes(node)
+    if label.axis != 1:
         return False
-    area = _attributes(node)["blocksize"] ** 2
-    crd = _attributes(node).get("mode", "DCR") == "CRD"
+    area, crd = options["blocksize"] ** 2, options.get("mode", "DCR") == "CRD"
     return c.give(node, Label(1, np.repeat(label.atoms, area) if crd else np.tile(label.atoms, area)))
 
 
-_Rule = Callable[[Channels, int, NodeProto], bool]
-
-_MAKERS: dict[str, _Rule] = {
+_MAKERS: dict[str, Callable[[Channels, int, NodeProto], bool]] = {
     "Conv": _conv,
     "ConvTranspose": _conv,
     "Gather": _embedding,
     "Gemm": _gemm,
     "MatMul": _matmul,
 }
-_RULES: dict[str, _Rule] = {
+_RULES: dict[str, Callable[[Channels, int, NodeProto, Label], bool]] = {
     "AveragePool": _spatial,
     "BatchNormalization": _per_channel,
-    "Concat": _concat,
     "DepthToSpace": _depth_to_space,
     "Expand": _same_extent,
     "Flatten": _reshape,

@@ -366,7 +366,7 @@ class _Rewrite:
         label = channels.label(node, 0)
         if label is None:
             return
-        pick = channel_slice(channels, node)
+        pick = channel_slice(channels, node, label)
         starts, ends, axes = (channels.constant(node, k) for k in (1, 2, 3))
         if pick is None or starts is None or ends is None:
             return  # such a Slice has pinned its channels

@@ -36,6 +36,14 @@ def _spatial_pads(call: Call, kernel: Sequence[int], strides: Sequence[int], dil
     return small + large if mode == "SAME_UPPER" else large + small
 
 
+def _of_rank(call: Call, name: str, n: int) -> Callable[..., Tensor]:
+    """The function of torch for images of `n` spatial axes."""
+    if n not in (1, 2, 3):
+        raise call.refuse(f"it has {n} spatial axes")
+    function: Callable[..., Tensor] = getattr(functional, f"{name}{n}d")
+    return function
+
+
 def _per_axis(call: Call, name: str, n: int) -> list[int]:
     return list(call.attributes.get(name, [1] * n))
 
@@ -52,9 +60,7 @@ def _conv(call: Call) -> Run:
     strides, dilations = _per_axis(call, "strides", n), _per_axis(call, "dilations", n)
     pads = _spatial_pads(call, kernel, strides, dilations)
     groups = call.attributes.get("group", 1)
-    if n not in (1, 2, 3):
-        raise call.refuse(f"it has {n} spatial axes")
-    function = (functional.conv1d, functional.conv2d, functional.conv3d)[n - 1]
+    function = _of_rank(call, "conv", n)
     even = pads[:n] == pads[n:]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,9 +75,7 @@ def _conv_transpose(call: Call) -> Run:
     n = len(kernel)
     if call.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or "output_shape" in call.attributes:
         raise call.refuse("its padding follows from its output's shape")
-    if n not in (1, 2, 3):
-        raise call.refuse(f"it has {n} spatial axes")
-    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[n - 1]
+    function = _of_rank(call, "conv_transpose", n)
     strides, dilations = _per_axis(call, "strides", n), _per_axis(call, "dilations", n)
     extra = list(call.attributes.get("output_padding", [0] * n))
     pads = _spatial_pads(call, kernel, strides, dilations)
@@ -98,31 +102,24 @@ def _pool(call: Call) -> Run:
     )
     if fitting != call.results[0][2:]:
         raise call.refuse("its last windows reach over the border (ceil_mode)")
-    if n not in (1, 2, 3):
-        raise call.refuse(f"it has {n} spatial axes")
+    function = _of_rank(call, "max_pool" if call.operator == "MaxPool" else "avg_pool", n)
     padded = any(pads)
     if call.operator == "MaxPool":
         if len(call.results) > 1:
             raise call.refuse("its indices are read")
-        largest: Callable[..., Tensor] = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[n - 1]
-
-        def run_max(x: Tensor) -> Tensor:
-            return largest(_padded(x, pads, -math.inf) if padded else x, kernel, strides, 0, dilations)
-
-        return run_max
+        return lambda x: function(_padded(x, pads, -math.inf) if padded else x, kernel, strides, 0, dilations)
     if any(dilation != 1 for dilation in dilations):
         raise call.refuse("it is dilated")
-    average = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[n - 1]
     counted = bool(call.attributes.get("count_include_pad", 0))
 
     def run_average(x: Tensor) -> Tensor:
         if not padded:
-            return average(x, kernel, strides)
-        result = average(_padded(x, pads), kernel, strides)
+            return function(x, kernel, strides)
+        result = function(_padded(x, pads), kernel, strides)
         if counted:
             return result
         # Share of each window that lies inside the image.
-        inside = average(_padded(torch.ones_like(x[:1, :1]), pads), kernel, strides)
+        inside = function(_padded(torch.ones_like(x[:1, :1]), pads), kernel, strides)
         return result / inside
 
     return run_average
@@ -139,21 +136,15 @@ def _batch_norm(call: Call) -> Run:
     epsilon = call.attributes.get("epsilon", 1e-5)
     if call.attributes.get("training_mode", 0):
         raise call.refuse("it is in training mode")
-
-    def run(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        return functional.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
-
-    return run
+    return lambda x, scale, bias, mean, variance: functional.batch_norm(
+        x, mean, variance, scale, bias, False, 0.0, epsilon
+    )
 
 
 def _instance_norm(call: Call) -> Run:
     epsilon = call.attributes.get("epsilon", 1e-5)
-
-    def run(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        # As many groups as channels. functional.instance_norm refuses images of one pixel, where ONNX gives the bias.
-        return torch.group_norm(x, x.shape[1], scale, bias, epsilon)
-
-    return run
+    # As many groups as channels. functional.instance_norm refuses images of one pixel, where ONNX gives the bias.
+    return lambda x, scale, bias: torch.group_norm(x, x.shape[1], scale, bias, epsilon)
 
 
 def _group_norm(call: Call) -> Run:

@@ -45,17 +45,14 @@ _DTYPES: dict[int, torch.dtype] = {
 }
 
 
-def _unary(function: Callable[[Tensor], Tensor]) -> Maker:
+def _plain(function: Callable[..., Tensor]) -> Maker:
+    """Operators that are one function of their inputs, whatever else the node says."""
     return lambda call: function
 
 
 def _pairwise(function: Callable[[Tensor, Tensor], Tensor]) -> Maker:
     """Operators of any number of inputs, taken two by two."""
     return lambda call: lambda *inputs: functools.reduce(function, inputs)
-
-
-def _mean(call: Call) -> Run:
-    return lambda *inputs: functools.reduce(torch.add, inputs) / len(inputs)
 
 
 def _divide(call: Call) -> Run:
@@ -71,21 +68,8 @@ def _modulo(call: Call) -> Run:
     return torch.fmod if call.attributes.get("fmod", 0) else torch.remainder
 
 
-def _where(call: Call) -> Run:
-    return lambda condition, a, b: torch.where(condition, a, b)
-
-
-def _pow(call: Call) -> Run:
-    # ONNX gives the base's type, torch the wider one.
-    return lambda x, exponent: torch.pow(x, exponent).to(x.dtype)
-
-
 def _leaky_relu(call: Call) -> Run:
     return lambda x: functional.leaky_relu(x, call.attributes.get("alpha", 0.01))
-
-
-def _prelu(call: Call) -> Run:
-    return lambda x, slope: torch.where(x < 0, x * slope, x)
 
 
 def _elu(call: Call) -> Run:
@@ -248,19 +232,6 @@ def _reduce(function: Callable[..., Tensor]) -> Maker:
     return make
 
 
-def _norm_l2(x: Tensor, axes: tuple[int, ...], keepdim: bool) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim)
-    return norm
-
-
-def _norm_l1(x: Tensor, axes: tuple[int, ...], keepdim: bool) -> Tensor:
-    return x.abs().sum(axes, keepdim)
-
-
-def _sum_square(x: Tensor, axes: tuple[int, ...], keepdim: bool) -> Tensor:
-    return x.square().sum(axes, keepdim)
-
-
 def _softmax(call: Call) -> Run:
     axis = call.attributes.get("axis", -1)
     function = functional.log_softmax if call.operator == "LogSoftmax" else functional.softmax
@@ -269,24 +240,24 @@ def _softmax(call: Call) -> Run:
 
 OPERATORS: dict[str, Maker] = {
     **IMAGE_OPERATORS,
-    "Abs": _unary(torch.abs),
+    "Abs": _plain(torch.abs),
     "Add": _pairwise(torch.add),
     "And": _pairwise(torch.logical_and),
     "Cast": _cast,
-    "Ceil": _unary(torch.ceil),
+    "Ceil": _plain(torch.ceil),
     "Clip": _clip,
     "Concat": _concat,
-    "Cos": _unary(torch.cos),
+    "Cos": _plain(torch.cos),
     "Div": _divide,
-    "Dropout": _unary(lambda x, *_: x),
+    "Dropout": _plain(lambda x, *_: x),
     "Einsum": _einsum,
     "Elu": _elu,
     "Equal": _pairwise(torch.eq),
-    "Erf": _unary(torch.erf),
-    "Exp": _unary(torch.exp),
+    "Erf": _plain(torch.erf),
+    "Exp": _plain(torch.exp),
     "Expand": _expand,
     "Flatten": _reshape,
-    "Floor": _unary(torch.floor),
+    "Floor": _plain(torch.floor),
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "Gelu": _gelu,
@@ -294,56 +265,57 @@ OPERATORS: dict[str, Maker] = {
     "Greater": _pairwise(torch.gt),
     "GreaterOrEqual": _pairwise(torch.ge),
     "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _unary(functional.hardswish),
-    "Identity": _unary(lambda x: x),
+    "HardSwish": _plain(functional.hardswish),
+    "Identity": _plain(lambda x: x),
     "LeakyRelu": _leaky_relu,
     "Less": _pairwise(torch.lt),
     "LessOrEqual": _pairwise(torch.le),
-    "Log": _unary(torch.log),
+    "Log": _plain(torch.log),
     "LogSoftmax": _softmax,
     "MatMul": _pairwise(torch.matmul),
     "Max": _pairwise(torch.maximum),
-    "Mean": _mean,
+    "Mean": _plain(lambda *inputs: functools.reduce(torch.add, inputs) / len(inputs)),
     "Min": _pairwise(torch.minimum),
-    "Mish": _unary(functional.mish),
+    "Mish": _plain(functional.mish),
     "Mod": _modulo,
     "Mul": _pairwise(torch.mul),
-    "Neg": _unary(torch.neg),
-    "Not": _unary(torch.logical_not),
+    "Neg": _plain(torch.neg),
+    "Not": _plain(torch.logical_not),
     "Or": _pairwise(torch.logical_or),
-    "PRelu": _prelu,
-    "Pow": _pow,
-    "Reciprocal": _unary(torch.reciprocal),
-    "ReduceL1": _reduce(_norm_l1),
-    "ReduceL2": _reduce(_norm_l2),
+    "PRelu": _plain(lambda x, slope: torch.where(x < 0, x * slope, x)),
+    # ONNX gives the base's type, torch the wider one.
+    "Pow": _plain(lambda x, exponent: torch.pow(x, exponent).to(x.dtype)),
+    "Reciprocal": _plain(torch.reciprocal),
+    "ReduceL1": _reduce(lambda x, axes, keepdim: x.abs().sum(axes, keepdim)),
+    "ReduceL2": _reduce(lambda x, axes, keepdim: torch.linalg.vector_norm(x, 2, axes, keepdim)),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
     "ReduceSum": _reduce(torch.sum),
-    "ReduceSumSquare": _reduce(_sum_square),
-    "Relu": _unary(torch.relu),
+    "ReduceSumSquare": _reduce(lambda x, axes, keepdim: x.square().sum(axes, keepdim)),
+    "Relu": _plain(torch.relu),
     "Reshape": _reshape,
-    "Round": _unary(torch.round),
+    "Round": _plain(torch.round),
     "Selu": _selu,
-    "Sigmoid": _unary(torch.sigmoid),
-    "Sign": _unary(torch.sign),
-    "Sin": _unary(torch.sin),
+    "Sigmoid": _plain(torch.sigmoid),
+    "Sign": _plain(torch.sign),
+    "Sin": _plain(torch.sin),
     "Slice": _slice,
     "Softmax": _softmax,
-    "Softplus": _unary(functional.softplus),
-    "Softsign": _unary(functional.softsign),
+    "Softplus": _plain(functional.softplus),
+    "Softsign": _plain(functional.softsign),
     "Split": _split,
-    "Sqrt": _unary(torch.sqrt),
+    "Sqrt": _plain(torch.sqrt),
     "Squeeze": _reshape,
     "Sub": _pairwise(torch.sub),
     "Sum": _pairwise(torch.add),
-    "Tan": _unary(torch.tan),
-    "Tanh": _unary(torch.tanh),
+    "Tan": _plain(torch.tan),
+    "Tanh": _plain(torch.tanh),
     "Tile": _tile,
     "TopK": _top_k,
     "Transpose": _transpose,
     "Unsqueeze": _reshape,
-    "Where": _where,
+    "Where": _plain(torch.where),
     "Xor": _pairwise(torch.logical_xor),
 }
 """ONNX operator -> maker of the function that runs one node."""
