@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from onnx import ModelProto
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
@@ -19,7 +19,7 @@ from ..frames.streams import Progress
 from ..graph.index import GraphIndex
 from ..graph.profile import time_model
 from ..graph.surgery import give_out, merge, rename_values
-from ..graph.trace import export_module
+from ..graph.trace import export_call
 from .layout import CACHE_ATLAS, CACHE_FEATURES, CACHE_IMAGE, AdapterConfig, AdapterLayout
 from .network import CacheEncoder, WarpConsumer, image_planes
 from .recording import working_tap
@@ -188,21 +188,19 @@ def consumer_graph(consumer: WarpConsumer, layout: AdapterLayout, limits: tuple[
     """
     config = consumer.config
     rows, columns = layout.height // config.stride, layout.width // config.stride
-    names = [CACHE_FEATURES, CACHE_IMAGE]
-    example = [
-        torch.zeros(1, config.features, rows, columns),
-        torch.zeros(1, 3 * layout.channels, layout.height, layout.width),
-    ]
+    example = {
+        CACHE_FEATURES: torch.zeros(1, config.features, rows, columns),
+        CACHE_IMAGE: torch.zeros(1, 3 * layout.channels, layout.height, layout.width),
+    }
     if layout.surface is not None:
-        names.append(CACHE_ATLAS)
-        example.append(torch.zeros(1, 3, *layout.atlas_size))
-    inputs = layout.input_examples()
-    return export_module(
-        _ConsumerGraph(consumer, layout, list(inputs), limits),
-        (*example, *inputs.values()),
-        [*names, *inputs],
-        [name for name, _ in layout.outputs],
-    )
+        example[CACHE_ATLAS] = torch.zeros(1, 3, *layout.atlas_size)
+    outputs = dict(layout.outputs)
+
+    def call(given: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        answer = consumer(given[CACHE_FEATURES], given[CACHE_IMAGE], given.get(CACHE_ATLAS), given).clamp(*limits)
+        return answer if len(outputs) == 1 else tuple(answer.split(list(outputs.values()), dim=1))
+
+    return export_call(call, example | layout.input_examples(), list(outputs), consumer=consumer)
 
 
 def producer_graph(
@@ -222,61 +220,25 @@ def producer_graph(
     """
     index = GraphIndex(model)
     origins = {origin: cache for cache, origin in parts.origins.items()}
-    inputs = layout.input_examples()
-    taps = [torch.zeros(index.specs[name].shape) for name, *_ in layout.taps]
-    images = [torch.zeros(index.specs[name].shape) for name, _ in layout.outputs]
-    names = [f"tap.{k}" for k in range(len(taps))] + [f"image.{k}" for k in range(len(images))]
+    taps = {f"tap.{k}": name for k, (name, *_) in enumerate(layout.taps)}
+    images = {f"image.{k}": name for k, (name, _) in enumerate(layout.outputs)}
+    links = taps | images
+    example = {target: torch.zeros(index.specs[name].shape) for target, name in links.items()}
+    example |= layout.input_examples()
     outputs = [CACHE_FEATURES, CACHE_IMAGE]
-    example = [*taps, *images, *inputs.values()]
-    links = {f"tap.{k}": name for k, (name, *_) in enumerate(layout.taps)}
-    links |= {f"image.{k}": name for k, (name, _) in enumerate(layout.outputs)}
-    all_names = [*names, *inputs]
     if layout.surface is not None:
-        example.append(torch.zeros(1, 3, *layout.atlas_size))
-        all_names.append(layout.surface.atlas)
+        example[layout.surface.atlas] = torch.zeros(1, 3, *layout.atlas_size)
         outputs.append(CACHE_ATLAS)
-    encoded = export_module(_EncoderGraph(encoder, layout, list(inputs)), tuple(example), all_names, outputs)
+
+    def call(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        image = torch.cat([given[name] for name in images], 1) if len(images) > 1 else given["image.0"]
+        features = encoder([working_tap(given[name], encoder.grid) for name in taps], given, image)
+        # A graph may not hand an input straight through.
+        atlas = () if layout.surface is None else (given[layout.surface.atlas].clone(),)
+        return features, image_planes(image), *atlas
+
+    encoded = export_call(call, example, outputs, encoder=encoder)
     # An input that the trained encoder does not read has no link to make.
     links = {target: source for target, source in links.items() if target in GraphIndex(encoded).inputs}
     joined = merge(give_out(model, list(origins)), encoded, links, [*origins, *outputs, *state])
     return rename_values(joined, origins)
-
-
-class _ConsumerGraph(nn.Module):
-    """Positional tensors in, one tensor an output out, kept within the range of the generator's images."""
-
-    def __init__(
-        self, consumer: WarpConsumer, layout: AdapterLayout, inputs: Sequence[str], limits: tuple[float, float]
-    ) -> None:
-        super().__init__()
-        self.consumer, self.layout, self.names, self.limits = consumer, layout, list(inputs), limits
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        features, planes, *rest = tensors
-        atlas = rest.pop(0) if self.layout.surface is not None else None
-        answer = self.consumer(features, planes, atlas, dict(zip(self.names, rest, strict=True)))
-        answer = answer.clamp(*self.limits)
-        if len(self.layout.outputs) == 1:
-            return (answer,)
-        return tuple(answer.split([channels for _, channels in self.layout.outputs], dim=1))
-
-
-class _EncoderGraph(nn.Module):
-    """Raw cut tensors, images, inputs and atlas of frame s in; the warp consumer's cache out."""
-
-    def __init__(self, encoder: CacheEncoder, layout: AdapterLayout, inputs: Sequence[str]) -> None:
-        super().__init__()
-        self.encoder, self.layout, self.names = encoder, layout, list(inputs)
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        layout = self.layout
-        taps = tensors[: len(layout.taps)]
-        images = tensors[len(taps) : len(taps) + len(layout.outputs)]
-        rest = tensors[len(taps) + len(images) :]
-        image = torch.cat(images, 1) if len(images) > 1 else images[0]
-        inputs = dict(zip(self.names, rest[: len(self.names)], strict=True))
-        features = self.encoder([working_tap(tap, self.encoder.grid) for tap in taps], inputs, image)
-        out = [features, image_planes(image)]
-        if layout.surface is not None:
-            out.append(rest[-1].clone())  # a graph may not hand an input straight through
-        return tuple(out)

@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
+from .index import first_line
 from .run import run_model
 from .surgery import normalise, rename_values
 
@@ -94,11 +95,46 @@ def export_module(
 ) -> ModelProto:
     """Export one of our own modules: positional tensors in and out, named as given, in normal form."""
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module.eval(), example, strict=False)
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
+        exported = _to_onnx(torch.export.export(module.eval(), example, strict=False))
+    return normalise(_rename_interface(exported, inputs, outputs))
+
+
+def export_call(
+    call: Callable[[dict[str, Tensor]], Tensor | tuple[Tensor, ...]],
+    example: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    **parts: nn.Module,
+) -> ModelProto:
+    """Export a function of named tensors, as `export_module` does.
+
+    Args:
+        call: Takes tensors by the names of `example`, gives the outputs in order.
+        example: Its inputs.
+        outputs: Their names.
+        parts: The modules that `call` runs; their weights are called after them.
+    """
+    return export_module(_Called(call, list(example), parts), tuple(example.values()), list(example), outputs)
+
+
+class _Called(nn.Module):
+    """A function of named tensors as the exporter takes it: positional tensors in."""
+
+    def __init__(self, call: Callable[..., Tensor | tuple[Tensor, ...]], names: list[str], parts: dict[str, nn.Module]):
+        super().__init__()
+        self.call, self.names = call, names
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.call(dict(zip(self.names, tensors, strict=True)))
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> ModelProto:
+    exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
     if exported is None:  # torch's annotation allows it; with a program given it does not happen
         raise ExportError("the exporter returned no model; update torch")
-    return normalise(_rename_interface(exported.model_proto, inputs, outputs))
+    model: ModelProto = exported.model_proto
+    return model
 
 
 def input_names_of(module: nn.Module) -> list[str]:
@@ -250,7 +286,7 @@ def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> ModelProto:
     except Exception as exc:
         raise ExportError(f"the generator cannot be traced{_where(exc)}: {_reason(exc)}") from exc
     try:
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
+        return _to_onnx(program)
     except Exception as exc:
         text = "\n".join(str(link) for link in _chain(exc))
         operators = list(dict.fromkeys(_UNSUPPORTED.findall(text)))
@@ -261,10 +297,6 @@ def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> ModelProto:
                 "write it with others"
             ) from exc
         raise ExportError(f"the generator cannot be exported to ONNX{line}: {_reason(list(_chain(exc))[-1])}") from exc
-    if exported is None:  # torch's annotation allows it; with a program given it does not happen
-        raise ExportError("the exporter returned no model; update torch")
-    model: ModelProto = exported.model_proto
-    return model
 
 
 def _rename_interface(model: ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> ModelProto:
@@ -438,14 +470,12 @@ def _line_of_node(program: torch.export.ExportedProgram, nodes: Sequence[str], o
 
 def _reason(exc: BaseException) -> str:
     """One line that says why, without the framework's advice to its own developers."""
-    text = str(exc)
-    if "data-dependent" in text:
+    if "data-dependent" in str(exc):
         return (
             "it depends on the values of a tensor (an if, a loop or a size), which a fixed graph cannot follow; "
             "use torch.where"
         )
-    line = next((line.strip() for line in text.splitlines() if line.strip()), type(exc).__name__)
-    return f"{type(exc).__name__}: {line[:300]}"
+    return f"{type(exc).__name__}: {first_line(exc)[:300]}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ gets the same prediction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...engine.spec import AGE_INPUT
-from ..adapter.layout import CACHE_ATLAS, AdapterLayout, ImageInput
-from ..adapter.network import _sample
+from ..adapter.layout import CACHE_ATLAS, AdapterLayout
+from ..adapter.network import _pixel_centres, _sample
 from ..frames.surface import Surface
-from ..graph.trace import export_module
+from ..graph.trace import export_call
 
 __all__ = [
     "BRANCH_DRIFT",
@@ -87,9 +87,7 @@ class Thumbnail(nn.Module):
         """Of every image input, the pixels that stand for it: float32 [N, C, h, w], h and w at most 32."""
         picked = {}
         for image in self.layout.images:
-            down, across = _steps(image.height, _PICKED), _steps(image.width, _PICKED)
-            x = inputs[image.name][:, :, down // 2 :: down, across // 2 :: across]
-            picked[image.name] = x.float()
+            picked[image.name] = _picked(inputs[image.name], _PICKED).float()
         return picked
 
     def forward(self, inputs: Mapping[str, Tensor], picked: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -118,18 +116,17 @@ class Thumbnail(nn.Module):
 
         Channels of an image are groups of their own, up to 8 an image; each vector is one.
         """
-        groups: list[NDArray[np.int64]] = []
-        first = 0
+        numbers, first = {}, 0
         for image in self.layout.images:
             channel_groups = min(image.channels, _CHANNEL_GROUPS)
-            of_channel = np.arange(image.channels) * channel_groups // image.channels
-            groups.append(first + np.repeat(of_channel, _thumbnail_cells(image)))
+            of_channel = first + torch.arange(image.channels) * channel_groups // image.channels
+            numbers[image.name] = of_channel[None, :, None, None].expand(1, -1, image.height, image.width)
             first += channel_groups
-        for vector in self.layout.vectors:
-            kernel = math.ceil(vector.elements / _LONGEST_VECTOR)
-            groups.append(np.full(math.ceil(vector.elements / kernel), first))
-            first += 1
-        return np.concatenate(groups).astype(np.int64)
+        for group, vector in enumerate(self.layout.vectors, first):
+            numbers[vector.name] = torch.full((vector.elements,), group)
+        # The thumbnail of the groups' numbers: what is averaged is of one group.
+        groups: NDArray[np.int64] = self(numbers)[0].round().long().numpy()
+        return groups
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,8 @@ class Features(nn.Module):
         self.register_buffer("sums", torch.from_numpy(sums))
         self.groups = sums.shape[1]
         if layout.surface is not None:
-            self.register_buffer("pixel_centres", _picked_centres(layout.height, layout.width), persistent=False)
+            centres = _picked(_picked(_pixel_centres(layout.height, layout.width), _PICKED), _MOTION_SIDE)
+            self.register_buffer("pixel_centres", centres.clone(), persistent=False)
 
     def standardise(self, thumbnail: Tensor) -> Tensor:
         """Thumbnails [N, F] in units of the training frames' deviation."""
@@ -239,10 +237,8 @@ class Features(nn.Module):
         """Numbers above 0 that sum up the surface's backward flow on a coarse grid, [N, 5], in grid_sample units."""
         name, first, last = surface.uv
         mask_name, channel = surface.mask
-        step_down, step_across = (_steps(side, _MOTION_SIDE) for side in picked[name].shape[2:])
-        coarse = (..., slice(step_down // 2, None, step_down), slice(step_across // 2, None, step_across))
-        uv = picked[name][:, first:last][coarse]
-        mask = picked[mask_name][:, channel : channel + 1][coarse]
+        uv = _picked(picked[name][:, first:last], _MOTION_SIDE)
+        mask = _picked(picked[mask_name][:, channel : channel + 1], _MOTION_SIDE)
         there = _sample(atlas, uv.permute(0, 2, 3, 1) * 2.0 - 1.0) * mask
         # [N, 2, h, w]: from each point's place in frame t to its place in frame s.
         flow = there[:, :2] - self.pixel_centres * mask
@@ -364,46 +360,27 @@ def thumbnail_graph(layout: AdapterLayout) -> ModelProto:
     up to 512 elements and are averaged to fewer beyond.
     """
     inputs, thumbnail = layout.input_examples(), Thumbnail(layout)
-    graph = _Positional(lambda *tensors: thumbnail(dict(zip(inputs, tensors, strict=True))), thumbnail=thumbnail)
-    return export_module(graph, tuple(inputs.values()), list(inputs), [CACHE_THUMBNAIL])
+    return export_call(lambda given: thumbnail(given), inputs, [CACHE_THUMBNAIL], thumbnail=thumbnail)
 
 
 def warm_graph(predictor: Predictor) -> ModelProto:
     """The module ``predictor``: inputs of frame t, the cached thumbnail and atlas, and the age -> what `warm` gives."""
     layout = predictor.features.layout
-    inputs = layout.input_examples()
     cached = {CACHE_THUMBNAIL: torch.zeros(1, len(predictor.features.mean))}
     if layout.surface is not None:
         cached[CACHE_ATLAS] = torch.zeros(1, 3, *layout.atlas_size)
-    given = {AGE_INPUT: torch.ones(1, 1), **cached, **inputs}
+    example = {AGE_INPUT: torch.ones(1, 1), **cached, **layout.input_examples()}
 
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        by_name = dict(zip(given, tensors, strict=True))
-        of_frame = {name: by_name[name] for name in inputs}
-        return predictor.warm(of_frame, by_name[CACHE_THUMBNAIL], by_name.get(CACHE_ATLAS), by_name[AGE_INPUT])
+    def call(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return predictor.warm(given, given[CACHE_THUMBNAIL], given.get(CACHE_ATLAS), given[AGE_INPUT])
 
-    outputs = ["predicted", "spread", "novelty", "change"]
-    return export_module(_Positional(call, predictor=predictor), tuple(given.values()), list(given), outputs)
+    return export_call(call, example, ["predicted", "spread", "novelty", "change"], predictor=predictor)
 
 
 def cold_graph(predictor: Predictor) -> ModelProto:
     """The module ``predictor_cold``: inputs of frame t -> what `cold` gives."""
     inputs = predictor.features.layout.input_examples()
-    graph = _Positional(lambda *tensors: predictor.cold(dict(zip(inputs, tensors, strict=True))), predictor=predictor)
-    return export_module(graph, tuple(inputs.values()), list(inputs), ["predicted", "spread", "novelty"])
-
-
-class _Positional(nn.Module):
-    """Modules as the exporter takes them: positional tensors in, which `call` hands on; weights by the parts' names."""
-
-    def __init__(self, call: Callable[..., Tensor | tuple[Tensor, ...]], **parts: nn.Module) -> None:
-        super().__init__()
-        self.call = call
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.call(*tensors)
+    return export_call(predictor.cold, inputs, ["predicted", "spread", "novelty"], predictor=predictor)
 
 
 def _steps(side: int, most: int) -> int:
@@ -411,25 +388,7 @@ def _steps(side: int, most: int) -> int:
     return math.ceil(side / most)
 
 
-def _picked_positions(side: int) -> list[int]:
-    return list(range(side))[_steps(side, _PICKED) // 2 :: _steps(side, _PICKED)]
-
-
-def _thumbnail_cells(image: ImageInput) -> int:
-    """Numbers of the thumbnail for one channel of an image."""
-    cells = 1
-    for side in (image.height, image.width):
-        picked = len(_picked_positions(side))
-        cells *= math.ceil(picked / _steps(picked, _SIDE))
-    return cells
-
-
-def _picked_centres(height: int, width: int) -> Tensor:
-    """[1, 2, h, w]: x and y, in grid_sample coordinates, of the pixels at which the surface's motion is looked at."""
-    sides = []
-    for side in (height, width):
-        picked = _picked_positions(side)
-        step = _steps(len(picked), _MOTION_SIDE)
-        sides.append((torch.tensor(picked[step // 2 :: step]) + 0.5) * (2.0 / side) - 1.0)
-    y, x = sides
-    return torch.stack([x.expand(len(y), len(x)), y[:, None].expand(len(y), len(x))])[None]
+def _picked(images: Tensor, most: int) -> Tensor:
+    """Pixels of [N, C, h, w] in even steps, at most `most` rows and columns."""
+    down, across = (_steps(side, most) for side in images.shape[2:])
+    return images[:, :, down // 2 :: down, across // 2 :: across]
