@@ -21,6 +21,7 @@ from ...engine.spec import Array
 from .fusion import PROFILE_LEVEL, fused_group
 from .index import GraphIndex, node_names
 from .run import open_session, run_session
+from .surgery import copy_model
 
 __all__ = ["Timing", "profile_nodes", "time_model"]
 
@@ -73,8 +74,7 @@ def profile_nodes(
         ExportError: If ONNX Runtime refuses the model.
     """
     _check_repeats(repeats)
-    named = ModelProto()
-    named.CopyFrom(model)
+    named = copy_model(model)
     for node, name in zip(named.graph.node, node_names(model), strict=True):
         node.name = name
     with tempfile.TemporaryDirectory() as folder:

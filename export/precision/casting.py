@@ -251,8 +251,7 @@ class _Rewrite:
         for value in graph.input:
             self._begin(value.name, self._border(value))
         for name, tensor in index.initializers.items():
-            self.made[name] = tensor.data_type
-            self.places[name, tensor.data_type] = name
+            self._begin(name, tensor.data_type)
         for value in graph.output:
             value.type.tensor_type.elem_type = self._border(value)
         for number in range(len(index.nodes)):
@@ -284,16 +283,15 @@ class _Rewrite:
     def _node(self, number: int) -> None:
         node, name = self.index.nodes[number], self.index.names[number]
         slots_in, slots_out = self._slots(node)
-        floats = [k for k, value in enumerate(node.input) if self.types.get(value) == TensorProto.FLOAT]
-        touches = floats or any(self.types.get(value) == TensorProto.FLOAT for value in node.output)
-        lowered = any(slots_in) or any(slots_out)
+        floats = [k for k, value in enumerate(node.input) if self._is_float(value)]
+        touches = floats or any(map(self._is_float, node.output))
         reason: Reason | None = None
         if name in self.keep:
             reason = "asked"
         elif any(value in self.coordinates for value in node.output) or node.op_type == "GridSample":
             # TensorRT wants image and grid of one type, so the whole GridSample is in float32.
             reason = "coordinates"
-        elif not lowered:
+        elif not any(slots_in) and not any(slots_out):
             reason = "type"
         elif unfit := self._unfit(node, slots_in):
             reason = "constant"
@@ -340,23 +338,20 @@ class _Rewrite:
         if made == kind or (output.name, made) not in self.places or self.places[output.name, made] == output.name:
             return
         producer = self.index.nodes[self.index.producer[output.name]]
-        self.nodes.append(_like(producer, _cast(self.places[output.name, made], output.name, kind)))
+        self.nodes.append(serving(producer, _cast(self.places[output.name, made], output.name, kind)))
 
     def _read(self, value: str, kind: int, reader: NodeProto) -> str:
         """The name under which `value` can be read in type `kind`; casts it at the first asking."""
         made = self.made.get(value)
-        if made is None:
-            return value
-        place = self.places.get((value, kind))
-        if place is not None:
-            return place
+        if made is None or (value, kind) in self.places:
+            return self.places.get((value, kind), value)
         place = self._name(value, kind)
         tensor = self.index.initializers.get(value)
         if tensor is not None:
             dtype = helper.tensor_dtype_to_np_dtype(kind)
             self.initializers.append(numpy_helper.from_array(_array(tensor).astype(dtype), place))
         else:
-            self.nodes.append(_like(reader, _cast(self.places[value, made], place, kind)))
+            self.nodes.append(serving(reader, _cast(self.places[value, made], place, kind)))
             self._describe(value, place, kind)
         self.places[value, kind] = place
         return place
@@ -390,14 +385,14 @@ class _Rewrite:
         variables_out = [_variable(schema.outputs, k) for k in range(len(node.output))]
         halving: set[str] = set()
         for value, variable in zip(node.input, variables_in, strict=True):
-            if self.types.get(value) != TensorProto.FLOAT or variable not in allowed:
+            if not self._is_float(value) or variable not in allowed:
                 continue  # no float, or float32 by definition, as Resize's scales
             if _ONNX_NAME[self.to] not in allowed[variable]:
                 return nothing
             halving.add(variable)
         for value, variable in zip(node.output, variables_out, strict=True):
             # An output whose type no float input fixes is fixed by an attribute: Cast, ConstantOfShape, Range.
-            if self.types.get(value) == TensorProto.FLOAT and variable not in halving:
+            if self._is_float(value) and variable not in halving:
                 return nothing
         if node.op_type == "Cast" or any(value and value not in self.types for value in (*node.input, *node.output)):
             return nothing
@@ -440,10 +435,10 @@ def _variable(formals: Any, k: int) -> str:
     return str(formal.type_str)
 
 
-def _like(node: NodeProto, cast: NodeProto) -> NodeProto:
-    """The cast, with the module path of the node that it serves."""
-    cast.metadata_props.extend(entry for entry in node.metadata_props if entry.key == SCOPES_KEY)
-    return cast
+def serving(node: NodeProto, made: NodeProto) -> NodeProto:
+    """A node that was made, with the module path of the node that it serves."""
+    made.metadata_props.extend(entry for entry in node.metadata_props if entry.key == SCOPES_KEY)
+    return made
 
 
 def _raised(model: ModelProto, opset: int) -> ModelProto:

@@ -20,10 +20,10 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from ...engine.errors import ExportError
 from ...engine.spec import Array
-from ..graph.index import SCOPES_KEY, GraphIndex
+from ..graph.index import GraphIndex
 from ..graph.run import open_session, run_session
 from ..graph.surgery import copy_model, give_out
-from .casting import elem_types
+from .casting import elem_types, serving
 
 __all__ = ["METHODS", "Histogram", "QuantType", "RangeCollector", "quantisable", "quantise", "scales"]
 
@@ -177,12 +177,11 @@ def quantise(
             described.append(info)
 
     for number, node in enumerate(fresh.graph.node):
-        copy = NodeProto()
-        copy.CopyFrom(node)
         target = targets.get(number)
         if target is not None:
             if target.value not in pairs:
-                added.append(_scalar(value_scales[target.value], f"{target.value}.scale"))
+                scale = np.array(value_scales[target.value], np.float32)
+                added.append(numpy_helper.from_array(scale, f"{target.value}.scale"))
                 quantised, restored = f"{target.value}.{kind}", f"{target.value}.restored"
                 inputs = [f"{target.value}.scale", zero.name]
                 nodes_out.append(_made("QuantizeLinear", [target.value, *inputs], quantised, node))
@@ -199,9 +198,9 @@ def quantise(
                 nodes_out.append(_made("DequantizeLinear", names, restored, node, axis=target.axis))
                 described.append(helper.make_tensor_value_info(restored, TensorProto.FLOAT, list(tensor.dims)))
                 weights[target.weight] = restored
-            for k, name in enumerate(copy.input):
-                copy.input[k] = pairs[name] if name == target.value else weights.get(name, name) if k == 1 else name
-        nodes_out.append(copy)
+            for k, name in enumerate(node.input):
+                node.input[k] = pairs[name] if name == target.value else weights.get(name, name) if k == 1 else name
+        nodes_out.append(node)
     del fresh.graph.node[:]
     fresh.graph.node.extend(nodes_out)
     read = {name for node in nodes_out for name in node.input} | set(index.outputs)
@@ -256,14 +255,5 @@ def _quantised_weight(tensor: TensorProto, kind: QuantType, axis: int) -> list[T
     ]
 
 
-def _scalar(value: float, name: str) -> TensorProto:
-    return numpy_helper.from_array(np.array(value, np.float32), name)
-
-
-def _made(kind: str, inputs: list[str], output: str, like: NodeProto, *, axis: int | None = None) -> NodeProto:
-    """A node with the module path of the node that it serves."""
-    node = helper.make_node(kind, inputs, [output], name=f"{kind} {output}")
-    if axis is not None:
-        node.attribute.append(helper.make_attribute("axis", axis))
-    node.metadata_props.extend(entry for entry in like.metadata_props if entry.key == SCOPES_KEY)
-    return node
+def _made(kind: str, inputs: list[str], output: str, like: NodeProto, **attributes: int) -> NodeProto:
+    return serving(like, helper.make_node(kind, inputs, [output], name=f"{kind} {output}", **attributes))
