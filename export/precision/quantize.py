@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,5 +255,5 @@ def _quantised_weight(tensor: TensorProto, kind: QuantType, axis: int) -> list[T
     ]
 
 
-def _made(kind: str, inputs: list[str], output: str, like: NodeProto, **attributes: int) -> NodeProto:
+def _made(kind: str, inputs: list[str], output: str, like: NodeProto, **attributes: Any) -> NodeProto:
     return serving(like, helper.make_node(kind, inputs, [output], name=f"{kind} {output}", **attributes))
