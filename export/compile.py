@@ -26,7 +26,7 @@ from .adapter.distill import read_plan
 from .adapter.layout import AdapterLayout, subject_layout
 from .adapter.training import AdapterTraining, perceptual_loss
 from .branches.branches import train_branches
-from .bundle.manifest import WHOLE, draft_manifest, measure_costs
+from .bundle.manifest import WHOLE, Origin, draft_manifest, measure_costs
 from .bundle.write import bundle_models, refuse_out
 from .cut.candidate import AUTO, CutCandidate
 from .cut.enumerate import enumerate_cuts
@@ -231,15 +231,13 @@ class _Compilation:
         if adapter is not None and options.exits is not None and calibration is not None:
             calibration["promise"] = self._promise(adapter.layout, costs)
         manifest = draft_manifest(
-            self.out.stem,
+            Origin(self.out.stem, made_from, self.training),
             self.models,
             parts,
             subject,
             candidates=candidates,
             exits=costs,
             calibration=calibration,
-            made_from=made_from,
-            training=self.training,
         )
         self.progress("writing the bundle", 0, 1)
         bundle = bundle_models(self.out, manifest, self.models, more=self.more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..graph.index import GraphIndex
 from ..graph.profile import time_model
 from ..graph.run import open_session, run_session
 
-__all__ = ["WHOLE", "draft_manifest", "measure_costs"]
+__all__ = ["WHOLE", "Origin", "draft_manifest", "measure_costs"]
 
 WHOLE = "whole"
 """The exit that the generator itself is; every other exit is called like its module."""
@@ -42,8 +43,23 @@ def measure_costs(models: Mapping[str, ModelProto], exits: Sequence[str], subjec
     return tuple(ExitRecord(name, (module,), round(times[name].min_ms / whole, 4)) for name, module in modules.items())
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a bundle comes from.
+
+    Attributes:
+        name: What it is called.
+        made_from: The user's options, JSON-ready.
+        training: What was trained and how, JSON-ready; empty where nothing was.
+    """
+
+    name: str
+    made_from: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+
 def draft_manifest(
-    name: str,
+    origin: Origin,
     models: Mapping[str, ModelProto],
     parts: SplitModels,
     subject: Subject,
@@ -51,21 +67,17 @@ def draft_manifest(
     candidates: Sequence[CutCandidate],
     exits: tuple[ExitRecord, ...],
     calibration: Mapping[str, Any] | None,
-    made_from: Mapping[str, Any],
-    training: Mapping[str, Any],
 ) -> Manifest:
     """Everything but the files' sizes and hashes, which come with writing.
 
     Args:
-        name: The bundle's.
+        origin: Where it comes from.
         models: Module name -> model.
         parts: The generator's halves.
         subject: The generator and its frames.
         candidates: The cuts that were considered, best first.
         exits: From `measure_costs`.
         calibration: What was measured, or None.
-        made_from: The user's options, JSON-ready.
-        training: What was trained and how, JSON-ready; empty where nothing was.
     """
     index = {name: GraphIndex(model) for name, model in models.items()}
 
@@ -83,12 +95,12 @@ def draft_manifest(
         atlas = subject.surface.atlas
         inputs.append(InputRecord(spec_of(atlas, subject.train.arrays[atlas]), "motion"))
     return Manifest(
-        name=name,
+        name=origin.name,
         created={
             "by": f"warpcache {__version__}",
             "at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "options": json.loads(json.dumps(dict(made_from))),
-            "training": dict(training),
+            "options": json.loads(json.dumps(dict(origin.made_from))),
+            "training": dict(origin.training),
         },
         inputs=tuple(inputs),
         outputs=without_state("generator"),

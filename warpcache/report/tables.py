@@ -28,7 +28,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text that stands out: ``good`` or ``bad`` news, a ``problem``, a ``note``, ``even``: neither, ``last``: look here."""
+    """A text that stands out: ``good`` or ``bad`` news, ``even``: neither, a ``problem``, a ``note``, ``last``: look here."""
 
     text: str
     tone: str
