@@ -161,9 +161,9 @@ def _driver() -> dict[str, Any]:
 
         facts["driver"] = driver_version()
     try:
-        cuda = driver.load()
+        driver.load()
         facts["found"] = True
-        facts["cuda"] = int(driver.check(cuda.cuDriverGetVersion(), "asking the driver for its version"))
+        facts["cuda"] = driver.cuda_version()
         count = driver.device_count()
     except WarpcacheError as exc:
         facts["error"] = str(exc)

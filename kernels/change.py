@@ -118,20 +118,11 @@ class ChangeMetric:
             int(aligned(a, _GROUP, steps=(0, 1)) and aligned(b, _GROUP, steps=(0, 1))),
         )
         grid = (-(-width // (_LANES * _GROUP)), -(-height // self.block), 1)
-        each = self._kernels[a.dtype.name].prepare(
-            grid, (_LANES, min(_ROWS, self.block), 1), (pair, (blocks.pointer, ctypes.c_void_p))
-        )
+        each = self._kernels[a.dtype.name].prepare(grid, (_LANES, min(_ROWS, self.block), 1), (pair, blocks))
         whole = self._summary.prepare(
             (1, 1, 1),
             (_SUMMARY_THREADS, 1, 1),
-            (
-                (blocks.pointer, ctypes.c_void_p),
-                (summary.pointer, ctypes.c_void_p),
-                (height, ctypes.c_int),
-                (width, ctypes.c_int),
-                (log2, ctypes.c_int),
-                (threshold, ctypes.c_float),
-            ),
+            (blocks, summary, height, width, log2, float(threshold)),
         )
         return LaunchSequence(each, whole)
 

@@ -17,7 +17,17 @@ from typing import Any
 
 from .errors import DeviceError
 
-__all__ = ["OLDEST_DRIVER", "Context", "check", "cuda_version", "device_count", "first_line", "load", "size_text"]
+__all__ = [
+    "OLDEST_DRIVER",
+    "Context",
+    "check",
+    "cuda_text",
+    "cuda_version",
+    "device_count",
+    "first_line",
+    "load",
+    "size_text",
+]
 
 OLDEST_DRIVER = 12_000
 """The oldest driver that serves, as `cuDriverGetVersion` counts: CUDA 12.0."""
@@ -63,8 +73,8 @@ def _initialised() -> Any:
     version = int(check(cuda.cuDriverGetVersion(), "asking the CUDA driver for its version"))
     if version < OLDEST_DRIVER:
         raise DeviceError(
-            f"the NVIDIA driver speaks CUDA {version // 1000}.{version % 1000 // 10}, older than "
-            f"{OLDEST_DRIVER // 1000}.{OLDEST_DRIVER % 1000 // 10}; update the driver"
+            f"the NVIDIA driver speaks CUDA {cuda_text(version)}, older than {cuda_text(OLDEST_DRIVER)}; "
+            "update the driver"
         )
     return cuda
 
@@ -119,6 +129,11 @@ def cuda_version() -> int:
     """
     cuda = load()
     return int(check(cuda.cuDriverGetVersion(), "asking the CUDA driver for its version"))
+
+
+def cuda_text(version: int) -> str:
+    """A version as `cuda_version` counts, for people: ``13.0``."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 class Context:

@@ -69,12 +69,7 @@ class FiniteKernel:
         return self._kernels[array.dtype.name].prepare(
             (min(_MOST_BLOCKS, -(-items // _THREADS)), 1, 1),
             (_THREADS, 1, 1),
-            (
-                (array.pointer, ctypes.c_void_p),
-                (count, ctypes.c_longlong),
-                (int(grouped), ctypes.c_int),
-                (found.pointer, ctypes.c_void_p),
-            ),
+            (array, (count, ctypes.c_longlong), grouped, found),
         )
 
     def look(self, arrays: Iterable[DeviceArray], found: DeviceArray, *, stream: int) -> None:

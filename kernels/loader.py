@@ -16,8 +16,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .array import DeviceArray
 from .compiler import cached_cubin
-from .driver import Context, check, cuda_version, load
+from .driver import Context, check, cuda_text, cuda_version, load
 from .errors import BackendError, DeviceError
 
 __all__ = ["Argument", "Kernel", "KernelLibrary", "Launch", "LaunchSequence"]
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 _OLDEST_DRIVER = 13_000
 
 Argument = Any
-"""A kernel's argument: a ctypes instance (structures are handed over by value), or a pair (value, ctypes type)."""
+"""A kernel's argument: an array (its address), an int or bool (32 bits), a float (32 bits), a ctypes instance
+(structures are handed over by value), or a pair (value, ctypes type)."""
 
 
 class KernelLibrary:
@@ -52,7 +54,7 @@ class KernelLibrary:
         version = cuda_version()
         if version < _OLDEST_DRIVER:
             raise DeviceError(
-                f"the NVIDIA driver speaks CUDA {version // 1000}.{version % 1000 // 10}, and the kernels of {source} "
+                f"the NVIDIA driver speaks CUDA {cuda_text(version)}, and the kernels of {source} "
                 "are compiled for CUDA 13; update the driver to 580 or newer"
             )
         # Every kernel has a section of its own in a cubin.
@@ -129,13 +131,13 @@ class Kernel:
         Args:
             grid: Blocks in x, y and z.
             block: Threads of a block in x, y and z.
-            args: One per parameter, in order: ctypes instances, or pairs (value, ctypes type). Pointers are `c_void_p`.
+            args: One per parameter, in order.
             shared_bytes: Dynamic shared memory of a block.
 
         Raises:
             BackendError: If the arguments do not have the number or the sizes of the kernel's parameters.
         """
-        held = [arg[1](arg[0]) if type(arg) is tuple else arg for arg in args]
+        held = [_ctypes_value(arg) for arg in args]
         if self._sizes is not None:
             given = [ctypes.sizeof(arg) for arg in held]
             if given != self._sizes:
@@ -226,17 +228,28 @@ class Launch:
 
 
 class LaunchSequence:
-    """Launches that follow each other on one stream, as one."""
+    """Launches that follow each other on one stream, as one; keeps alive what they use."""
 
-    __slots__ = ("_launches",)
+    __slots__ = ("_keeps", "_launches")
 
-    def __init__(self, *launches: Launch) -> None:
+    def __init__(self, *launches: Launch, keeps: object = None) -> None:
         self._launches = launches
+        self._keeps = keeps
 
     def launch(self, stream: int) -> None:
         """Put them on the stream with handle `stream`, in order; see `Launch.launch`."""
         for item in self._launches:
             item.launch(stream)
+
+
+def _ctypes_value(arg: Argument) -> Any:
+    if isinstance(arg, DeviceArray):
+        return ctypes.c_void_p(arg.pointer)
+    if isinstance(arg, tuple):
+        return arg[1](arg[0])
+    if isinstance(arg, int):
+        return ctypes.c_int(arg)
+    return ctypes.c_float(arg) if isinstance(arg, float) else arg
 
 
 def _unload(context: Context, module: Any, source: str) -> None:

@@ -6,10 +6,9 @@ reference's to the bit: both work in the same order, edges in float64, and nothi
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,10 @@ from .arguments import check_array
 from .array import DeviceArray
 from .driver import Context, check, load, size_text
 from .errors import DeviceError, InputError
-from .loader import KernelLibrary, Launch
+from .loader import KernelLibrary, Launch, LaunchSequence
 from .reference.rasterizer import Mesh, SurfaceAtlas
 
-__all__ = ["Launches", "MeshRasterizer", "unpack_keys"]
+__all__ = ["MeshRasterizer", "unpack_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +39,6 @@ _DRAW_WARPS = 4
 # to start where there is no large triangle.
 _LARGE_GRID = 512
 _SETUP = 8  # numbers a triangle
-
-
-class Launches:
-    """Kernels to launch one after the other, again and again; keeps what they use of the rasteriser."""
-
-    __slots__ = ("_keeps", "_launches")
-
-    def __init__(self, launches: tuple[Launch, ...], keeps: object) -> None:
-        self._launches = launches
-        self._keeps = keeps
-
-    def launch(self, stream: int) -> None:
-        """Put them on the stream with handle `stream`; returns at once, may be captured.
-
-        Raises:
-            DeviceError: If the rasteriser is closed, or the driver refuses a launch.
-        """
-        for launch in self._launches:
-            launch.launch(stream)
 
 
 class MeshRasterizer:
@@ -139,7 +119,7 @@ class MeshRasterizer:
         """What is seen at every pixel of a held frame, uint64 [H, W]; `unpack_keys` says what is in it."""
         return self._memory.arrays[f"keys.{self._checked(frame)}"]
 
-    def prepare_render(self, vertices_px: DeviceArray, condition: DeviceArray, *, frame: int = 0) -> Launches:
+    def prepare_render(self, vertices_px: DeviceArray, condition: DeviceArray, *, frame: int = 0) -> LaunchSequence:
         """Everything of a `render` but its stream, to be launched again and again; both arrays must stay.
 
         Args:
@@ -154,71 +134,36 @@ class MeshRasterizer:
         """
         self._check(vertices_px, "vertices_px", (self.vertex_count, 3), ("float32",))
         self._check(condition, "condition", (6, self.height, self.width), tuple(_FLOATS))
-        at = self._addresses(frame)
+        of = self._parts(frame)
         triangles, height, width = self.triangle_count, self.height, self.width
         threads = max(triangles, self.vertex_count, -(-height * width // 4))
-        prepare = self._kernels["prepare"].prepare(
-            (min(-(-threads // _THREADS), _PREPARE_BLOCKS), 1, 1),
-            (_THREADS, 1, 1),
-            (
-                ctypes.c_void_p(vertices_px.pointer),
-                at["triangles"],
-                at["incidence"],
-                at["faces"],
-                ctypes.c_int(self.vertex_count),
-                ctypes.c_int(triangles),
-                ctypes.c_int(height),
-                ctypes.c_int(width),
-                ctypes.c_int(self._cull_back),
-                at["vertices"],
-                at["normals"],
-                at["setups"],
-                at["boxes"],
-                at["large"],
-                at["keys"],
-            ),
+        read = vertices_px, *of("triangles", "incidence", "faces")
+        made = of("vertices", "normals", "setups", "boxes", "large", "keys")
+        prepare = self._launch(
+            "prepare",
+            min(-(-threads // _THREADS), _PREPARE_BLOCKS),
+            (*read, self.vertex_count, triangles, height, width, self._cull_back, *made),
         )
         blocks = -(-width // _BLOCK_COLUMNS) * -(-height // _BLOCK_ROWS)
         small_grid = -(-triangles // _DRAW_WARPS)
         large_grid = 0 if blocks <= _LARGE_BLOCKS else min(-(-blocks // _DRAW_WARPS), _LARGE_GRID)
-        draw = self._kernels["draw"].prepare(
-            (small_grid + large_grid, 1, 1),
-            (32 * _DRAW_WARPS, 1, 1),
-            (
-                at["vertices"],
-                at["triangles"],
-                at["setups"],
-                at["boxes"],
-                at["large"],
-                ctypes.c_int(triangles),
-                ctypes.c_int(small_grid),
-                ctypes.c_int(width),
-                at["keys"],
-            ),
+        drawn = of("vertices", "triangles", "setups", "boxes", "large")
+        draw = self._launch(
+            "draw",
+            small_grid + large_grid,
+            (*drawn, triangles, small_grid, width, *of("keys")),
+            threads=32 * _DRAW_WARPS,
         )
-        resolve = self._kernels[f"resolve_{_FLOATS[condition.dtype.name]}"].prepare(
-            (-(-height * width // _THREADS), 1, 1),
-            (_THREADS, 1, 1),
-            (
-                at["keys"],
-                at["setups"],
-                at["triangles"],
-                at["uv"],
-                at["normals"],
-                ctypes.c_int(height),
-                ctypes.c_int(width),
-                at["large"],
-                ctypes.c_void_p(condition.pointer),
-            ),
-        )
+        seen = of("keys", "setups", "triangles", "uv", "normals")
+        resolve = self._launch_over(height * width, "resolve", condition, (*seen, height, width, *of("large")))
         # A grid without blocks is refused by the driver.
-        return Launches((prepare, draw, resolve) if triangles else (prepare, resolve), self._memory)
+        return LaunchSequence(*((prepare, draw, resolve) if triangles else (prepare, resolve)), keeps=self._memory)
 
     def render(self, vertices_px: DeviceArray, condition: DeviceArray, *, stream: int, frame: int = 0) -> None:
         """Draw a frame, on the stream with handle `stream`; see `prepare_render`."""
         self.prepare_render(vertices_px, condition, frame=frame).launch(stream)
 
-    def prepare_motion(self, motion: DeviceArray, *, frame: int, source: int) -> Launches:
+    def prepare_motion(self, motion: DeviceArray, *, frame: int, source: int) -> LaunchSequence:
         """Everything of a `motion` but its stream, to be launched again and again; the array must stay.
 
         Args:
@@ -232,28 +177,15 @@ class MeshRasterizer:
             InputError: As `prepare_render`, or if no such frame is held.
         """
         self._check(motion, "motion", (3, self.height, self.width), tuple(_FLOATS))
-        at, there = self._addresses(frame), self._addresses(source)
-        launch = self._kernels[f"motion_{_FLOATS[motion.dtype.name]}"].prepare(
-            (-(-self.height * self.width // _THREADS), 1, 1),
-            (_THREADS, 1, 1),
-            (
-                at["keys"],
-                at["setups"],
-                at["triangles"],
-                there["vertices"],
-                there["keys"],
-                ctypes.c_int(self.height),
-                ctypes.c_int(self.width),
-                ctypes.c_void_p(motion.pointer),
-            ),
-        )
-        return Launches((launch,), self._memory)
+        parts = self._parts(frame)("keys", "setups", "triangles") + self._parts(source)("vertices", "keys")
+        launch = self._launch_over(self.height * self.width, "motion", motion, (*parts, self.height, self.width))
+        return LaunchSequence(launch, keeps=self._memory)
 
     def motion(self, motion: DeviceArray, *, stream: int, frame: int, source: int) -> None:
         """Find how the surface moved between two rendered frames, on the stream `stream`; see `prepare_motion`."""
         self.prepare_motion(motion, frame=frame, source=source).launch(stream)
 
-    def prepare_atlas(self, atlas: DeviceArray, *, frame: int = 0) -> Launches:
+    def prepare_atlas(self, atlas: DeviceArray, *, frame: int = 0) -> LaunchSequence:
         """Everything of a `place_atlas` but its stream, to be launched again and again; the array must stay.
 
         Args:
@@ -267,25 +199,11 @@ class MeshRasterizer:
         if not self._atlas_size:
             raise InputError("the rasteriser was made without an atlas; give it one: MeshRasterizer(..., atlas=...)")
         self._check(atlas, "atlas", (3, self._atlas_size, self._atlas_size), tuple(_FLOATS))
-        at = self._addresses(frame)
+        parts = self._parts(frame)("vertices", "keys", "corners", "texel_weights")
         texels = self._atlas_size**2
-        launch = self._kernels[f"atlas_{_FLOATS[atlas.dtype.name]}"].prepare(
-            (-(-texels // _THREADS), 1, 1),
-            (_THREADS, 1, 1),
-            (
-                at["vertices"],
-                at["keys"],
-                at["corners"],
-                at["texel_weights"],
-                ctypes.c_int(texels),
-                ctypes.c_int(self.height),
-                ctypes.c_int(self.width),
-                ctypes.c_float(2.0 / self.width),
-                ctypes.c_float(2.0 / self.height),
-                ctypes.c_void_p(atlas.pointer),
-            ),
-        )
-        return Launches((launch,), self._memory)
+        scale = 2.0 / self.width, 2.0 / self.height
+        launch = self._launch_over(texels, "atlas", atlas, (*parts, texels, self.height, self.width, *scale))
+        return LaunchSequence(launch, keeps=self._memory)
 
     def place_atlas(self, atlas: DeviceArray, *, stream: int, frame: int = 0) -> None:
         """Place the surface atlas in a rendered frame, on the stream with handle `stream`; see `prepare_atlas`."""
@@ -304,12 +222,17 @@ class MeshRasterizer:
             )
         return frame
 
-    def _addresses(self, frame: int) -> dict[str, ctypes.c_void_p]:
-        """Where everything lies, the held frame's own without its number."""
-        suffix = f".{self._checked(frame)}"
-        return {
-            name.removesuffix(suffix): ctypes.c_void_p(array.pointer) for name, array in self._memory.arrays.items()
-        }
+    def _parts(self, frame: int) -> Callable[..., tuple[DeviceArray, ...]]:
+        """A function from names to the arrays in memory; those of the held frame are named without its number."""
+        suffix, arrays = f".{self._checked(frame)}", self._memory.arrays
+        return lambda *names: tuple(arrays[name + suffix if name + suffix in arrays else name] for name in names)
+
+    def _launch(self, name: str, blocks: int, args: tuple[Any, ...], threads: int = _THREADS) -> Launch:
+        return self._kernels[name].prepare((blocks, 1, 1), (threads, 1, 1), args)
+
+    def _launch_over(self, count: int, name: str, written: DeviceArray, args: tuple[Any, ...]) -> Launch:
+        """A kernel of one thread an element, in the form for the dtype of what it writes, its last argument."""
+        return self._launch(f"{name}_{_FLOATS[written.dtype.name]}", -(-count // _THREADS), (*args, written))
 
     def _check(self, array: DeviceArray, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
         check_array(array, name, self._context, dtypes)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...kernels.driver import Context, check, load
+from ...kernels.driver import Context, cuda_text, cuda_version
 
 __all__ = ["driver_version", "gpu_facts"]
 
@@ -36,8 +36,7 @@ def gpu_facts(ordinals: Iterable[int]) -> dict[str, Any]:
             }
         finally:
             context.close()
-    version = int(check(load().cuDriverGetVersion(), "asking the CUDA driver for its version"))
-    return {"driver": driver_version(), "cuda": f"{version // 1000}.{version % 1000 // 10}", "gpus": gpus}
+    return {"driver": driver_version(), "cuda": cuda_text(cuda_version()), "gpus": gpus}
 
 
 def driver_version() -> str | None:

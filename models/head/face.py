@@ -113,10 +113,7 @@ class Face:
 
     def height(self, x: Floats, y: Floats) -> Floats:
         """Height z of the face's front over (x, y), lids closed over the eyeballs, float64 like `x`."""
-        width, front, centre = (_profile(y, table) for table in (_PROFILE_W, _PROFILE_F, _PROFILE_C))
-        q = np.minimum(np.abs(x) / width, 0.985)
-        z = centre + (front - centre) * (1.0 - q**_POWER) ** (1.0 / _POWER)
-        z = z + self._features(x, y)
+        z = self._plain_height(x, y) + self._features(x, y)
         ex = np.abs(x) - EYE_CENTRE[0]
         lid = EYE_CENTRE[2] + np.sqrt(np.maximum(_LID_RADIUS**2 - ex**2 - (y - EYE_CENTRE[1]) ** 2, 0.0))
         over = smoothstep(0.0, 0.05, _LID_RADIUS - np.hypot(ex, y - EYE_CENTRE[1]))

@@ -135,7 +135,8 @@ def test_sixteen_bytes_at_once_where_the_array_begins_at_them(
     launch: Any = FiniteKernel(no_gpu).prepare(array((count,), dtype, pointer=pointer), array((1,), "int32"))
     grid, threads, arguments = launch
     assert (grid, threads) == ((blocks, 1, 1), (256, 1, 1))
-    assert [value for value, _ in arguments] == [pointer, count, grouped, 4096]
+    given, (elements, _), at_once, found = arguments
+    assert (given.pointer, elements, at_once, found.pointer) == (pointer, count, grouped, 4096)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text that stands out: ``good`` or ``bad`` news, ``even``: neither, a ``problem``, a ``note``, ``last``: look here."""
+    """A text that stands out: ``good`` or ``bad`` news, ``problem``, ``note``, ``even`` (neither), ``last`` (look)."""
 
     text: str
     tone: str
