@@ -3,7 +3,7 @@
 Each command parses its arguments, calls one function of the library and prints what came of it. Whatever a user can
 cause ends as one sentence on stderr: exit code 0 is done, 1 failed, 2 wrong usage. Heavy imports (ONNX Runtime, PyAV,
 matplotlib, torch) happen inside the commands, so that ``--help`` answers at once. The commands that make bundles are in
-`making`, those that stream frames through them in `streaming`.
+`make`, those that stream frames through them in `stream`; their options are the fields of `tasks.choices`.
 """
 
 from __future__ import annotations
