@@ -56,23 +56,17 @@ def branch_graph(
     Returns:
         Generator inputs (those that are read) -> the generator's outputs.
     """
-    joined = rest
-    if prefix is not None or lookup is not None:
-        before = prefix
-        links = {name: name for name in GraphIndex(prefix).outputs} if prefix is not None else {}
-        if lookup is not None and target is not None:
-            if prefix is not None:
-                depth = GraphIndex(prefix).outputs
-                read = {name: name for name in GraphIndex(lookup).inputs}
-                before = merge(prefix, lookup, read, [*depth, _GUIDED])
-            else:
-                before = lookup
-            links[target] = _GUIDED
-        assert before is not None
+    depth = () if prefix is None else GraphIndex(prefix).outputs
+    before, links = prefix, {name: name for name in depth}
+    if lookup is not None and target is not None:
+        read = {name: name for name in GraphIndex(lookup).inputs}
+        before = lookup if prefix is None else merge(prefix, lookup, read, [*depth, _GUIDED])
+        links[target] = _GUIDED
+    if before is not None:
         needed = GraphIndex(rest).inputs
         links = {name: source for name, source in links.items() if name in needed}
-        joined = merge(before, rest, links, list(outputs))
-    return _clipped(joined, outputs, limits)
+        rest = merge(before, rest, links, list(outputs))
+    return _clipped(rest, outputs, limits)
 
 
 def _clipped(model: ModelProto, outputs: Sequence[str], limits: tuple[float, float]) -> ModelProto:

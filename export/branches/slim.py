@@ -18,11 +18,11 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from ...engine.errors import ExportError, InputError
 from ...engine.spec import Array
 from ..graph.index import GraphIndex
-from ..graph.surgery import copy_model, extract, merge
+from ..graph.surgery import copy_model, extract
 from .channel_rules import channel_slice, find_channels
 from .channels import Atoms, Channels, Edit
 
-__all__ = ["Depth", "GroupWidth", "SlimBranch", "depths", "join", "slim"]
+__all__ = ["Depth", "GroupWidth", "SlimBranch", "depths", "slim"]
 
 # Fewer channels than this carry no image, whatever the width asked for.
 MIN_CHANNELS = 4
@@ -125,14 +125,6 @@ def slim(model: ModelProto, depth: Sequence[str], width: float, *, multiple: int
             f"{multiple}; choose an earlier depth, a smaller width or multiple"
         )
     return SlimBranch(prefix, _Rewrite(channels, kept).run() if not kept.all() else rest, tuple(depth), groups)
-
-
-def join(branch: SlimBranch) -> ModelProto:
-    """One graph of a branch: the generator's inputs -> its outputs."""
-    if branch.prefix is None:
-        return copy_model(branch.rest)
-    outputs = [value.name for value in branch.rest.graph.output]
-    return merge(branch.prefix, branch.rest, {name: name for name in branch.depth}, outputs)
 
 
 def depths(model: ModelProto, costs: Mapping[str, float], *, max_values: int = 6) -> list[Depth]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 from onnx import ModelProto
 
@@ -40,11 +39,6 @@ class Timing:
     """
 
     samples_ms: tuple[float, ...]
-
-    @property
-    def p50_ms(self) -> float:
-        """Median."""
-        return float(np.median(self.samples_ms))
 
     @property
     def min_ms(self) -> float:
@@ -112,9 +106,8 @@ def time_model(
     threads: int = 1,
     repeats: int = 20,
     warmup: int = 2,
-    interleaved: bool = True,
 ) -> dict[str, Timing]:
-    """Measure whole models, at ONNX Runtime's default optimisation.
+    """Measure whole models in turns, each round in another order, at ONNX Runtime's default optimisation.
 
     Args:
         models: Name -> model.
@@ -122,7 +115,6 @@ def time_model(
         threads: Threads of one operator; with one, the time is that of the thread, else of the clock.
         repeats: Measured runs of each model.
         warmup: Runs of each model that are not counted.
-        interleaved: The models take turns, each round in another order; otherwise one after the other.
 
     Returns:
         Name -> timing. Only ratios within one result mean something on a shared machine.
@@ -148,14 +140,10 @@ def time_model(
     for name in names:
         for _ in range(warmup):
             run(name)
-    if interleaved:
-        for turn in range(repeats):
-            shift = turn % max(len(names), 1)
-            for name in names[shift:] + names[:shift]:
-                samples[name].append(run(name))
-    else:
-        for name in names:
-            samples[name] = [run(name) for _ in range(repeats)]
+    for turn in range(repeats):
+        shift = turn % max(len(names), 1)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(run(name))
     return {name: Timing(tuple(times)) for name, times in samples.items()}
 
 

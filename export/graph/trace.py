@@ -85,7 +85,6 @@ def trace_generator(module: nn.Module, example: Mapping[str, Array]) -> ModelPro
         for part in was_training:
             part.training = True
     model = normalise(_rename_interface(model, names, list(expected)))
-    _check_dtypes(model, expected)
     _check_against(model, {name: example[name] for name in names}, expected)
     return model
 
@@ -323,13 +322,10 @@ def _rename_interface(model: ModelProto, inputs: Sequence[str], outputs: Sequenc
     return rename_values(model, {**aside, **dict(zip(old, new, strict=True))})
 
 
-def _check_dtypes(model: ModelProto, expected: Mapping[str, Tensor]) -> None:
+def _check_against(model: ModelProto, feeds: Mapping[str, Array], expected: Mapping[str, Tensor]) -> None:
     names = [value.name for value in model.graph.output]
     if names != list(expected):
         raise ExportError(f"the trace gives {names}, but the generator gives {list(expected)}; please report this")
-
-
-def _check_against(model: ModelProto, feeds: Mapping[str, Array], expected: Mapping[str, Tensor]) -> None:
     actual = run_model(model, feeds, threads=1)
     for name, tensor in expected.items():
         want = tensor.detach().numpy()
@@ -438,11 +434,7 @@ def _where(exc: BaseException) -> str:
         frames = [frame for frame in traceback.extract_tb(link.__traceback__) if _is_user_file(frame.filename)]
         if frames:
             return f" ({frames[-1].filename}:{frames[-1].lineno})"
-    for link in _chain(exc):
-        found = _user_line(str(link))
-        if found:
-            return found
-    return ""
+    return next((found for link in _chain(exc) if (found := _user_line(str(link)))), "")
 
 
 def _user_line(text: str) -> str:

@@ -45,9 +45,7 @@ def mixes_frames(call: Call, carries: Carries) -> bool:
         return True
     if call.operator in ELEMENTWISE:
         return _broadcast_mixes(call, carries)
-    if call.operator in _PER_IMAGE:
-        return any(carries[1:])
-    if call.operator in _ROW_MAJOR:
+    if call.operator in _PER_IMAGE or call.operator in _ROW_MAJOR:
         return any(carries[1:])
     if call.operator.startswith("Reduce"):
         return 0 in call.axes()

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "conformance"))
 import random_graphs
 
 from warpcache.engine.errors import ExportError, InputError
-from warpcache.export.branches.slim import GroupWidth, depths, join, slim
+from warpcache.export.branches.slim import GroupWidth, SlimBranch, depths, slim
 from warpcache.export.graph.index import GraphIndex
 from warpcache.export.graph.macs import count_macs
 from warpcache.export.graph.run import run_model
-from warpcache.export.graph.surgery import normalise
+from warpcache.export.graph.surgery import merge, normalise
 from warpcache.export.graph.trace import trace_generator
 from warpcache.models.renderer import DeferredNeuralRenderer
 
@@ -42,6 +42,14 @@ def _parsed(text: str, **arrays: np.ndarray) -> ModelProto:
     for name, array in arrays.items():
         model.graph.initializer.append(numpy_helper.from_array(array, name))
     return normalise(model)
+
+
+def join(branch: SlimBranch) -> ModelProto:
+    """One graph of a branch: the generator's inputs -> its outputs."""
+    if branch.prefix is None:
+        return branch.rest
+    links = {name: name for name in branch.depth}
+    return merge(branch.prefix, branch.rest, links, [value.name for value in branch.rest.graph.output])
 
 
 def _widths(groups: tuple[GroupWidth, ...]) -> dict[str, tuple[int, int]]:

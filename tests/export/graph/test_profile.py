@@ -84,15 +84,11 @@ def test_models_take_turns_in_changing_order(fused: Any, monkeypatch: pytest.Mon
     assert {name: len(timing.samples_ms) for name, timing in times.items()} == {"a": 4, "b": 4, "c": 4}
     a, b, c = (ran[k] for k in range(3))
     assert ran[3:] == [a, b, c, b, c, a, c, a, b, a, b, c]
-    ran.clear()
-    time_model({"a": model, "b": model}, feeds, repeats=2, warmup=0, interleaved=False)
-    assert ran[0] == ran[1] != ran[2] == ran[3]
 
 
 def test_timing_statistics() -> None:
     timing = Timing((4.0, 1.0, 2.0, 10.0))
     assert timing.min_ms == 1.0
-    assert timing.p50_ms == 3.0
 
 
 def test_bad_arguments(fused: Any) -> None:
