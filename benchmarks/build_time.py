@@ -15,20 +15,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 
+from benchmarks import flags
 from benchmarks.measuring import Figure
-from benchmarks.parts import Measured, device_record, finish, run_parts, show_parts, write_parts
+from benchmarks.parts import Measured, device_record, measure_parts
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.errors import BackendError
 from warpcache.engine.tensorrt.engine_cache import EngineCache
 from warpcache.engine.tensorrt.engines import Toolchain, build_engines, precision_of
 from warpcache.engine.tensorrt.flavour import Flavour
 from warpcache.tasks.demo import demo_bundle
+from warpcache.tasks.options import COUNT, option, takes
 
 __all__ = ["PARTS", "TARGETS", "main"]
 
@@ -110,33 +113,41 @@ def _command_s(bundle: Path, *options: str) -> float:
     return taken
 
 
+@dataclass(frozen=True)
+class Options(flags.Recorded):
+    """What is built, and how often."""
+
+    bundle: Path | None = option("--bundle", "In fp32; default: the demo's.", default=None)
+    asked: tuple[str, ...] = option("--part", "Only this; repeatable.", default=(), type=click.Choice(list(PARTS)))
+    runs: int = option("--runs", default=3, type=COUNT)
+
+
 @click.command(epilog="Example:  python -m benchmarks.build_time --runs 5 --json build_time.json")
-@click.option("--bundle", "path", type=click.Path(path_type=Path), help="In fp32; default: the demo's.")
-@click.option("--part", "asked", type=click.Choice(list(PARTS)), multiple=True, help="Only this; repeatable.")
-@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.pass_context
-def main(
-    context: click.Context, /, path: Path | None, asked: tuple[str, ...], runs: int, json_path: Path | None
-) -> None:
+@takes(Options)
+def main(context: click.Context, /, options: Options) -> None:
     """Time the building of a bundle's engines."""
     record = device_record("cpu")
     with tempfile.TemporaryDirectory() as folder:
         converted: list[Bundle] = []
 
         def measure(name: str) -> Measured:
-            bundle = demo_bundle() if path is None else Bundle.open(path)
+            bundle = demo_bundle() if options.bundle is None else Bundle.open(options.bundle)
             if name == "convert":
-                return PARTS[name](bundle, runs)
+                return PARTS[name](bundle, options.runs)
             if not converted:
                 converted.append(_converted(bundle, Path(folder) / f"{bundle.path.stem}.fp16.warp"))
-            return PARTS[name](converted[0], runs)
+            return PARTS[name](converted[0], options.runs)
 
-        parts = run_parts({name: partial(measure, name) for name in asked or PARTS})
-    show_parts(f"Building engines on {record['name']}, no GPU used", parts)
-    if json_path is not None:
-        write_parts(json_path, "build_time", record, parts)
-    finish(context, parts)
+        parts = {name: partial(measure, name) for name in options.asked or PARTS}
+        measure_parts(
+            context,
+            "build_time",
+            f"Building engines on {record['name']}, no GPU used",
+            record,
+            parts,
+            options.json_path,
+        )
 
 
 def _converted(bundle: Bundle, out: Path) -> Bundle:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import flags
 from benchmarks.clips import TalkingHead, load_talking_head
-from benchmarks.talking_head import BUDGET, GENERATOR_STEPS, compile_clip, train_generator
+from benchmarks.talking_head import BUDGET, CONSUMER, compile_clip, dearer_cuts, train_generator
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.schedule.policy import Policy
 from warpcache.export.compile import split_model
@@ -37,52 +40,50 @@ from warpcache.media.inputs import InputStream
 from warpcache.report.policies import print_table, row, write_json
 from warpcache.tasks.bench import result_of
 from warpcache.tasks.choices import ExitName, StreamOptions
+from warpcache.tasks.options import COUNT, option, takes
 from warpcache.tasks.progress import ProgressBar, Report, silent
 from warpcache.tasks.stream import Recording, record
 
-__all__ = ["compare_policies", "frame_reuse", "plain_bundle"]
+__all__ = ["Footage", "compare_policies", "frame_reuse", "plain_bundle"]
 
 SHOWN_AGAIN = "shown again"
 CHECKED_FRAMES = 8
 
 
+@dataclass(frozen=True)
+class Options(flags.OnClips):
+    """What is compared, on which clip."""
+
+    clip: str = option("--clip", default="d6")
+    every: int = option("--every", "N of the schedules.", default=3, type=click.IntRange(min=2))
+    threads: int | None = option("--threads", "Default: the cores of this process.", default=None, type=COUNT)
+    work: Path = option("--work", default="out/talking_head")
+
+
 @click.command(epilog="Example:  python -m benchmarks.caching_policies --data clips --lpips squeeze_v0.1.safetensors")
-@click.option("--data", type=click.Path(path_type=Path), envvar="WARPCACHE_CLIPS", required=True, help="The clips.")
-@click.option("--lpips", type=click.Path(path_type=Path), envvar="WARPCACHE_LPIPS", required=True)
-@click.option("--clip", "clip_name", default="d6", show_default=True)
-@click.option("--every", type=click.IntRange(min=2), default=3, show_default=True, help="N of the schedules.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: the cores of this process.")
-@click.option("--work", type=click.Path(path_type=Path), default="out/talking_head", show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(
-    data: Path, lpips: Path, clip_name: str, every: int, threads: int | None, work: Path, json_path: Path | None
-) -> None:
+@takes(Options)
+def main(options: Options) -> None:
     """Measure one generator under every way of caching."""
-    clip = load_talking_head(data, clip_name)
-    bundle = bundle_of(clip, work, lpips)
+    clip = load_talking_head(options.data, options.clip)
+    bundle = bundle_of(clip, options.work, options.lpips)
     arrays = {known.spec.name: clip.test[known.spec.name] for known in bundle.manifest.inputs}
+    footage = Footage(arrays, clip.test["truth"], clip.fps)
+    every = options.every
     with ProgressBar() as progress, tempfile.TemporaryDirectory() as scratch:
         plain = plain_bundle(bundle, arrays, Path(scratch) / "plain.warp", progress)
+        lpips = Lpips.load(options.lpips)
         rows = compare_policies(
-            bundle,
-            plain,
-            arrays,
-            clip.test["truth"],
-            every=every,
-            fps=clip.fps,
-            lpips=Lpips.load(lpips),
-            threads=threads,
-            progress=progress,
+            bundle, plain, footage, every=every, lpips=lpips, threads=options.threads, progress=progress
         )
     caption = (
-        f"{len(clip.test['truth'])} frames; every {every}: the deep part, or the whole, runs on one frame in {every}; "
+        f"{len(footage.truth)} frames; every {every}: the deep part, or the whole, runs on one frame in {every}; "
         f"async is paced at {clip.fps:g} frames per second. Latency from arrival to answer. The remaining layers of "
-        f"plain reuse cost {plain.manifest.exit('plain').cost_ratio:.0%} of the whole, the trained consumer "
-        f"{bundle.manifest.exit('warp').cost_ratio:.0%}."
+        f"plain reuse cost {plain.manifest.exits_of(Role.PLAIN)[0].cost_ratio:.0%} of the whole, the trained consumer "
+        f"{bundle.manifest.exit(CONSUMER).cost_ratio:.0%}."
     )
-    print_table(rows, title=f"{clip_name}: ways of caching", caption=caption)
-    if json_path is not None:
-        write_json(json_path, "caching_policies", rows)
+    print_table(rows, title=f"{clip.name}: ways of caching", caption=caption)
+    if options.json_path is not None:
+        write_json(options.json_path, "caching_policies", rows)
 
 
 def bundle_of(clip: TalkingHead, work: Path, lpips: Path) -> Bundle:
@@ -91,8 +92,7 @@ def bundle_of(clip: TalkingHead, work: Path, lpips: Path) -> Bundle:
     if path.exists():
         return Bundle.open(path)
     work.mkdir(parents=True, exist_ok=True)
-    weights = train_generator(clip, work / f"{clip.name}.safetensors", GENERATOR_STEPS)
-    return compile_clip(clip, weights, work, lpips, None, BUDGET)
+    return compile_clip(clip, train_generator(clip, work, flags.GENERATOR_STEPS), lpips, None, BUDGET)
 
 
 def plain_bundle(bundle: Bundle, arrays: Mapping[str, NDArray[Any]], out: Path, progress: Report = silent) -> Bundle:
@@ -111,26 +111,38 @@ def plain_bundle(bundle: Bundle, arrays: Mapping[str, NDArray[Any]], out: Path, 
         A bundle with the exit ``plain``: the cheapest candidate that costs no less than the exit ``warp`` and reads the
         new inputs; where none does, the cheapest that costs no less.
     """
-    manifest = bundle.manifest
-    cost = manifest.exit("warp").cost_ratio
-    dearer = [candidate for candidate in manifest.cut.candidates if candidate["cost_ratio"] >= cost]
+    cut = bundle.manifest.cut
+    assert cut is not None
     # False before True: those that read the inputs come first.
-    ranked = sorted(dearer, key=lambda c: (not c.get("reads_input", False), c["cost_ratio"]))
-    chosen = ranked[0]["tensors"] if ranked else manifest.cut.tensors
-    names = [spec.name for spec in manifest.generator_inputs]
+    ranked = sorted(dearer_cuts(bundle), key=lambda candidate: not candidate.get("reads_input", False))
+    chosen = ranked[0]["tensors"] if ranked else cut.tensors
+    names = [spec.name for spec in bundle.manifest.generator_inputs]
     sample = InputStream.from_arrays({name: arrays[name][:CHECKED_FRAMES] for name in names})
     model = load_model(bundle.file("generator.onnx"))
     return split_model(model, sample, out, cut=",".join(chosen), made_from={}, progress=progress)
 
 
+@dataclass(frozen=True)
+class Footage:
+    """The frames that every policy answers.
+
+    Attributes:
+        arrays: Inputs by name, leading axis time.
+        truth: The images to be answered, float32 [T, 3, H, W].
+        fps: Pace under `async`.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    truth: NDArray[np.float32]
+    fps: float
+
+
 def compare_policies(
     bundle: Bundle,
     plain: Bundle,
-    arrays: Mapping[str, NDArray[Any]],
-    truth: NDArray[np.float32],
+    footage: Footage,
     *,
     every: int,
-    fps: float,
     lpips: Lpips | None = None,
     threads: int | None = None,
     progress: Report = silent,
@@ -138,12 +150,10 @@ def compare_policies(
     """Stream the frames under every policy and compare the answers.
 
     Args:
-        bundle: Holds the exit ``warp``.
+        bundle: Holds the trained consumer.
         plain: The same generator, cut for plain reuse (`plain_bundle`).
-        arrays: Inputs by name, leading axis time.
-        truth: The images to be answered, float32 [T, 3, H, W].
+        footage: What is streamed.
         every: N of the schedules.
-        fps: Pace under `async`.
         lpips: Loaded LPIPS; without it LPIPS is left out.
         threads: CPU threads; default: the cores of this process.
         progress: Told how far it is.
@@ -151,6 +161,7 @@ def compare_policies(
     Returns:
         One row a policy, as `warpcache bench` writes them: quality against the whole generator, and against truth.
     """
+    arrays, truth = footage.arrays, footage.truth
 
     def run(
         label: str,
@@ -179,9 +190,9 @@ def compare_policies(
     recordings = [
         whole,
         frame_reuse(run(f"frame reuse every {every}", Policy("full"), clip=asked), len(truth), every),
-        run(f"plain every {every}", schedule, "plain", of=plain),
-        run(f"warp every {every}", schedule, "warp"),
-        run("warp async", Policy("async"), "warp", fps=fps),
+        run(f"plain every {every}", schedule, plain.manifest.exits_of(Role.PLAIN)[0].name, of=plain),
+        run(f"warp every {every}", schedule, CONSUMER),
+        run("warp async", Policy("async"), CONSUMER, fps=footage.fps),
     ]
     references = {"whole generator": whole.images, "truth": dict(enumerate(truth))}
     return [row(result_of(r, references, lpips=lpips, progress=progress)) for r in recordings]

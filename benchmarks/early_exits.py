@@ -15,26 +15,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import flags
 from benchmarks.exit_cases import Case, clip_case, head_case
 from benchmarks.exit_figures import draw_front, simulate
 from benchmarks.exit_tables import COLD, ExitTable, kept_table, oracle_reuse, within
 from benchmarks.measuring import BareModule, Figure, interleaved_ms, print_figures
+from benchmarks.records import show_table, write_record
 from warpcache.engine import Engine
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.errors import InputError
+from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import Calibration, PromiseRecord, Quality, to_score
 from warpcache.engine.session.frame import Frame
 from warpcache.engine.telemetry import SessionStatistics
-from warpcache.report.policies import environment
+from warpcache.report.tables import Column
 from warpcache.tasks.options import option, takes
 from warpcache.tasks.progress import ProgressBar
 
@@ -44,13 +46,21 @@ CONFIDENCE = 0.95
 # Coverage on a finite test part scatters about the promise: the issue of a promise of 95 % is held to 94 %.
 COVERAGE = 0.94
 AUDIT_EVERY = 10
-GENERATOR_STEPS = 1500
 SAVED = {128: {0.02: 0.60, 0.05: 0.80}, 256: {0.1: 0.60}}
 SAVED_COLD = {128: {0.05: 0.50}, 256: {0.1: 0.50}}
 # What two cores hold under `async` at 128x128 is 1.0 to 1.2 frames; twice that is what a slower machine would.
 AGE, OLDER_AGE = 1, 2
 
-Arrays = Mapping[str, NDArray[Any]]
+QUALITY_COLUMNS = (
+    Column.number("mean", ".4f"),
+    Column.number("p95", ".4f"),
+    *(Column.number(f"within {threshold:g}", ".1%") for threshold in THRESHOLDS),
+)
+"""Of tables that show how good an exit is."""
+
+_AGE_COLUMN = Column.number("age", lambda age: "-" if age == COLD else str(age))
+_REFUSED = "refused"
+_THRESHOLD_COLUMN = Column.number("threshold", "g")
 
 
 @dataclass(frozen=True)
@@ -81,22 +91,15 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.Staged):
     """What is compiled and measured, and where it is kept."""
 
-    data: Path = option("--data", "The clips.", envvar="WARPCACHE_CLIPS")
-    lpips: Path = option("--lpips", envvar="WARPCACHE_LPIPS")
     names: tuple[str, ...] = option("--case", default=CASES, type=click.Choice(CASES))
     work: Path = option("--work", default="out/early_exits")
-    generator_steps: int = option("--generator-steps", default=GENERATOR_STEPS)
     steps: int | None = option(
         "--steps", "Training steps of the exits; default: that of `warpcache compile`.", default=None
     )
-    stage: Literal["generator", "bundle", "measure"] = option(
-        "--stage", "Where to stop.", default="measure", show_default=False
-    )
     pictures: Path | None = option("--pictures", "Folder for the Pareto fronts; default: --work.", default=None)
-    json_path: Path | None = option("--json", default=None)
 
 
 @click.command(epilog="Example:  python -m benchmarks.early_exits --data clips --lpips squeeze_v0.1.safetensors")
@@ -104,31 +107,26 @@ class Options:
 def main(options: Options) -> None:
     """Compile generators with exits and measure what their promise is worth."""
     options.work.mkdir(parents=True, exist_ok=True)
-    console = Console(width=150, highlight=False)
-    report: dict[str, Any] = {"schema": 1, "command": "early_exits", "environment": environment(), "cases": {}}
+    report: dict[str, Any] = {}
     cases: dict[str, Case] = {}
     for name in options.names:
-        case = load_case(name, options.data, options.work, options.generator_steps)
-        cases[name] = case
-        if options.stage == "generator":
+        case = cases[name] = load_case(name, options.data, options.work, options.generator_steps)
+        if options.stage == flags.Stage.GENERATOR:
             continue
         bundle = case.compiled(options.lpips, () if options.steps is None else ("--steps", str(options.steps)))
-        if options.stage == "bundle":
+        if options.stage == flags.Stage.BUNDLE:
             continue
-        report["cases"][name] = _measure(
-            case, bundle, Lpips.load(options.lpips), options.lpips, options.pictures or options.work, console
-        )
-    if options.stage == "measure":
+        report[name] = _measure(case, bundle, options.lpips, options.pictures or options.work)
+    if options.stage == flags.Stage.MEASURE:
         for name, other in (("d6-128", "d3-128"), ("d3-128", "d6-128")):
             if name in cases and other in cases:
-                shifted = _shift(cases[name], cases[other], options.lpips)
-                print_figures(console, f"{name} fed with {other}'s inputs", shifted[0])
-                report["cases"][name]["shift"] = shifted[1] | {"figures": [f.to_record() for f in shifted[0]]}
-        if options.json_path is not None:
-            options.json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                figures, shift = _shift(cases[name], cases[other], options.lpips)
+                print_figures(f"{name} fed with {other}'s inputs", figures)
+                report[name]["shift"] = shift | {"figures": [figure.to_record() for figure in figures]}
+        write_record(options.json_path, "early_exits", cases=report)
 
 
-def load_case(name: str, data: Path, work: Path, generator_steps: int = GENERATOR_STEPS) -> Case:
+def load_case(name: str, data: Path, work: Path, generator_steps: int = flags.GENERATOR_STEPS) -> Case:
     """One of `CASES`, its generator trained unless its weights are in the work folder."""
     clip, _, size = name.partition("-")
     return (
@@ -136,33 +134,61 @@ def load_case(name: str, data: Path, work: Path, generator_steps: int = GENERATO
     )
 
 
-def _measure(
-    case: Case, bundle: Bundle, lpips: Lpips, weights: Path, pictures: Path, console: Console
-) -> dict[str, Any]:
-    """Everything of one case: prints tables, returns what the record keeps."""
+@dataclass(frozen=True)
+class Measuring:
+    """A case with what is known of it before its frames are streamed.
+
+    Attributes:
+        case: The frames.
+        bundle: The generator with its exits.
+        promise: What the bundle says of its promise.
+        table: What every exit is worth on every frame.
+        whole_ms: Mean latency of the whole generator on the same frames.
+        weights: Of LPIPS, for audits.
+    """
+
+    case: Case
+    bundle: Bundle
+    promise: PromiseRecord
+    table: ExitTable
+    whole_ms: float
+    weights: Path
+
+    def exact(self, exit_name: str) -> bool:
+        """Whether an exit, asked on a fresh cache, answers what the whole generator answers."""
+        return self.bundle.manifest.role_of(exit_name) in (Role.WHOLE, Role.PLAIN)
+
+
+def _promise(bundle: Bundle) -> PromiseRecord:
     promise = PromiseRecord.of(bundle.manifest)
     assert promise is not None
+    return promise
+
+
+def _measure(case: Case, bundle: Bundle, weights: Path, pictures: Path) -> dict[str, Any]:
+    """Everything of one case: prints tables, returns what the record keeps."""
+    promise, lpips = _promise(bundle), Lpips.load(weights)
     calibration = Calibration.read(bundle)
     with ProgressBar() as progress:
         table = kept_table(case.work / f"{case.name}.table.npz", bundle, case.test, promise, lpips, progress)
     times = _times(bundle, case, promise)
-    macs = {name: count / promise.macs["whole"] for name, count in promise.macs.items()}
-    for shown in (_exit_table(case, table, times, macs), _error_table(case, table, promise.metric)):
-        console.print(shown)
-    whole_ms = _whole_latency(bundle, case)
+    macs = {name: count / promise.macs[Role.WHOLE] for name, count in promise.macs.items()}
+    _show_exits(case, table, times, macs)
+    _show_errors(case, table, promise.metric)
+    measuring = Measuring(case, bundle, promise, table, _whole_latency(bundle, case), weights)
     runs = [
-        _routed(bundle, case, table, promise, threshold, age, audit, whole_ms, weights)
+        _routed(measuring, threshold, age, audit)
         for audit, ages in ((0, (COLD, AGE, OLDER_AGE)), (AUDIT_EVERY, (AGE,)))
         for age in ages
         for threshold in THRESHOLDS
     ]
     for audited in (False, True):
-        console.print(_run_table(case, [run for run in runs if run.audited is audited]))
+        _show_runs(case, [run for run in runs if run.audited is audited])
     rules = _rules(table, calibration, macs, promise)
-    console.print(_rule_table(case, rules))
+    _show_rules(case, rules)
     oracle = {t: oracle_reuse(table.images, t, promise.metric, lpips) for t in THRESHOLDS}
     figures = _figures(case, runs, oracle, times, table, promise)
-    print_figures(console, f"{case.name}: figures", figures)
+    print_figures(f"{case.name}: figures", figures)
     picture = pictures / f"exits-{case.name}.png"
     draw_front(picture, case.name, table, calibration, macs, AGE, CONFIDENCE)
     compiled = case.path.with_suffix(".compile.json")
@@ -174,7 +200,7 @@ def _measure(
         "oracle_reuse": oracle,
         "p50_ms": times,
         "macs": promise.macs,
-        "whole_latency_ms": whole_ms,
+        "whole_latency_ms": measuring.whole_ms,
         "exits": {
             str(age): {name: _summary(values) for name, values in table.quality[age].items()} for age in table.quality
         },
@@ -184,35 +210,26 @@ def _measure(
     }
 
 
-def _routed(
-    bundle: Bundle,
-    case: Case,
-    table: ExitTable,
-    promise: PromiseRecord,
-    threshold: float,
-    age: int,
-    audit_every: int,
-    whole_ms: float,
-    weights: Path,
-) -> Run:
+def _routed(measuring: Measuring, threshold: float, age: int, audit_every: int) -> Run:
     """Stream the unseen frames and look up what each answer was worth."""
+    promise, table = measuring.promise, measuring.table
     quality = Quality(promise.metric, threshold, confidence=CONFIDENCE)
     setting: dict[str, Any] = {"policy": "full"} if age == COLD else {"age": age}
+    setting |= {"quality": quality, "audit_every": audit_every, "lpips": measuring.weights, "threads": 1}
     try:
-        engine = Engine(bundle, quality=quality, audit_every=audit_every, lpips=weights, threads=1, **setting)
+        engine = Engine(measuring.bundle, **setting)
     except InputError as exc:
         return Run(threshold, age, audit_every > 0, refused=str(exc))
     with engine:
         session = engine.session()
-        frames = list(session.render(case.test))
+        frames = list(session.render(measuring.case.test))
         statistics = session.statistics
     first = max(promise.ages)  # the same frames at every age, none of them near the stream's beginning
     counted = [frame for frame in frames if frame.index >= first]
-    exact = {"whole", "plain"}
-    worth = [0.0 if f.route in exact else float(table.quality[age][f.route][f.index]) for f in counted]
-    _check_answers(counted, table, promise, age)
-    judge = promise.macs["predictor_cold" if age == COLD else "predictor"]
-    spent = np.mean([promise.macs[frame.route] + judge for frame in counted]) / promise.macs["whole"]
+    worth = [0.0 if measuring.exact(f.route) else float(table.quality[age][f.route][f.index]) for f in counted]
+    _check_answers(counted, measuring, age)
+    judge = promise.macs[Role.PREDICTOR_COLD if age == COLD else Role.PREDICTOR]
+    spent = np.mean([promise.macs[frame.route] + judge for frame in counted]) / promise.macs[Role.WHOLE]
     routes = [frame.route for frame in counted]
     return Run(
         threshold=threshold,
@@ -220,18 +237,19 @@ def _routed(
         audited=audit_every > 0,
         coverage=within(worth, threshold),
         saved_macs=float(1 - spent),
-        saved_time=float(1 - np.mean([frame.latency_ms for frame in counted]) / whole_ms),
-        shares={name: routes.count(name) / len(routes) for name in (*promise.exits, "plain", "whole")},
+        saved_time=float(1 - np.mean([frame.latency_ms for frame in counted]) / measuring.whole_ms),
+        shares={name: routes.count(name) / len(routes) for name in (*promise.exits, Role.PLAIN, Role.WHOLE)},
         statistics=_kept(statistics),
     )
 
 
-def _check_answers(frames: Sequence[Frame], table: ExitTable, promise: PromiseRecord, age: int) -> None:
+def _check_answers(frames: Sequence[Frame], measuring: Measuring, age: int) -> None:
     """The table says what the engine's answers were worth only if they are the answers that it measured."""
+    promise = measuring.promise
     for frame in frames[:: max(1, len(frames) // 8)]:
-        if frame.route in ("whole", "plain"):
+        if measuring.exact(frame.route):
             answer = next(iter(frame.outputs.values()))[0]
-            if not np.array_equal(answer, table.images[frame.index]):
+            if not np.array_equal(answer, measuring.table.images[frame.index]):
                 raise RuntimeError(f"frame {frame.index} by {frame.route} is not the whole generator's answer")
         elif frame.route in promise.exits and age not in (COLD, frame.age) and frame.route not in promise.cold_exits:
             raise RuntimeError(f"frame {frame.index} was answered at age {frame.age}, not {age}")
@@ -259,10 +277,9 @@ def _whole_latency(bundle: Bundle, case: Case) -> float:
 def _times(bundle: Bundle, case: Case, promise: PromiseRecord) -> dict[str, float]:
     """p50 of every module in milliseconds, in turns on one thread."""
     frame = {name: array[-1:] for name, array in case.test.items()}
-    feeds = {**frame, **BareModule(bundle, "producer", 1).run(frame), "age": np.array([[AGE]], np.float32)}
-    names = {name: bundle.manifest.exit(name).module for name in ("whole", *promise.exits)}
-    names |= {"predictor": "predictor", "predictor_cold": "predictor_cold"}
-    modules = {name: BareModule(bundle, module, 1) for name, module in names.items()}
+    feeds = {**frame, **BareModule(bundle, Role.PRODUCER).run(frame), "age": np.array([[AGE]], np.float32)}
+    modules = {role.value: BareModule(bundle, role) for role in (Role.WHOLE, Role.PREDICTOR, Role.PREDICTOR_COLD)}
+    modules |= {name: BareModule(bundle, bundle.manifest.exit(name).module) for name in promise.exits}
     times = interleaved_ms({name: partial(module.run, feeds) for name, module in modules.items()}, 100)
     return {name: float(np.median(values)) for name, values in times.items()}
 
@@ -290,13 +307,13 @@ def _figures(
         figures.append(Figure(f"within {run.threshold}, {label}", run.coverage, COVERAGE, at_least=True))
     for threshold in THRESHOLDS:
         run = static[AGE, threshold]
-        share = run.shares.get("whole", 1.0)
+        share = run.shares.get(Role.WHOLE, 1.0)
         figures.append(
             Figure(f"whole generator needed at {threshold}, less oracle's reuse", share - oracle[threshold], 0.0)
         )
     consumers = [name for name in promise.exits if name not in promise.cold_exits]
     smallest = min(times[name] for name in consumers)
-    figures.append(Figure("predictor, p50", times["predictor"], max(0.3, 0.05 * smallest), "ms"))
+    figures.append(Figure("predictor, p50", times[Role.PREDICTOR], max(0.3, 0.05 * smallest), "ms"))
     figures.append(Figure("smallest consumer, p50", smallest, None, "ms"))
     routers = [run.statistics["router_ms"] for run in runs if run.statistics]
     figures.append(Figure("router's decision, p50", float(np.median([r["p50"] for r in routers])) * 1e3, 50.0, "us"))
@@ -335,32 +352,29 @@ def _keeps(values: NDArray[np.float64], threshold: float) -> bool:
     return within(values[np.isfinite(values)], threshold) >= CONFIDENCE
 
 
-def _rule_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> Table:
-    shown = Table(title=f"{case.name}: the rule alone, at every age", title_justify="left")
-    for column in ("age", "threshold", "within", "MACs saved", "by a perfect predictor", "by one exit, in hindsight"):
-        shown.add_column(column, justify="right")
-    for row in rows:
-        known = "refused" if row["coverage"] is None else f"{row['coverage']:.1%}"
-        saved = "-" if row["saved_macs"] is None else f"{row['saved_macs']:.1%}"
-        age = "-" if row["age"] == COLD else str(row["age"])
-        others = (f"{row['saved_macs_perfect']:.1%}", f"{row['saved_macs_fixed']:.1%}")
-        shown.add_row(age, f"{row['threshold']:g}", known, saved, *others)
-    return shown
+def _show_rules(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = {
+        "age": _AGE_COLUMN,
+        "threshold": _THRESHOLD_COLUMN,
+        "coverage": Column.number("within", _share),
+        "saved_macs": Column.number("MACs saved", ".1%"),
+        "saved_macs_perfect": Column.number("by a perfect predictor", ".1%"),
+        "saved_macs_fixed": Column.number("by one exit, in hindsight", ".1%"),
+    }
+    shown = [[_REFUSED if key == "coverage" and row[key] is None else row[key] for key in columns] for row in rows]
+    show_table(f"{case.name}: the rule alone, at every age", list(columns.values()), shown)
 
 
 def _shift(case: Case, other: Case, weights: Path) -> tuple[list[Figure], dict[str, Any]]:
     """Another person's frames, after some of this one's: when it is noticed, and what is kept after that."""
     bundle = Bundle.open(case.path)
-    promise = PromiseRecord.of(bundle.manifest)
-    assert promise is not None
+    promise = _promise(bundle)
     own = 80
     arrays = {name: np.concatenate([case.test[name][:own], other.train[name], other.test[name]]) for name in case.test}
     arrays = {name: array[: own + 400] for name, array in arrays.items()}
     with Engine(bundle, policy="full", threads=2) as engine:
         whole = [next(iter(frame.outputs.values())) for frame in engine.session().render(arrays)]
     lpips = Lpips.load(weights)
-    from warpcache.engine.metrics.images import measure_frames
-
     records = {}
     figures: list[Figure] = []
     for threshold in (0.02, 0.05):
@@ -391,7 +405,7 @@ def _shift(case: Case, other: Case, weights: Path) -> tuple[list[Figure], dict[s
             "coverage_own": 1 - float(np.mean(misses[:own])),
             "coverage_until_noticed": None if noticed is None else 1 - float(np.mean(misses[own:after])),
             "coverage_after": covered,
-            "whole_share_after": routes[after:].count("whole") / max(1, len(routes[after:])),
+            "whole_share_after": routes[after:].count(Role.WHOLE) / max(1, len(routes[after:])),
             "statistics": kept,
         }
     return figures, {"thresholds": records}
@@ -413,56 +427,46 @@ def _errors(table: ExitTable, metric: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def _exit_table(case: Case, table: ExitTable, times: Mapping[str, float], macs: Mapping[str, float]) -> Table:
+def _show_exits(case: Case, table: ExitTable, times: Mapping[str, float], macs: Mapping[str, float]) -> None:
     """Fixed exits: what each costs, how good it is, and how often it alone is within each threshold."""
-    shown = Table(title=f"{case.name}: fixed exits on {len(table.images)} unseen frames", title_justify="left")
-    for column in ("exit", "age", "MACs", "time", "mean", "p95", *(f"within {t:g}" for t in THRESHOLDS)):
-        shown.add_column(column, justify="left" if column == "exit" else "right")
-    rows = [(name, age, values) for age in table.quality for name, values in table.quality[age].items()]
-    rows = [row for row in rows if row[1] == COLD or row[0] not in table.quality[COLD]]
-    rows += [("last frame again", age, values) for age, values in table.frozen.items()]
-    for name, age, values in rows:
-        known = values[np.isfinite(values)]
-        cost = (f"{macs[name]:.1%}", f"{times[name] / times['whole']:.1%}") if name in times else ("0 %", "0 %")
-        summary = _summary(values)
-        shares = [f"{within(known, t):.1%}" for t in THRESHOLDS]
-        shown.add_row(name, str(age or "-"), *cost, f"{summary['mean']:.4f}", f"{summary['p95']:.4f}", *shares)
-    return shown
+    rows: list[Sequence[Any]] = []
+    for age, exits in [*table.quality.items(), *((age, {"last frame again": v}) for age, v in table.frozen.items())]:
+        for name, values in exits.items():
+            if age == COLD or name not in table.quality[COLD]:
+                known = values[np.isfinite(values)]
+                summary = _summary(values)
+                cost = (macs[name], times[name] / times[Role.WHOLE]) if name in times else (0.0, 0.0)
+                shares = [within(known, threshold) for threshold in THRESHOLDS]
+                rows.append((name, age, *cost, summary["mean"], summary["p95"], *shares))
+    costs = (Column.number("MACs", ".1%"), Column.number("time", ".1%"))
+    columns = (Column("exit"), _AGE_COLUMN, *costs, *QUALITY_COLUMNS)
+    show_table(f"{case.name}: fixed exits on {len(table.images)} unseen frames", columns, rows)
 
 
-def _error_table(case: Case, table: ExitTable, metric: str) -> Table:
+def _show_errors(case: Case, table: ExitTable, metric: str) -> None:
     """How far the predictor is off, as a factor."""
-    shown = Table(title=f"{case.name}: predictor's median error, as a factor", title_justify="left")
-    shown.add_column("age")
-    for name in table.exits:
-        shown.add_column(name, justify="right")
-    for age, errors in _errors(table, metric).items():
-        shown.add_row(age, *(f"{np.exp(errors[name]):.3f}" if name in errors else "-" for name in table.exits))
-    return shown
+    columns = (Column("age"), *(Column.number(name, lambda error: f"{np.exp(error):.3f}") for name in table.exits))
+    rows = [(age, *map(errors.get, table.exits)) for age, errors in _errors(table, metric).items()]
+    show_table(f"{case.name}: predictor's median error, as a factor", columns, rows)
 
 
-def _run_table(case: Case, runs: Sequence[Run]) -> Table:
+def _show_runs(case: Case, runs: Sequence[Run]) -> None:
     title = f"{case.name}: promised {CONFIDENCE:.0%}" + (f", audit every {AUDIT_EVERY}" if runs[0].audited else "")
-    shown = Table(title=title, title_justify="left")
-    names = [name for run in runs for name in run.shares]
-    exits = list(dict.fromkeys(names))
-    for column in ("age", "threshold", "within", "MACs saved", "time saved", *exits, "drifts"):
-        shown.add_column(column, justify="right")
+    exits = list(dict.fromkeys(name for run in runs for name in run.shares))
+    columns = [_AGE_COLUMN, _THRESHOLD_COLUMN, Column.number("within", _share)]
+    columns += [Column.number(heading, ".1%") for heading in ("MACs saved", "time saved")]
+    columns += [*(Column.number(name, ".0%") for name in exits), Column.number("drifts")]
+    rows: list[Sequence[Any]] = []
     for run in runs:
-        age = "-" if run.age == COLD else str(run.age)
-        if run.refused is not None:
-            shown.add_row(age, f"{run.threshold:g}", "refused")
-            continue
-        shown.add_row(
-            age,
-            f"{run.threshold:g}",
-            f"{run.coverage:.1%}",
-            f"{run.saved_macs:.1%}",
-            f"{run.saved_time:.1%}",
-            *(f"{run.shares.get(name, 0.0):.0%}" for name in exits),
-            str(run.statistics["drifts"]),
-        )
-    return shown
+        shares = [run.shares.get(name, 0.0) for name in exits]
+        found = (run.coverage, run.saved_macs, run.saved_time, *shares, run.statistics.get("drifts"))
+        refused = (_REFUSED, *(None for _ in found[1:]))
+        rows.append((run.age, run.threshold, *(found if run.refused is None else refused)))
+    show_table(title, columns, rows)
+
+
+def _share(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.1%}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, InputRecord, Manifest
 from warpcache.engine.bundle.manifest import module_record
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.bundle.write import write_bundle
-from warpcache.engine.cuda.device import CudaDevice, CudaStream
+from warpcache.engine.cuda.device import CudaStream
 from warpcache.engine.device.stream import Event, Stream
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
@@ -40,8 +41,8 @@ def write_empty_bundle(folder: Path) -> Bundle:
     """
     modules = {
         "generator": ((INPUT,), (_IMAGE,)),
-        "producer": ((INPUT,), (_CACHE,)),
-        "plain": ((_CACHE, INPUT), (_IMAGE,)),
+        Role.PRODUCER.value: ((INPUT,), (_CACHE,)),
+        Role.PLAIN.value: ((_CACHE, INPUT), (_IMAGE,)),
     }
     manifest = Manifest(
         name="empty",
@@ -53,30 +54,26 @@ def write_empty_bundle(folder: Path) -> Bundle:
         cut=Cut(("h",), ({"tensors": ["h"]},)),
         cache=(_CACHE,),
         modules={name: module_record(name, *specs) for name, specs in modules.items()},
-        exits=(ExitRecord("whole", ("generator",), 1.0), ExitRecord("plain", ("plain",), 0.1)),
+        exits=(ExitRecord(Role.WHOLE, ("generator",), 1.0), ExitRecord(Role.PLAIN, (Role.PLAIN,), 0.1)),
         calibration=None,
     )
     return write_bundle(folder / "empty.warp", manifest, {f"{name}.onnx": _NO_GRAPH for name in modules})
 
 
-class EmptyCudaModule:
-    """Issues one memset (a `warpcache.engine.device.module.Module`)."""
+class EmptyCpuModule:
+    """Does nothing (a `warpcache.engine.device.module.Module`)."""
 
-    capturable = True
+    capturable = False
 
     def __init__(self, module: ModuleFile) -> None:
         self.name = module.name
         self.inputs = module.inputs
         self.outputs = module.outputs
-        self._written = module.outputs[0].name
-        self._cuda = load()
 
-    def launch(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> None:
-        """Clear the first bytes of the first output."""
-        target = bindings[self._written].pointer
-        check(self._cuda.cuMemsetD8Async(target, 0, _MEMSET_BYTES, stream.stream), "clearing four bytes")
+    def launch(self, bindings: Mapping[str, Any], stream: Any) -> None:
+        """Nothing is issued."""
 
-    def enqueue(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> Event:
+    def enqueue(self, bindings: Mapping[str, Any], stream: Stream) -> Event:
         """`launch`, and an event after it."""
         return stream.submit(lambda: self.launch(bindings, stream))
 
@@ -84,17 +81,20 @@ class EmptyCudaModule:
         """There is nothing to give back."""
 
 
-class EmptyCudaBackend:
-    """A `warpcache.engine.device.module.Backend` of such modules."""
+class EmptyCudaModule(EmptyCpuModule):
+    """Issues one memset."""
 
-    name = "empty"
+    capturable = True
 
-    def prepare(self, bundle: Bundle, modules: Sequence[str], devices: Sequence[CudaDevice]) -> None:
-        """Nothing is to be prepared."""
+    def __init__(self, module: ModuleFile) -> None:
+        super().__init__(module)
+        self._written = module.outputs[0].name
+        self._cuda = load()
 
-    def load(self, module: ModuleFile, site: Site) -> EmptyCudaModule:
-        """A module of the right inputs and outputs."""
-        return EmptyCudaModule(module)
+    def launch(self, bindings: Mapping[str, DeviceArray], stream: CudaStream) -> None:
+        """Clear the first bytes of the first output."""
+        target = bindings[self._written].pointer
+        check(self._cuda.cuMemsetD8Async(target, 0, _MEMSET_BYTES, stream.stream), "clearing four bytes")
 
 
 class EmptyCpuBackend:
@@ -110,26 +110,9 @@ class EmptyCpuBackend:
         return EmptyCpuModule(module)
 
 
-class EmptyCpuModule:
-    """Does nothing (a `warpcache.engine.device.module.Module`)."""
+class EmptyCudaBackend(EmptyCpuBackend):
+    """The same of modules that issue one memset, on a GPU."""
 
-    capturable = False
-
-    def __init__(self, module: ModuleFile) -> None:
-        self.name = module.name
-        self.inputs = module.inputs
-        self.outputs = module.outputs
-
-    def launch(self, bindings: Mapping[str, Any], stream: Stream) -> None:
-        """Nothing is issued."""
-
-    def enqueue(self, bindings: Mapping[str, Any], stream: Stream) -> Event:
-        """Queue nothing on the stream."""
-        return stream.submit(_nothing)
-
-    def close(self) -> None:
-        """There is nothing to give back."""
-
-
-def _nothing() -> None:
-    """What a module of the CPU runs."""
+    def load(self, module: ModuleFile, site: Site) -> EmptyCudaModule:
+        """A module of the right inputs and outputs."""
+        return EmptyCudaModule(module)

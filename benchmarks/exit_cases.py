@@ -8,29 +8,16 @@ there, and a calibration on them promises too much. The head has takes of its ow
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from safetensors.torch import save_file
-from torch import nn
 
 from benchmarks.clips import load_talking_head
 from benchmarks.demo_bundle import FPS, HOLDOUT_TAKE, SIZE, TRAIN_TAKE, demo_generator
+from benchmarks.making import Arrays, compiled, drawn_take, trained
 from benchmarks.talking_head_model import generator, generator_256
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.models.head import SyntheticHead
-from warpcache.models.training import train_renderer
 from warpcache.tasks.demo import DEMO_MOTION_SEED
 from warpcache.tasks.progress import ProgressBar
 
@@ -42,8 +29,6 @@ HEAD_FRAMES = {"train": 600, "held": 240, "test": 240}
 INPUTS = ("condition", "atlas")
 # At 256x256 LPIPS alone takes 60 ms an answer; so many frames of a clip are measured there.
 TEST_FRAMES = {128: 1000, 256: 120}
-
-Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -79,30 +64,9 @@ class Case:
 
     def compiled(self, lpips: Path, options: Sequence[str] = ()) -> Bundle:
         """Its bundle with exits, made as a user would unless it is there; what that took is noted beside it."""
-        if self.path.exists():
-            return Bundle.open(self.path)
-        inputs, holdout = self.work / f"{self.name}.train.npz", self.work / f"{self.name}.held.npz"
-        np.savez(inputs, **self.train, fps=self.fps)  # type: ignore[arg-type]
-        np.savez(holdout, **self.held, fps=self.fps)  # type: ignore[arg-type]
-        command = [sys.executable, "-m", "warpcache", "compile", self.factory, "--weights", str(self.weights)]
-        command += ["--inputs", str(inputs), "--holdout", str(holdout), "--out", str(self.path)]
-        command += ["--exits", str(EXITS), "--metric", "lpips", "--lpips", str(lpips), *options]
-        if self.path.with_suffix(".checkpoint.safetensors").exists():
-            command += ["--resume"]
-        begin = time.perf_counter()
-        subprocess.run(command, check=True)
-        taken = {
-            "minutes": round((time.perf_counter() - begin) / 60, 2),
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0],
-            "options": list(options),
-        }
-        self.path.with_suffix(".compile.json").write_text(json.dumps(taken) + "\n", encoding="utf-8")
-        inputs.unlink()
-        holdout.unlink()
-        return Bundle.open(self.path)
+        chosen = ["--exits", str(EXITS), "--metric", "lpips", "--lpips", str(lpips), *options]
+        train, held = ({**frames, "fps": self.fps} for frames in (self.train, self.held))
+        return compiled(self.path, self.factory, self.weights, train, held, chosen)
 
 
 def clip_case(data: Path, name: str, size: int, work: Path, generator_steps: int) -> Case:
@@ -115,7 +79,7 @@ def clip_case(data: Path, name: str, size: int, work: Path, generator_steps: int
     train = {key: array[:cut] for key, array in clip.train.items()}
     weights = work / f"{name}-{size}.generator.safetensors"
     # A quarter of the frames a step at four times the pixels: the same work and memory a step.
-    _train_generator(generator if size == 128 else generator_256, train, weights, generator_steps, 512 // size)
+    trained(generator if size == 128 else generator_256, train, weights, generator_steps, 512 // size)
     return Case(
         name=f"{name}-{size}",
         size=size,
@@ -133,20 +97,13 @@ def head_case(work: Path, generator_steps: int) -> Case:
     """The synthetic head at 256x256, with takes of its own for training, holding back and measuring."""
     head = SyntheticHead(0, SIZE)
     takes = {"train": TRAIN_TAKE, "held": HOLDOUT_TAKE, "test": DEMO_MOTION_SEED}
-    drawn: dict[str, Arrays] = {}
     with ProgressBar() as progress:
-        for part, seed in takes.items():
-            path = work / f"head.{part}.npz"
-            if not path.exists():
-                kept: dict[str, list[NDArray[np.float32]]] = {"condition": [], "atlas": [], "truth": []}
-                for t, (inputs, truth) in enumerate(head.frames(head.motion(HEAD_FRAMES[part], FPS, seed=seed))):
-                    for key, array in {**inputs, "truth": truth[None]}.items():
-                        kept[key].append(array)
-                    progress(f"drawing the head, {part}", t + 1, HEAD_FRAMES[part])
-                np.savez(path, **{key: np.concatenate(arrays) for key, arrays in kept.items()})  # type: ignore[arg-type]
-            drawn[part] = dict(np.load(path))
+        drawn = {
+            part: drawn_take(head, seed, HEAD_FRAMES[part], FPS, work / f"head.{part}.npz", progress)
+            for part, seed in takes.items()
+        }
     weights = work / "head-256.generator.safetensors"
-    _train_generator(demo_generator, drawn["train"], weights, generator_steps, 4)
+    trained(demo_generator, drawn["train"], weights, generator_steps, 4)
     return Case(
         name="head-256",
         size=SIZE,
@@ -158,17 +115,3 @@ def head_case(work: Path, generator_steps: int) -> Case:
         weights=weights,
         work=work,
     )
-
-
-def _train_generator(
-    make: Callable[[], nn.Module], clip: Mapping[str, Any], path: Path, steps: int, batch: int
-) -> None:
-    """Train a generator, unless its weights are there."""
-    if path.exists():
-        return
-    torch.manual_seed(0)
-    model = make()
-    with ProgressBar() as progress:
-        stage = f"{path.stem}: training"
-        train_renderer(model, clip, steps=steps, batch=batch, on_step=lambda step, _: progress(stage, step + 1, steps))
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)

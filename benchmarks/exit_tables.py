@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.measuring import BareModule
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.promise.calibration import PromiseRecord
@@ -60,16 +61,13 @@ def measure_table(
     manifest = bundle.manifest
     image = manifest.image_output
     assert image is not None
-    modules = {name: BareModule(bundle, manifest.exit(name).module, 1) for name in (*promise.exits, "whole")}
-    producer = BareModule(bundle, "producer", 1)
-    predictor, cold = BareModule(bundle, "predictor", 1), BareModule(bundle, "predictor_cold", 1)
+    modules = {name: BareModule(bundle, manifest.exit(name).module) for name in promise.exits}
+    whole, producer = BareModule(bundle, Role.WHOLE), BareModule(bundle, Role.PRODUCER)
+    predictor, cold = BareModule(bundle, Role.PREDICTOR), BareModule(bundle, Role.PREDICTOR_COLD)
     total = len(next(iter(arrays.values())))
     frames = [{name: array[t : t + 1] for name, array in arrays.items()} for t in range(total)]
-    images = np.concatenate([modules["whole"].run(frame)[image] for frame in frames])
-    quality: dict[int, dict[str, Floats]] = {
-        COLD: {name: np.full(total, np.nan) for name in promise.cold_exits},
-        **{age: {name: np.full(total, np.nan) for name in promise.exits} for age in promise.ages},
-    }
+    images = np.concatenate([whole.run(frame)[image] for frame in frames])
+    quality = {age: {name: np.full(total, np.nan) for name in names} for age, names in _columns(promise).items()}
     predicted = {age: np.full((total, len(columns)), np.nan) for age, columns in quality.items()}
     spread = {age: np.full((total, len(columns)), np.nan) for age, columns in quality.items()}
     frozen = {age: np.full(total, np.nan) for age in promise.ages}
@@ -103,6 +101,11 @@ def measure_table(
     return ExitTable(promise.exits, quality, predicted, spread, novelty, frozen, images)
 
 
+def _columns(promise: PromiseRecord) -> dict[int, tuple[str, ...]]:
+    """Age -> the exits that can answer at it."""
+    return {COLD: promise.cold_exits, **dict.fromkeys(promise.ages, promise.exits)}
+
+
 def kept_table(
     path: Path,
     bundle: Bundle,
@@ -130,7 +133,7 @@ def kept_table(
 
 
 def _unpacked(promise: PromiseRecord, kept: Mapping[str, NDArray[Any]]) -> ExitTable:
-    columns = {COLD: promise.cold_exits, **dict.fromkeys(promise.ages, promise.exits)}
+    columns = _columns(promise)
     return ExitTable(
         exits=promise.exits,
         quality={age: dict(zip(names, kept[f"quality.{age}"].T, strict=True)) for age, names in columns.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -64,6 +64,11 @@ class Gpu:
             end.record(self.stream)
             end.wait()
             return end.elapsed_ms(begin) / launches
+
+    def times_ms(self, works: Sequence[Callable[[], object]], launches: int, repeats: int) -> list[list[float]]:
+        """`time_ms` of several works in turns: `repeats` times each, after one that warms up clocks and code."""
+        turns = [[self.time_ms(work, launches) for work in works] for _ in range(1 + repeats)]
+        return [list(times) for times in zip(*turns[1:], strict=True)]
 
     def close(self) -> None:
         self.device.close()

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,24 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import flags
 from benchmarks.empty_backend import INPUT, EmptyCpuBackend, EmptyCudaBackend, write_empty_bundle
-from benchmarks.measuring import Figure
+from benchmarks.measuring import Figure, timed_ms
 from benchmarks.memory_growth import Growth, resident_bytes, watch_memory
 from benchmarks.mesh_to_picture import MeshToPicture
 from benchmarks.parts import (
     Measured,
     device_record,
     device_title,
-    finish,
+    measure_parts,
     percentile_figures,
-    run_parts,
-    show_parts,
-    write_parts,
+    sentence,
 )
 from benchmarks.rtx_probe import probe_rtx
 from benchmarks.streams import Streamed, as_clip, frames_for, on_device, stream
 from warpcache.engine.backends import choose_backend
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.cuda.options import CUDA_BACKENDS, CudaOptions, parse_device
@@ -51,6 +51,7 @@ from warpcache.engine.session.session import Session
 from warpcache.engine.spec import TensorSpec
 from warpcache.kernels.driver import check, load
 from warpcache.tasks.demo import demo_bundle
+from warpcache.tasks.options import COUNT, option, takes
 
 __all__ = ["BACKENDS", "PARTS", "Setup", "main"]
 
@@ -64,6 +65,7 @@ PARITY_TARGET_DB = 45.0
 # What Python's allocator takes from the system at a time. Less than that cannot be told from its own bookkeeping.
 HOST_GROWTH_TARGET_KIB = 1024.0
 
+_PART_NAMES = ("host-time", "producers", "reference", "mesh", "parity", "memory", "rtx")
 # One cache at the beginning, and the consumer alone from then on.
 _ONE_CACHE = {"policy": "every:1000000000"}
 _PARITY_AGE = 4
@@ -71,40 +73,26 @@ _REFUSALS = (WarpcacheError, ImportError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What is measured, and how long.
+class Setup(flags.Recorded):
+    """What is measured, by what, and how long."""
 
-    Attributes:
-        device: ``cuda:N``.
-        backends: Executors to try, in order.
-        bundle: The fp32 bundle; None for the demo's.
-        fp16: The same in fp16; None converts it here.
-        reference: The 512x512 bundle; None where there is none.
-        engine_cache: Folder of built engines; None for the default.
-        frames: Frames of a latency figure.
-        host_frames: Frames of a host-time figure.
-        warmup: Frames before any figure.
-        fps: Of the paced stream.
-        drawn: Frames that are drawn, and used over and over.
-        empty_frames: Frames over which memory is watched, empty consumer.
-        demo_frames: The same, `bundle`.
-        parity_frames: Frames that fp16 and fp32 are compared on.
-    """
-
-    device: str = "cuda:0"
-    backends: tuple[str, ...] = BACKENDS
-    bundle: Path | None = None
-    fp16: Path | None = None
-    reference: Path | None = None
-    engine_cache: Path | None = None
-    frames: int = 2000
-    host_frames: int = 5000
-    warmup: int = 200
-    fps: float = 60.0
-    drawn: int = 48
-    empty_frames: int = 100_000
-    demo_frames: int = 10_000
-    parity_frames: int = 16
+    device: str = option("--device", default="cuda:0")
+    backends: tuple[str, ...] = option(
+        "--backend", "To try; repeatable.", default=BACKENDS, type=click.Choice(CUDA_BACKENDS), show_default=False
+    )
+    asked: tuple[str, ...] = option("--part", "Only this; repeatable.", default=(), type=click.Choice(_PART_NAMES))
+    bundle: Path | None = option("--bundle", "In fp32; default: the demo's.", default=None)
+    fp16: Path | None = option("--fp16", "The same in fp16; default: converted here.", default=None)
+    reference: Path | None = option("--reference", "From benchmarks.reference_bundle.", default=None)
+    engine_cache: Path | None = option("--engine-cache", "Folder of built engines.", default=None)
+    frames: int = option("--frames", "Of a latency figure.", default=2000, type=click.IntRange(min=2))
+    host_frames: int = option("--host-frames", "Of a host time.", default=5000, type=click.IntRange(min=2))
+    warmup: int = option("--warmup", default=200, type=COUNT)
+    fps: float = option("--fps", "Of the paced stream.", default=60.0, type=click.FloatRange(min=1))
+    drawn: int = option("--drawn", "Frames used over and over.", default=48, type=click.IntRange(min=2))
+    empty_frames: int = option("--empty-frames", "Memory, empty.", default=100_000, type=click.IntRange(min=50))
+    demo_frames: int = option("--demo-frames", "Memory, bundle.", default=10_000, type=click.IntRange(min=0))
+    parity_frames: int = option("--parity-frames", default=16, type=click.IntRange(min=6))
 
     @property
     def ordinal(self) -> int:
@@ -222,7 +210,7 @@ def reference_part(setup: Setup) -> Measured:
                         one.notes.append(f"{backend}: answered by {_shares(streamed)}, {graphs} graphs")
             except _REFUSALS as exc:
                 best.pop(backend, None)
-                one = Measured(notes=[f"{backend} does not run it: {_sentence(exc)}"])
+                one = Measured(notes=[f"{backend} does not run it: {sentence(exc)}"])
             found.figures += one.figures
             found.notes += one.notes
             found.details |= one.details
@@ -242,18 +230,16 @@ def mesh_part(setup: Setup) -> Measured:
         device = stack.enter_context(CudaDevice(setup.ordinal))
         way = stack.enter_context(closing(MeshToPicture(device, bundle, setup.drawn)))
         opened = stack.enter_context(_opened(setup, bundle, found, outputs="device"))
-        times, ages = [], []
-        for index in range(-setup.warmup, setup.frames):
-            begin = time.perf_counter()
-            frame = way.answer(opened.session, index + setup.warmup)
-            if index >= 0:
-                times.append((time.perf_counter() - begin) * 1e3)
-                ages.append(frame.age)
-            del frame
+        position, ages = count(), []
+        answer = lambda: ages.append(way.answer(opened.session, next(position)).age)  # noqa: E731
+        times = timed_ms(answer, setup.frames, warmup=setup.warmup)
         size = "x".join(map(str, bundle.manifest.outputs[0].shape[2:]))
         name = f"mesh of {way.triangles} triangles to {size} picture, {opened.backend}, host to host"
         found.figures += percentile_figures(name, times, unit="ms")
-        found.details[name] = {"answer_ms": [round(value, 5) for value in times], "age_mean": float(np.mean(ages))}
+        found.details[name] = {
+            "answer_ms": [round(value, 5) for value in times],
+            "age_mean": float(np.mean(ages[setup.warmup :])),
+        }
     return found
 
 
@@ -262,10 +248,10 @@ def parity_part(setup: Setup) -> Measured:
     found = Measured()
     bundle = setup.open_bundle()
     clip = as_clip(frames_for(bundle, setup.parity_frames))
-    plans: dict[str, dict[str, Any]] = {"whole": {"policy": "full"}}
-    for record in bundle.manifest.exits:
-        if record.name != "whole":
-            plans[record.name] = {"age": _PARITY_AGE, "exit": record.name}
+    manifest = bundle.manifest
+    plans: dict[str, dict[str, Any]] = {record.name: {"policy": "full"} for record in manifest.exits_of(Role.WHOLE)}
+    for record in manifest.exits:
+        plans.setdefault(record.name, {"age": _PARITY_AGE, "exit": record.name})
     psnr: dict[str, list[float]] = {}
     bad = dict.fromkeys(plans, 0)
     with ExitStack() as stack:
@@ -278,10 +264,10 @@ def parity_part(setup: Setup) -> Measured:
             for (route, wanted), (same, given) in zip(expected, answered, strict=True):
                 if route != same:
                     raise BackendError(f"a frame was answered by {same!r} and not by {route!r}; report this")
-                count = int((~np.isfinite(given)).sum())
-                bad[exit_] += count
+                broken = int((~np.isfinite(given)).sum())
+                bad[exit_] += broken
                 # At age 0 the plain exit answers, whichever was asked for.
-                quality = 0.0 if count else measure_frames(given, wanted, ["psnr_db"])["psnr_db"][0]
+                quality = 0.0 if broken else measure_frames(given, wanted, ["psnr_db"])["psnr_db"][0]
                 psnr.setdefault(route, []).append(float(quality))
     for route, values in psnr.items():
         found.figures.append(
@@ -319,15 +305,8 @@ def rtx_part(setup: Setup) -> Measured:
     return Measured(notes=probe_rtx(setup.open_bundle(), setup.ordinal))
 
 
-PARTS: dict[str, Callable[[Setup], Measured]] = {
-    "host-time": host_time_part,
-    "producers": producers_part,
-    "reference": reference_part,
-    "mesh": mesh_part,
-    "parity": parity_part,
-    "memory": memory_part,
-    "rtx": rtx_part,
-}
+_PART_FUNCTIONS = (host_time_part, producers_part, reference_part, mesh_part, parity_part, memory_part, rtx_part)
+PARTS: dict[str, Callable[[Setup], Measured]] = dict(zip(_PART_NAMES, _PART_FUNCTIONS, strict=True))
 
 
 def _measure(setup: Setup, name: str) -> Measured:
@@ -368,7 +347,7 @@ def _opened(setup: Setup, bundle: Bundle, found: Measured, *, outputs: Any, **op
             try:
                 opened = stack.enter_context(_opened_by(setup, bundle, backend, outputs=outputs, **options))
             except _REFUSALS as exc:
-                refused.append(f"{backend} does not run it: {_sentence(exc)}")
+                refused.append(f"{backend} does not run it: {sentence(exc)}")
                 continue
             found.notes += [note for note in refused if note not in found.notes]
             yield opened
@@ -407,7 +386,7 @@ def _add_host_time(
     }
 
 
-def _bare_replay_us(device: CudaDevice, count: int, warmup: int) -> list[float]:
+def _bare_replay_us(device: CudaDevice, frames: int, warmup: int) -> list[float]:
     """A graph of one memset replayed and waited for: what no session can be faster than."""
     target = device.allocate(TensorSpec("replayed", INPUT.dtype, INPUT.shape))
     cuda, consumer = load(), device.stream("bare", priority="high")
@@ -417,28 +396,23 @@ def _bare_replay_us(device: CudaDevice, count: int, warmup: int) -> list[float]:
 
     issue()
     consumer.synchronize()
-    times = []
     with closing(CudaGraph.capture(consumer, issue, name="a memset")) as graph, closing(device.event()) as event:
-        for index in range(-warmup, count):
-            begin = time.perf_counter()
+
+        def replay() -> None:
             graph.launch(consumer)
             event.record(consumer)
             event.wait()
-            if index >= 0:
-                times.append((time.perf_counter() - begin) * 1e6)
-    return times
+
+        return [1e3 * ms for ms in timed_ms(replay, frames, warmup=warmup)]
 
 
-def _watched(setup: Setup, opened: Opened, frames: Any, count: int) -> Growth:
+def _watched(setup: Setup, opened: Opened, frames: Any, total: int) -> Growth:
     session = opened.session
-    answers = session.frames()
-    position = 0
+    answers, inputs = session.frames(), cycle(frames)
 
     def answer() -> None:
-        nonlocal position
-        session.submit(frames[position % len(frames)])
+        session.submit(next(inputs))
         next(answers)
-        position += 1
 
     with closing(CudaDevice(setup.ordinal)) as device:
 
@@ -448,7 +422,7 @@ def _watched(setup: Setup, opened: Opened, frames: Any, count: int) -> Growth:
             free, total = device.context.memory
             return total - free, resident_bytes()
 
-        return watch_memory(answer, read, frames=count, warmup=max(setup.warmup, count // 20))
+        return watch_memory(answer, read, frames=total, warmup=max(setup.warmup, total // 20))
 
 
 def _add_growth(found: Measured, label: str, growth: Growth) -> None:
@@ -464,41 +438,16 @@ def _shares(streamed: Streamed) -> str:
     return ", ".join(f"{route} ({count})" for route, count in streamed.routes.items())
 
 
-def _sentence(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
-
-
 @click.command(epilog="Example:  python -m benchmarks.gpu_engine --device cuda:0 --reference R.warp --json out.json")
-@click.option("--device", default="cuda:0", show_default=True)
-@click.option("--backend", "backends", type=click.Choice(CUDA_BACKENDS), multiple=True, help="To try; repeatable.")
-@click.option("--part", "asked", type=click.Choice(list(PARTS)), multiple=True, help="Only this; repeatable.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="In fp32; default: the demo's.")
-@click.option("--fp16", type=click.Path(path_type=Path), help="The same in fp16; default: converted here.")
-@click.option("--reference", type=click.Path(path_type=Path), help="From benchmarks.reference_bundle.")
-@click.option("--engine-cache", type=click.Path(path_type=Path), help="Folder of built engines.")
-@click.option("--frames", type=click.IntRange(min=2), default=2000, show_default=True, help="Of a latency figure.")
-@click.option("--host-frames", type=click.IntRange(min=2), default=5000, show_default=True, help="Of a host time.")
-@click.option("--warmup", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--fps", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Of the paced stream.")
-@click.option("--drawn", type=click.IntRange(min=2), default=48, show_default=True, help="Frames used over and over.")
-@click.option("--empty-frames", type=click.IntRange(min=50), default=100_000, show_default=True, help="Memory, empty.")
-@click.option("--demo-frames", type=click.IntRange(min=0), default=10_000, show_default=True, help="Memory, bundle.")
-@click.option("--parity-frames", type=click.IntRange(min=6), default=16, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.pass_context
-def main(
-    context: click.Context, /, backends: tuple[str, ...], asked: tuple[str, ...], json_path: Path | None, **options: Any
-) -> None:
+@takes(Setup)
+def main(context: click.Context, /, options: Setup) -> None:
     """Measure engines on one GPU."""
-    setup = Setup(backends=backends or BACKENDS, **options)
-    if parse_device(setup.device) is None:
+    if parse_device(options.device) is None:
         raise click.BadParameter("this measures GPUs; give --device cuda:N")
-    record = device_record(setup.device)
-    parts = run_parts({name: partial(_measure, setup, name) for name in asked or PARTS})
-    show_parts(f"Engines on {device_title(record)}", parts)
-    if json_path is not None:
-        write_parts(json_path, "gpu_engine", record, parts)
-    finish(context, parts)
+    record = device_record(options.device)
+    parts = {name: partial(_measure, options, name) for name in options.asked or PARTS}
+    measure_parts(context, "gpu_engine", f"Engines on {device_title(record)}", record, parts, options.json_path)
 
 
 if __name__ == "__main__":

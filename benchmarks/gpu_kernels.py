@@ -11,21 +11,21 @@ with its NumPy reference at a small, odd size: the speed of something wrong is w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import flags
 from benchmarks.gpu_arrays import Gpu
 from benchmarks.kernel_checks import MAP_CHANNELS, check_change, check_image, check_raster, check_warp, smooth_grid
 from benchmarks.measuring import Figure
-from benchmarks.parts import Measured, device_record, device_title, finish, run_parts, show_parts, write_parts
+from benchmarks.parts import Measured, device_record, device_title, measure_parts
 from warpcache.engine.cuda.graph import CudaGraph
 from warpcache.engine.cuda.options import parse_device
 from warpcache.kernels.array import DeviceArray
@@ -35,7 +35,7 @@ from warpcache.kernels.image import ImageKernels
 from warpcache.kernels.rasterizer import MeshRasterizer
 from warpcache.kernels.reference.rasterizer import Mesh
 from warpcache.kernels.warp import WarpKernel
-from warpcache.tasks.options import option, takes
+from warpcache.tasks.options import COUNT, option, takes
 
 __all__ = ["PARTS", "Case", "Timing", "bandwidth_gb_s", "face_mesh", "main", "ratio_figures"]
 
@@ -111,15 +111,8 @@ def measure_cases(gpu: Gpu, timing: Timing, make: Sequence[Callable[[], Case]]) 
     copy = copy_case(gpu, timing.size_bytes // 2)
     for build in make:
         case = build()
-        times: list[float] = []
-        copies: list[float] = []
-        for repeat in range(-1, timing.repeats):
-            pair = [
-                gpu.time_ms(partial(item.launch.launch, gpu.stream.handle), timing.launches) for item in (copy, case)
-            ]
-            if repeat >= 0:  # the first warms up clocks and code
-                copies.append(pair[0])
-                times.append(pair[1])
+        works = [partial(item.launch.launch, gpu.stream.handle) for item in (copy, case)]
+        copies, times = gpu.times_ms(works, timing.launches, timing.repeats)
         found.figures += ratio_figures(case.name, case.bytes_moved, times, copy.bytes_moved, copies)
         found.details[case.name] = {
             "bytes_moved": case.bytes_moved,
@@ -151,9 +144,7 @@ def copy_case(gpu: Gpu, size_bytes: int) -> Case:
 def copy_part(gpu: Gpu, timing: Timing) -> Measured:
     """The copy alone, which everything else is compared with."""
     copy = copy_case(gpu, timing.size_bytes)
-    times = [
-        gpu.time_ms(partial(copy.launch.launch, gpu.stream.handle), timing.launches) for _ in range(-1, timing.repeats)
-    ][1:]
+    times = gpu.times_ms([partial(copy.launch.launch, gpu.stream.handle)], timing.launches, timing.repeats)[0]
     achieved = bandwidth_gb_s(copy.bytes_moved, float(np.median(times)))
     name = f"device-to-device copy of {timing.size_bytes / 2**20:.0f} MiB, read and written"
     details = {"bytes_moved": copy.bytes_moved, "ms": times}
@@ -233,16 +224,12 @@ def rasterizer_part(gpu: Gpu, timing: Timing) -> Measured:
         with closing(MeshRasterizer(gpu.context, mesh, size, size)) as rasterizer:
             points, condition = gpu.upload(vertices_px), gpu.empty((1, 6, size, size), "float32")
             launches = rasterizer.prepare_render(points, condition)
-            launches.launch(gpu.stream.handle)
+            issue = partial(launches.launch, gpu.stream.handle)
+            issue()
             covered = check_raster(gpu, rasterizer, condition, vertices_px, mesh)
-            with _captured(gpu, launches, name) as graph:
-                graph_ms = [
-                    gpu.time_ms(partial(graph.launch, gpu.stream), timing.frames) for _ in range(-1, timing.repeats)
-                ][1:]
-            plain_ms = [
-                gpu.time_ms(partial(launches.launch, gpu.stream.handle), timing.frames)
-                for _ in range(-1, timing.repeats)
-            ][1:]
+            with closing(CudaGraph.capture(gpu.stream, issue, name=name)) as graph:
+                (graph_ms,) = gpu.times_ms([partial(graph.launch, gpu.stream)], timing.frames, timing.repeats)
+            (plain_ms,) = gpu.times_ms([issue], timing.frames, timing.repeats)
         for how, times, reach in (("graph replay", graph_ms, target), ("launch by launch", plain_ms, None)):
             rate = 1e3 / float(np.median(times))
             found.figures.append(Figure(f"rasteriser, {name}, {how}", rate, reach, "frames/s", at_least=True))
@@ -279,20 +266,13 @@ def face_mesh(size: int, columns: int = 25, rows: int = 18) -> tuple[Floats, Mes
     return points, Mesh(np.concatenate([upper, lower]).astype(np.int32), uv)
 
 
-@contextmanager
-def _captured(gpu: Gpu, launches: Launchable, name: str) -> Iterator[CudaGraph]:
-    with closing(CudaGraph.capture(gpu.stream, partial(launches.launch, gpu.stream.handle), name=name)) as graph:
-        yield graph
-        gpu.stream.synchronize()
-
-
 def _side(size_bytes: int, bytes_a_pixel: int) -> int:
     """Of the smallest square, in steps of 64 pixels, whose pixels take `size_bytes`."""
     return 64 * math.ceil(math.sqrt(size_bytes / bytes_a_pixel) / 64)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.Recorded):
     """What is measured, and how long."""
 
     device: str = option("--device", default="cuda:0")
@@ -300,11 +280,10 @@ class Options:
     mib: float | None = option(
         "--mib", "MiB a launch moves; default: 512, or 8 x L2.", default=None, type=click.FloatRange(min=0.1)
     )
-    launches: int = option("--launches", "Between two events.", default=20, type=click.IntRange(min=1))
-    repeats: int = option("--repeats", "The median counts.", default=7, type=click.IntRange(min=1))
-    frames: int = option("--frames", "Of the rasteriser.", default=2000, type=click.IntRange(min=1))
+    launches: int = option("--launches", "Between two events.", default=20, type=COUNT)
+    repeats: int = option("--repeats", "The median counts.", default=7, type=COUNT)
+    frames: int = option("--frames", "Of the rasteriser.", default=2000, type=COUNT)
     picture: int = option("--picture", "Its rows and columns.", default=512, type=click.IntRange(min=64))
-    json_path: Path | None = option("--json", default=None)
 
 
 @click.command(epilog="Example:  python -m benchmarks.gpu_kernels --json gpu_kernels.json")
@@ -328,11 +307,8 @@ def main(context: click.Context, /, options: Options) -> None:
             found.details["size_bytes"] = size
             return found
 
-        parts = run_parts({name: partial(measure, name) for name in options.asked or PARTS})
-    show_parts(f"Kernels on {device_title(record)}", parts)
-    if options.json_path is not None:
-        write_parts(options.json_path, "gpu_kernels", record, parts)
-    finish(context, parts)
+        parts = {name: partial(measure, name) for name in options.asked or PARTS}
+        measure_parts(context, "gpu_kernels", f"Kernels on {device_title(record)}", record, parts, options.json_path)
 
 
 def _size_bytes(l2_bytes: int, mib: float | None) -> int:

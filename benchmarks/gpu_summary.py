@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.parts import WIDTH, device_title, figure_rows
+from benchmarks.measuring import figure_rows
+from benchmarks.parts import device_title
+from benchmarks.records import show_table
+from warpcache.report.tables import Column
 
 __all__ = ["Row", "main", "read_rows", "running_backend"]
 
@@ -134,12 +135,8 @@ def main(context: click.Context, /, folder: Path, only_backend: bool) -> None:
         click.echo(backend or "")
         context.exit(0 if backend else 1)
     rows = read_rows(folder)
-    table = Table(title=f"On {_title(folder)}", title_justify="left")
-    for column in ("", "figure", "measured", "reach", "verdict"):
-        table.add_column(column, justify="right" if column in ("measured", "reach") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(row.where, row.what, row.measured, row.reach, row.verdict)
-    Console(width=WIDTH, highlight=False, markup=False).print(table)
+    columns = (Column(""), Column("figure"), Column.number("measured"), Column.number("reach"), Column("verdict"))
+    show_table(f"On {_title(folder)}", columns, [astuple(row) for row in rows])
     verdicts = [row.verdict for row in rows]
     failed = sum(row.failed for row in rows)
     click.echo(f"{verdicts.count('reached')} reached, {verdicts.count('MISSED')} missed, {failed} failed or not run")

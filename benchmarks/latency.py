@@ -14,10 +14,9 @@ generator in float32 by ONNX Runtime on the CPU, on the same frames.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,22 +24,34 @@ from typing import Any, Protocol
 import click
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import flags
+from benchmarks.records import show_table, write_record
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.cuda.options import CudaOptions, parse_device
 from warpcache.engine.engine import Engine
-from warpcache.engine.errors import InputError, WarpcacheError
+from warpcache.engine.errors import InputError
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.schedule.policy import Policy
-from warpcache.engine.session.frame import Frame
-from warpcache.report.policies import environment
-from warpcache.tasks.options import option, takes
+from warpcache.report.tables import Column
+from warpcache.tasks.options import COUNT, option, takes
 
 __all__ = ["CONTENDERS", "Contender", "compare", "main"]
 
 CONTENDERS = ("torch", "torch-compile", "onnxruntime", "tensorrt", "tensorrt-rtx")
+
+_COLUMNS = {"contender": Column("")} | {
+    key: Column.number(heading, ".3f")
+    for key, heading in (
+        ("p50_ms", "p50 ms"),
+        ("p95_ms", "p95 ms"),
+        ("p99_ms", "p99 ms"),
+        ("worst_ms", "worst ms"),
+        ("ratio", "ratio"),
+        ("psnr_db", "PSNR dB"),
+    )
+}
+"""Of a row's keys: how the table shows them."""
 
 Frames = Mapping[str, NDArray[Any]]
 
@@ -64,13 +75,10 @@ class WarpcacheContender:
         self._needed = engine.required_inputs
         self._session = engine.session()
         self._frames = self._session.frames()
-        self.ages: list[int] = []
 
     def answer(self, frame: Frames) -> NDArray[np.float32]:
         self._session.submit({name: array for name, array in frame.items() if name in self._needed})
-        answered: Frame = next(self._frames)
-        self.ages.append(answered.age)
-        return answered.outputs[self._image]
+        return np.asarray(next(self._frames).outputs[self._image])
 
 
 class TorchContender:
@@ -103,7 +111,7 @@ class TorchContender:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.Recorded):
     """Who is compared, on what."""
 
     inputs: Path | None = option("--inputs", "Frames, .npz or .mp4; the demo draws its own.", default=None)
@@ -119,11 +127,10 @@ class Options:
     )
     half: bool = option("--half", "Run torch in float16.", default=False)
     frames: int = option("--frames", "Frames a block.", default=120, type=click.IntRange(min=8))
-    blocks: int = option("--blocks", default=3, type=click.IntRange(min=1))
+    blocks: int = option("--blocks", default=3, type=COUNT)
     threads: int | None = option(
-        "--threads", "CPU threads of our engines; default: all cores.", default=None, type=click.IntRange(min=1)
+        "--threads", "CPU threads of our engines; default: all cores.", default=None, type=COUNT
     )
-    json_path: Path | None = option("--json", default=None)
 
 
 @click.command(epilog="Example:  python -m benchmarks.latency demo --against onnxruntime --frames 60")
@@ -133,7 +140,7 @@ def main(bundle: str, options: Options) -> None:
     """Compare a bundle's latency with the whole generator's in other executors."""
     rivals = _checked_rivals(options.against, options.generator, options.device)
     with ExitStack() as stack:
-        stack.enter_context(_one_sentence())
+        stack.enter_context(flags.one_sentence())
         chosen = Policy.parse(options.policy)
         opened, arrays = _open(bundle, options.inputs, options.frames)
         contenders: list[Contender] = [_make(name, stack, opened, options) for name in rivals]
@@ -141,22 +148,10 @@ def main(bundle: str, options: Options) -> None:
         contenders.append(WarpcacheContender(f"warpcache {options.policy}", ours, _image(opened)))
         reference = _reference(opened, arrays, options.frames)
         rows = compare(contenders, arrays, frames=options.frames, blocks=options.blocks, reference=reference)
-    _show(rows, f"{opened.path.name} on {options.device}; this project by {options.backend}")
-    if options.json_path is not None:
-        document = {
-            "schema": 1,
-            "command": "latency",
-            "environment": environment(),
-            "bundle": opened.path.name,
-            "device": options.device,
-            "backend": options.backend,
-            "policy": options.policy,
-            "half": options.half,
-            "frames": options.frames,
-            "blocks": options.blocks,
-            "rows": rows,
-        }
-        options.json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    title = f"{opened.path.name} on {options.device}; this project by {options.backend}"
+    show_table(title, list(_COLUMNS.values()), [[row[key] for key in _COLUMNS] for row in rows])
+    asked = {key: getattr(options, key) for key in ("device", "backend", "policy", "half", "frames", "blocks")}
+    write_record(options.json_path, "latency", bundle=opened.path.name, **asked, rows=rows)
 
 
 def compare(
@@ -265,20 +260,9 @@ def _make(name: str, stack: ExitStack, bundle: Bundle, options: Options) -> Cont
     return TorchContender(name, module, input_names_of(module), options.device, compiled=compiled, half=options.half)
 
 
-@contextmanager
-def _engine(bundle: Bundle, policy: Policy, device: str, backend: str, threads: int | None) -> Iterator[Engine]:
-    options = {"threads": threads} if parse_device(device) is None else {"cuda": CudaOptions()}
-    with Engine(bundle, policy=policy, device=device, backend=backend, **options) as engine:  # type: ignore[arg-type]
-        yield engine
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """What a user can cause ends as one sentence and no traceback."""
-    try:
-        yield
-    except WarpcacheError as exc:
-        raise click.ClickException(str(exc)) from exc
+def _engine(bundle: Bundle, policy: Policy, device: str, backend: str, threads: int | None) -> Engine:
+    options: dict[str, Any] = {"threads": threads} if parse_device(device) is None else {"cuda": CudaOptions()}
+    return Engine(bundle, policy=policy, device=device, backend=backend, **options)
 
 
 def _reference(bundle: Bundle, arrays: Frames, frames: int) -> NDArray[np.float32]:
@@ -295,16 +279,6 @@ def _image(bundle: Bundle) -> str:
     if bundle.manifest.image_output is None:
         raise click.UsageError(f"{bundle.path.name} has no image output; latency is compared on pictures")
     return bundle.manifest.image_output
-
-
-def _show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("", "p50 ms", "p95 ms", "p99 ms", "worst ms", "ratio", "PSNR dB"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        values = [row[key] for key in ("p50_ms", "p95_ms", "p99_ms", "worst_ms", "ratio", "psnr_db")]
-        table.add_row(row["contender"], *(f"{value:.3f}" for value in values))
-    Console(width=120, highlight=False).print(table)
 
 
 if __name__ == "__main__":

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.records import show_table
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.metrics.images import measure_frames
 from warpcache.engine.metrics.lpips import Lpips
 from warpcache.engine.schedule.policy import Policy
+from warpcache.report.tables import Column
 from warpcache.tasks.choices import ExitName, StreamOptions
 from warpcache.tasks.stream import record
 
 __all__ = [
+    "FIGURE_COLUMNS",
     "BareModule",
     "Figure",
     "answers",
+    "figure_rows",
     "in_blocks_ms",
     "interleaved_ms",
     "means",
     "print_figures",
     "ratio_of_medians",
+    "timed_ms",
 ]
 
 
@@ -62,11 +67,15 @@ class Figure:
 
 
 class BareModule:
-    """One module of a bundle called through ONNX Runtime directly, without the engine: the baseline."""
+    """One module of a bundle, by its name or role, called through ONNX Runtime directly: the baseline of the engine."""
 
-    def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
+    def __init__(self, bundle: Bundle, name: str | Role, threads: int = 1) -> None:
         import onnxruntime as ort  # what else is in this file serves machines without it
 
+        if isinstance(name, Role):
+            found = bundle.manifest.module_of(name)
+            assert found is not None, f"{bundle.path.name} has no module of the role {name}"
+            name = found
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         path = bundle.file(bundle.manifest.modules[name].file)
@@ -80,16 +89,22 @@ class BareModule:
         return dict(zip(self._outputs, results, strict=True))
 
 
+def timed_ms(
+    call: Callable[[], object], count: int, *, warmup: int = 0, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Milliseconds of each of `count` calls, after `warmup` that are not counted."""
+    times = []
+    for _ in range(warmup + count):
+        begin = clock()
+        call()
+        times.append((clock() - begin) * 1e3)
+    return times[warmup:]
+
+
 def interleaved_ms(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 5) -> dict[str, list[float]]:
     """Time several calls in turns, so that a noisy machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-warmup, rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if turn >= 0:
-                times[name].append((time.perf_counter() - begin) * 1000)
-    return times
+    turns = [{name: timed_ms(call, 1)[0] for name, call in calls.items()} for _ in range(warmup + rounds)]
+    return {name: [turn[name] for turn in turns[warmup:]] for name in calls}
 
 
 def in_blocks_ms(
@@ -109,16 +124,12 @@ def in_blocks_ms(
     for _ in range(blocks):
         for name, make in load.items():
             module = make()
-            for call in range(-warmup, calls):
-                begin = time.perf_counter()
-                module.run(feeds)
-                if call >= 0:
-                    times[name].append((time.perf_counter() - begin) * 1000)
+            times[name] += timed_ms(partial(module.run, feeds), calls, warmup=warmup)
             del module
     return times
 
 
-def ratio_of_medians(times: Mapping[str, Sequence[float]], over: str = "whole", of: str = "warp") -> float:
+def ratio_of_medians(times: Mapping[str, Sequence[float]], over: str = Role.WHOLE, of: str = Role.WARP) -> float:
     """Median of one call over the median of another."""
     return float(np.median(times[of]) / np.median(times[over]))
 
@@ -143,13 +154,21 @@ def means(
     return {name: float(np.mean(v)) for name, v in measure_frames(a, b, metrics, lpips=lpips).items()}
 
 
-def print_figures(console: Console, title: str, figures: Sequence[Figure]) -> None:
-    """A table of figures beside their targets."""
-    table = Table(title=title, title_justify="left")
-    for column in ("figure", "measured", "reach", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+def figure_rows(figures: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Figure, measured, reach and verdict, as tables show the records of figures."""
+    rows = []
     for figure in figures:
-        bound = "" if figure.target is None else f"{'>' if figure.at_least else '<='} {figure.target:g} {figure.unit}"
-        verdict = {None: "", True: "reached", False: "MISSED"}[figure.reached]
-        table.add_row(figure.name, f"{figure.value:.4g} {figure.unit}", bound, verdict)
-    console.print(table)
+        target, unit = figure["target"], figure["unit"]
+        reach = "" if target is None else f"{'>=' if figure['at_least'] else '<='} {target:g} {unit}".rstrip()
+        verdict = {None: "", True: "reached", False: "MISSED"}[figure["reached"]]
+        value = "NaN" if figure["value"] is None else f"{figure['value']:.4g}"
+        rows.append((figure["name"], f"{value} {unit}".rstrip(), reach, verdict))
+    return rows
+
+
+FIGURE_COLUMNS = (Column("figure"), Column.number("measured"), Column.number("reach"), Column(""))
+
+
+def print_figures(title: str, figures: Iterable[Figure]) -> None:
+    """A table of figures beside their targets."""
+    show_table(title, FIGURE_COLUMNS, figure_rows(figure.to_record() for figure in figures))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 import traceback
@@ -13,32 +11,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.measuring import Figure
+from benchmarks.measuring import FIGURE_COLUMNS, Figure, figure_rows
+from benchmarks.records import show_table, write_record
 from warpcache.engine.cuda.options import parse_device
 from warpcache.engine.errors import WarpcacheError
-from warpcache.report.policies import environment
+from warpcache.report.records import environment
+from warpcache.report.tables import Column
 
 __all__ = [
-    "SCHEMA",
-    "WIDTH",
     "Measured",
     "Part",
     "device_record",
     "device_title",
-    "figure_rows",
     "finish",
+    "measure_parts",
     "percentile_figures",
     "run_parts",
+    "sentence",
     "show_parts",
     "write_parts",
 ]
-
-SCHEMA = 1
-WIDTH = 140
-"""Of tables, in columns: they are read in logs."""
 
 
 @dataclass
@@ -105,12 +98,12 @@ def run_parts(
         try:
             done.append(Part(name, measure(), None, clock() - begin))
         except WarpcacheError as exc:
-            done.append(Part(name, Measured(), _sentence(exc), clock() - begin))
+            done.append(Part(name, Measured(), sentence(exc), clock() - begin))
         # Whatever a library throws at one part must not take the others' figures along; its origin is kept.
         except Exception as exc:
             text = traceback.format_exc()
             print(text, file=sys.stderr)
-            done.append(Part(name, Measured(), f"{type(exc).__name__}: {_sentence(exc)}", clock() - begin, text))
+            done.append(Part(name, Measured(), f"{type(exc).__name__}: {sentence(exc)}", clock() - begin, text))
     return done
 
 
@@ -127,6 +120,11 @@ def percentile_figures(
     ]
 
 
+def sentence(exc: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
 def device_record(device: str) -> dict[str, Any]:
     """What a record says of the device: its name, and of a GPU also driver and CUDA.
 
@@ -140,7 +138,7 @@ def device_record(device: str) -> dict[str, Any]:
     try:
         facts = gpu_facts([ordinal])
     except WarpcacheError as exc:
-        return {"device": device, "name": None, "missing": _sentence(exc)}
+        return {"device": device, "name": None, "missing": sentence(exc)}
     return {"device": device, **facts["gpus"][f"cuda:{ordinal}"], "driver": facts["driver"], "cuda": facts["cuda"]}
 
 
@@ -158,33 +156,13 @@ def device_title(record: Mapping[str, Any]) -> str:
 
 def show_parts(title: str, parts: Sequence[Part]) -> None:
     """One table: every figure beside what it is to reach, and a row for every part that could not run."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("part")
-    table.add_column("figure", overflow="fold")
-    for column in ("measured", "reach"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
+    rows: list[tuple[str, ...]] = []
     for part in parts:
-        for row in figure_rows([figure.to_record() for figure in part.measured.figures]):
-            table.add_row(part.name, *row)
-        for note in part.measured.notes:
-            table.add_row(part.name, note, "", "", "")
+        rows += [(part.name, *row) for row in figure_rows(figure.to_record() for figure in part.measured.figures)]
+        rows += [(part.name, note, "", "", "") for note in part.measured.notes]
         if part.error is not None:
-            table.add_row(part.name, part.error, "", "", "NOT RUN")
-    # Brackets in messages, as of `warpcache[gpu]`, are no markup.
-    Console(width=WIDTH, highlight=False, markup=False).print(table)
-
-
-def figure_rows(figures: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Figure, measured, reach and verdict, as tables show the records of figures."""
-    rows = []
-    for figure in figures:
-        target, unit = figure["target"], figure["unit"]
-        reach = "" if target is None else f"{'>=' if figure['at_least'] else '<='} {target:g} {unit}".rstrip()
-        verdict = {None: "", True: "reached", False: "MISSED"}[figure["reached"]]
-        value = "NaN" if figure["value"] is None else f"{figure['value']:.4g}"
-        rows.append((figure["name"], f"{value} {unit}".rstrip(), reach, verdict))
-    return rows
+            rows.append((part.name, part.error, "", "", "NOT RUN"))
+    show_table(title, (Column("part"), *FIGURE_COLUMNS), rows)
 
 
 def finish(context: click.Context, parts: Sequence[Part]) -> NoReturn:
@@ -195,30 +173,21 @@ def finish(context: click.Context, parts: Sequence[Part]) -> NoReturn:
     context.exit(1 if failed else 0)
 
 
-def write_parts(path: Path, command: str, device: Mapping[str, Any], parts: Sequence[Part], **more: Any) -> None:
-    """Write ``{"schema", "command", "environment", "device", "parts"}`` and what else is given."""
-    document = {
-        "schema": SCHEMA,
-        "command": command,
-        "environment": environment(),
-        "device": dict(device),
-        **more,
-        "parts": [part.to_record() for part in parts],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_json_ready(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def write_parts(path: Path | None, command: str, device: Mapping[str, Any], parts: Sequence[Part], **more: Any) -> None:
+    """As `write_record`: the device, what else is given, and the parts."""
+    write_record(path, command, device=dict(device), **more, parts=[part.to_record() for part in parts])
 
 
-def _json_ready(value: Any) -> Any:
-    """NaN and infinity, which JSON does not know, become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    return value
-
-
-def _sentence(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
+def measure_parts(
+    context: click.Context,
+    command: str,
+    title: str,
+    device: Mapping[str, Any],
+    parts: Mapping[str, Callable[[], Measured]],
+    json_path: Path | None,
+) -> NoReturn:
+    """Run parts, show them under a title, write the record and `finish`."""
+    done = run_parts(parts)
+    show_parts(title, done)
+    write_parts(json_path, command, device, done)
+    finish(context, done)

@@ -22,7 +22,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from warpcache.engine.errors import WarpcacheError
+from benchmarks.flags import one_sentence
 from warpcache.tasks.progress import ProgressBar, Report, silent
 
 if TYPE_CHECKING:
@@ -44,14 +44,12 @@ def generator(size: int = 512) -> DeferredNeuralRenderer:
     """The reference generator at `size`, with the same random weights in every process."""
     import torch
 
-    from warpcache.export.frames.surface import Surface
+    from benchmarks.talking_head_model import with_surface
     from warpcache.models.renderer import DeferredNeuralRenderer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DeferredNeuralRenderer(size)
-    model.surface = Surface("atlas", ("condition", 0, 2), ("condition", 5))  # type: ignore[assignment]  # no tensor
-    return model.eval()
+        return with_surface(DeferredNeuralRenderer(size)).eval()
 
 
 def draw_clip(size: int, frames: int) -> dict[str, NDArray[np.float32]]:
@@ -129,14 +127,11 @@ def main(out: Path | None, clip: Path | None, clip_frames: int, size: int, preci
         raise click.UsageError("nothing is to be made; give --out, --clip or both")
     if size % 16:
         raise click.BadParameter(f"a size of {size} is not a multiple of 16, which five levels need")
-    try:
-        with ProgressBar() as progress:
-            if out is not None:
-                make_reference_bundle(out, size=size, precision=precision, cut=cut, progress=progress)
-            if clip is not None:
-                np.savez(clip, fps=np.float64(_FPS), **draw_clip(size, clip_frames))  # type: ignore[arg-type]
-    except WarpcacheError as exc:
-        raise click.ClickException(str(exc)) from exc
+    with one_sentence(), ProgressBar() as progress:
+        if out is not None:
+            make_reference_bundle(out, size=size, precision=precision, cut=cut, progress=progress)
+        if clip is not None:
+            np.savez(clip, fps=np.float64(_FPS), **draw_clip(size, clip_frames))  # type: ignore[arg-type]
     for path in (out, clip):
         if path is not None:
             click.echo(f"wrote {path}")

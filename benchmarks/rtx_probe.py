@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from warpcache.engine.bundle.bundle import Bundle
+from warpcache.engine.bundle.roles import Role
 from warpcache.engine.cuda.device import CudaDevice
 from warpcache.engine.errors import BackendError, DeviceError
 from warpcache.engine.tensorrt.engine_cache import EngineCache
@@ -17,7 +18,7 @@ from warpcache.engine.tensorrt.module import TensorRtModule
 
 __all__ = ["probe_rtx"]
 
-_MODULE = "plain"
+_MODULE = Role.PLAIN.value
 
 
 def probe_rtx(bundle: Bundle, ordinal: int) -> list[str]:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
 
 from benchmarks.measuring import Figure, print_figures
-from warpcache.report.policies import environment
+from benchmarks.records import write_record
 from warpcache.tasks.demo import demo_bundle
 
 __all__ = ["STAGES", "measure_start"]
@@ -61,18 +60,9 @@ def main(bundle: Path | None, policy: str, runs: int, json_path: Path | None) ->
     path = demo_bundle().path if bundle is None else bundle
     samples = [measure_start(path, policy) for _ in range(runs)]
     figures = summarise(samples)
-    print_figures(Console(width=120, highlight=False), f"{path.name}, {policy}: to the first frame", figures)
-    if json_path is not None:
-        document = {
-            "schema": 1,
-            "command": "startup",
-            "environment": environment(),
-            "bundle": path.name,
-            "policy": policy,
-            "figures": [figure.to_record() for figure in figures],
-            "samples_s": samples,
-        }
-        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print_figures(f"{path.name}, {policy}: to the first frame", figures)
+    records = [figure.to_record() for figure in figures]
+    write_record(json_path, "startup", bundle=path.name, policy=policy, figures=records, samples_s=samples)
 
 
 def measure_start(bundle: Path, policy: str) -> dict[str, float]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from warpcache.export.frames.surface import Surface
 from warpcache.models.renderer import DeferredNeuralRenderer
 
-__all__ = ["generator", "generator_256"]
+__all__ = ["generator", "generator_256", "with_surface"]
 
 
 def generator() -> DeferredNeuralRenderer:
     """A deferred neural renderer of 2.1 M parameters at 128x128, untrained."""
-    return _with_surface(DeferredNeuralRenderer(128))
+    return with_surface(DeferredNeuralRenderer(128))
 
 
 def generator_256() -> DeferredNeuralRenderer:
     """The same network at 256x256, untrained."""
-    return _with_surface(DeferredNeuralRenderer(256))
+    return with_surface(DeferredNeuralRenderer(256))
 
 
-def _with_surface(model: DeferredNeuralRenderer) -> DeferredNeuralRenderer:
-    model.surface = Surface("atlas", ("condition", 0, 2), ("condition", 5))
+def with_surface(model: DeferredNeuralRenderer) -> DeferredNeuralRenderer:
+    """The model, told where its conditions show the surface's atlas."""
+    model.surface = Surface("atlas", ("condition", 0, 2), ("condition", 5))  # type: ignore[assignment]  # no tensor
     return model

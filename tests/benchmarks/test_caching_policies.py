@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.caching_policies import SHOWN_AGAIN, compare_policies, frame_reuse, plain_bundle
+from benchmarks.caching_policies import SHOWN_AGAIN, Footage, compare_policies, frame_reuse, plain_bundle
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.metrics.images import measure
 from warpcache.engine.schedule.policy import Policy
@@ -91,7 +91,7 @@ def test_every_way_is_measured_on_the_same_frames(
     images = whole(bundle, clip).images
     truth = np.stack([images[t] * np.float32(0.9) for t in range(FRAMES)])
     plain = plain_bundle(bundle, clip, tmp_path / "plain.warp")
-    rows: list[dict[str, Any]] = compare_policies(bundle, plain, clip, truth, every=3, fps=1000.0, threads=1)
+    rows: list[dict[str, Any]] = compare_policies(bundle, plain, Footage(clip, truth, 1000.0), every=3, threads=1)
     assert [row["policy"] for row in rows] == [
         "whole generator",
         "frame reuse every 3",
