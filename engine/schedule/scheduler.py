@@ -123,7 +123,7 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether one more frame may arrive now; under a live policy always, since an older one makes room."""
-        if self._answering.stateful and len(self._owed) >= self._queue_limit:
+        if self.behind:
             return False
         return self._live or len(self._pending) < self._queue_limit
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hooked import Hooked
 
 from warpcache.engine.bundle.bundle import Bundle
 from warpcache.engine.bundle.roles import Role
-from warpcache.engine.device.module import Module, ModuleFile, Site
-from warpcache.engine.device.stream import Event, InlineStream, Stream
+from warpcache.engine.device.module import ModuleFile, Site
+from warpcache.engine.device.stream import InlineStream
 from warpcache.engine.engine import Engine
 from warpcache.engine.errors import BackendError, ClosedError, InputError
 from warpcache.engine.onnxruntime.backend import OnnxRuntimeBackend
@@ -29,7 +30,6 @@ from warpcache.engine.promise.calibration import Quality
 from warpcache.engine.routing import plan as routing_plan
 from warpcache.engine.session.frame import Frame
 from warpcache.engine.session.session import Session
-from warpcache.engine.spec import Array
 
 PATIENCE = 30.0
 COSTS = {"warp2": 0.5, "warp": 1.0, "branch1": 3.0, "plain": 5.0, "whole": 10.0}
@@ -73,29 +73,6 @@ class Gate:
     def __call__(self) -> None:
         self.reached.release()
         assert self._open.wait(PATIENCE), "the gate was never opened"
-
-
-class Hooked:
-    """A module that runs a hook before every call, on its stream."""
-
-    capturable = False
-
-    def __init__(self, inner: Module, hook: Callable[[], object]) -> None:
-        self.inner, self.hook = inner, hook
-        self.name, self.inputs, self.outputs = inner.name, inner.inputs, inner.outputs
-
-    def enqueue(self, bindings: Mapping[str, Array], stream: Stream) -> Event:
-        def work() -> None:
-            self.hook()
-            self.inner.enqueue(bindings, InlineStream()).wait()
-
-        return stream.submit(work)
-
-    def launch(self, bindings: Mapping[str, Array], stream: Stream) -> None:
-        self.enqueue(bindings, stream)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 class Backend:

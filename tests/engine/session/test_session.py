@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hooked import Hooked
 
 from warpcache.engine.bundle.bundle import Bundle, Cut, ExitRecord, FileRecord, InputRecord, Manifest
 from warpcache.engine.bundle.manifest import module_record
@@ -70,29 +71,6 @@ class Gate:
             raise AssertionError("the gate was never opened")
         if self._open:
             self._permits.release()
-
-
-class Hooked:
-    """A module that runs a hook before every call, on the stream."""
-
-    capturable = False
-
-    def __init__(self, inner: Module, hook: Callable[[], None]) -> None:
-        self.inner, self.hook = inner, hook
-        self.name, self.inputs, self.outputs = inner.name, inner.inputs, inner.outputs
-
-    def enqueue(self, bindings: Mapping[str, Array], stream: Stream) -> Event:
-        def work() -> None:
-            self.hook()
-            self.inner.enqueue(bindings, InlineStream()).wait()
-
-        return stream.submit(work)
-
-    def launch(self, bindings: Mapping[str, Array], stream: Stream) -> None:
-        self.enqueue(bindings, stream)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 class Hooks:
